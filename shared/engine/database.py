@@ -1,0 +1,248 @@
+"""One connection to a tenant's active database, under the restore fence.
+
+Every use is: shared flock on `lock` → is `current` still the generation I have open? else reopen → (writes:
+is there a maintenance mark?) → transaction → unlock. A restore takes the same flock exclusive, so while it
+swaps nobody can be inside, and a process stopped inside a transaction keeps the restore out: the kernel holds
+the fence, no process has to be alive or honest about time. Measured in a prototype: 2.4 µs a use.
+
+A `TenantDatabase` has its own lock descriptor and its own connection and must be used by one thread at a
+time: a flock belongs to the open file, so two threads sharing one would release each other's.
+
+synchronous=FULL, because WAL with NORMAL lost 200 of 200 acknowledged rows at power loss (FACTS); opened
+mode=rw, because the default would make an empty database where the active one is missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shared.durable import fsync_path, replace_link
+from shared.engine import schema
+from shared.errors import CorruptDatabase, InMaintenance, Permanent, TenantDatabaseUnavailable
+from shared.tenant import TenantPaths
+
+CACHE_KIB = 2_048
+_POLL_SECONDS = 0.002
+
+
+def connect(path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False) -> sqlite3.Connection:
+    """Open an existing database with the pragmas of this house. Never creates a file.
+
+    Raises `TenantDatabaseUnavailable` when it cannot be opened.
+    """
+    mode = "ro" if readonly else "rw"
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=busy_timeout_seconds,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+    except sqlite3.OperationalError as e:
+        raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+    except sqlite3.DatabaseError as e:
+        connection.close()
+        raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
+    return connection
+
+
+def create(paths: TenantPaths) -> bool:
+    """Make a tenant's first generation, durably; False when it already has a whole one.
+
+    Built under a temporary name and put in place by renames, so a crash leaves either no tenant or a whole
+    one, and the next call completes it. Raises `CorruptDatabase` when another tenant's file is in the way.
+    """
+    paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fsync_path(paths.root.parent)
+    if os.path.lexists(paths.current):
+        _link_once(paths)
+        with_connection = connect(paths.database)
+        try:
+            schema.migrate(with_connection, paths.tenant_id)
+        finally:
+            with_connection.close()
+        return False
+    first = paths.generation_dir(1)
+    building = paths.generations / "building"
+    paths.generations.mkdir(exist_ok=True, mode=0o700)
+    building.mkdir(exist_ok=True, mode=0o700)
+    for leftover in building.iterdir():
+        leftover.unlink()
+    file = building / "engram.db"
+    connection = sqlite3.connect(file, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        schema.migrate(connection, paths.tenant_id)
+    finally:
+        connection.close()
+    fsync_path(file)
+    fsync_path(building)
+    if first.exists():  # a crash between the rename and the link below
+        for leftover in first.iterdir():
+            leftover.unlink()
+        first.rmdir()
+    os.replace(building, first)
+    fsync_path(paths.generations)
+    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.close(lock)
+    _link_once(paths)
+    replace_link(paths.current, "generations/000001")
+    return True
+
+
+def _link_once(paths: TenantPaths) -> None:
+    if not os.path.lexists(paths.database):
+        replace_link(paths.database, "current/engram.db")
+    elif not paths.database.is_symlink():
+        raise Permanent(f"tenant {paths.tenant_id}: engram.db is a plain file, not this product's link")
+
+
+class TenantDatabase:
+    """One fenced connection. `read()` and `write()` yield the sqlite3 connection inside the fence."""
+
+    def __init__(
+        self, paths: TenantPaths, *, busy_timeout_seconds: float = 5.0, lock_wait_seconds: float = 2.0
+    ) -> None:
+        self._paths = paths
+        self._busy_timeout_seconds = busy_timeout_seconds
+        self._lock_wait_seconds = lock_wait_seconds
+        self._current = str(paths.current)
+        self._mark = str(paths.mark)
+        self._generation = ""
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._lock = os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            raise TenantDatabaseUnavailable(
+                f"tenant {paths.tenant_id} has no database here: {e.strerror}"
+            ) from e
+
+    @property
+    def tenant_id(self) -> str:
+        return self._paths.tenant_id
+
+    @property
+    def generation(self) -> int:
+        """The generation this connection has open."""
+        return int(os.path.basename(self._generation))
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """The connection, fenced, in autocommit: each statement is its own read transaction.
+
+        Raises `InMaintenance` while a swap is under way for longer than `lock_wait_seconds` (0: at once), and
+        `TenantDatabaseUnavailable`.
+        """
+        connection = self._enter()
+        try:
+            yield connection
+        except sqlite3.DatabaseError as e:
+            _raise_as_ours(e)
+            raise
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """The connection inside BEGIN IMMEDIATE … COMMIT; the commit is fsynced when this returns.
+
+        Raises `InMaintenance` when a maintenance mark stands, else as `read`. An exception rolls back.
+        """
+        connection = self._enter()
+        try:
+            if os.access(self._mark, os.F_OK):
+                raise InMaintenance(f"tenant {self.tenant_id} is under maintenance")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        except sqlite3.DatabaseError as e:
+            _raise_as_ours(e)
+            raise
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close. The last connection of a database checkpoints it: not for an event loop."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _enter(self) -> sqlite3.Connection:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._wait_for_lock()
+        try:
+            generation = os.readlink(self._current)
+            if generation == self._generation and self._connection is not None:
+                return self._connection
+            return self._reopen(generation)
+        except BaseException as e:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            if isinstance(e, OSError):
+                raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e.strerror}") from e
+            raise
+
+    def _wait_for_lock(self) -> None:
+        deadline = time.monotonic() + self._lock_wait_seconds
+        while True:
+            if time.monotonic() >= deadline:
+                raise InMaintenance(f"tenant {self.tenant_id} is being swapped")
+            time.sleep(_POLL_SECONDS)
+            with suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+
+    def _reopen(self, generation: str) -> sqlite3.Connection:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        file = Path(os.path.realpath(self._paths.root / generation / "engram.db"))
+        connection = connect(file, busy_timeout_seconds=self._busy_timeout_seconds)
+        try:
+            schema.migrate(connection, self.tenant_id)
+        except BaseException as e:
+            connection.close()
+            if isinstance(e, sqlite3.DatabaseError):
+                raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
+            raise
+        self._connection, self._generation = connection, generation
+        return connection
+
+
+def _raise_as_ours(e: sqlite3.DatabaseError) -> None:
+    """Raise our name for a failing database; return for programming errors and constraint violations."""
+    code = getattr(e, "sqlite_errorcode", None)
+    primary = code & 0xFF if code is not None else None
+    if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        raise CorruptDatabase(f"the tenant database is corrupt: {e}") from e
+    if primary in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_READONLY,
+    ):
+        raise TenantDatabaseUnavailable(f"the tenant database is unavailable: {e}") from e

@@ -1,0 +1,179 @@
+"""Memories: create, get, update, delete, list. Functions over a fenced connection (`TenantDatabase`).
+
+Times are ISO 8601 UTC with microseconds; ids are UUIDv7, so they sort by creation. An update writes the state
+it replaces into `versions` in the same transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from uuid6 import uuid7
+
+from shared.errors import Permanent, UnknownMemory
+
+COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
+_encode_json = msgspec.json.Encoder().encode
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """A memory as clients see it; `tags` and `metadata` are passed through as the JSON they are stored as."""
+
+    id: str
+    content: str
+    tags: msgspec.Raw
+    metadata: msgspec.Raw
+    memory_type: str
+    importance: float
+    created_at: str
+    updated_at: str
+    version: int
+
+
+class NewMemory(msgspec.Struct, frozen=True):
+    content: str
+    memory_type: str = "note"
+    tags: list[str] = msgspec.field(default_factory=list)
+    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
+    importance: float = 0.5
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """Fields to change; UNSET leaves a field as it is."""
+
+    content: str | msgspec.UnsetType = msgspec.UNSET
+    memory_type: str | msgspec.UnsetType = msgspec.UNSET
+    tags: list[str] | msgspec.UnsetType = msgspec.UNSET
+    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    importance: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Newest first. `next_seq` continues the list, None at its end."""
+
+    memories: list[Memory]
+    next_seq: int | None
+
+
+def create(connection: sqlite3.Connection, new: NewMemory) -> Memory:
+    """Insert one memory. Inside `TenantDatabase.write()`."""
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    tags = _unique(new.tags)
+    values = (
+        str(uuid7()),
+        new.content,
+        _encode_json(tags).decode(),
+        _encode_json(new.metadata).decode(),
+        new.memory_type,
+        float(new.importance),
+        now,
+        now,
+        1,
+    )
+    cursor = connection.execute(f"INSERT INTO memories ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    if tags:
+        _insert_tags(connection, cursor.lastrowid, tags)
+    return memory_from_row(values)
+
+
+def get(connection: sqlite3.Connection, memory_id: str) -> Memory:
+    """Raises `UnknownMemory`."""
+    row = connection.execute(f"SELECT {COLUMNS} FROM memories WHERE id = ?", (memory_id,)).fetchone()
+    if row is None:
+        raise UnknownMemory(f"no memory {memory_id:.80}")
+    return memory_from_row(row)
+
+
+def update(connection: sqlite3.Connection, memory_id: str, changes: Changes) -> Memory:
+    """Change the given fields, keep the earlier state in `versions`, count `version` up.
+
+    Raises `UnknownMemory`. Inside `TenantDatabase.write()`.
+    """
+    kept = connection.execute(
+        "INSERT INTO versions (seq, version, content, memory_type, tags, metadata, importance, updated_at)"
+        " SELECT seq, version, content, memory_type, tags, metadata, importance, updated_at"
+        " FROM memories WHERE id = ? RETURNING seq",
+        (memory_id,),
+    ).fetchall()
+    if not kept:
+        raise UnknownMemory(f"no memory {memory_id:.80}")
+    seq = kept[0][0]
+    assignments = ["updated_at = ?", "version = version + 1"]
+    values: list[object] = [datetime.now(UTC).isoformat(timespec="microseconds")]
+    for column in ("content", "memory_type", "importance"):
+        value = getattr(changes, column)
+        if value is not msgspec.UNSET:
+            assignments.append(f"{column} = ?")
+            values.append(value)
+    if changes.metadata is not msgspec.UNSET:
+        assignments.append("metadata = ?")
+        values.append(_encode_json(changes.metadata).decode())
+    if changes.tags is not msgspec.UNSET:
+        tags = _unique(changes.tags)
+        assignments.append("tags = ?")
+        values.append(_encode_json(tags).decode())
+        connection.execute("DELETE FROM tags WHERE seq = ?", (seq,))
+        _insert_tags(connection, seq, tags)
+    connection.execute(f"UPDATE memories SET {', '.join(assignments)} WHERE seq = ?", (*values, seq))
+    return get(connection, memory_id)
+
+
+def delete(connection: sqlite3.Connection, memory_id: str) -> None:
+    """Remove a memory with its versions and tags. Raises `UnknownMemory`. Inside `TenantDatabase.write()`."""
+    if connection.execute("DELETE FROM memories WHERE id = ?", (memory_id,)).rowcount == 0:
+        raise UnknownMemory(f"no memory {memory_id:.80}")
+
+
+def page(connection: sqlite3.Connection, *, limit: int, before_seq: int | None, tag: str | None) -> Page:
+    """At most `limit` memories, newest first, older than `before_seq`, carrying `tag` if given.
+
+    Keyset paging: rows created or deleted meanwhile neither repeat nor hide a row that was there throughout.
+    """
+    if limit < 1:
+        raise Permanent("limit must be at least 1")
+    before = before_seq if before_seq is not None else (1 << 63) - 1
+    if tag is None:
+        sql = f"SELECT {COLUMNS}, seq FROM memories WHERE seq < ? ORDER BY seq DESC LIMIT ?"
+        parameters: Sequence[object] = (before, limit + 1)
+    else:
+        sql = (
+            f"SELECT {COLUMNS}, seq FROM tags JOIN memories USING (seq)"
+            " WHERE tags.tag = ? AND tags.seq < ? ORDER BY tags.seq DESC LIMIT ?"
+        ).replace("tags, metadata", "memories.tags, metadata")
+        parameters = (tag, before, limit + 1)
+    rows = connection.execute(sql, parameters).fetchall()
+    more = len(rows) > limit
+    rows = rows[:limit]
+    return Page([memory_from_row(r) for r in rows], rows[-1][9] if more else None)
+
+
+def count(connection: sqlite3.Connection) -> int:
+    rows: int = connection.execute("SELECT count(*) FROM memories").fetchone()[0]
+    return rows
+
+
+def memory_from_row(row: Sequence[Any]) -> Memory:
+    """A row selected as `COLUMNS` as a `Memory`."""
+    return Memory(
+        row[0],
+        row[1],
+        msgspec.Raw(row[2].encode()),
+        msgspec.Raw(row[3].encode()),
+        row[4],
+        row[5],
+        row[6],
+        row[7],
+        row[8],
+    )
+
+
+def _insert_tags(connection: sqlite3.Connection, seq: int | None, tags: Iterable[str]) -> None:
+    connection.executemany("INSERT INTO tags (tag, seq) VALUES (?, ?)", [(t, seq) for t in tags])
+
+
+def _unique(tags: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(tags))

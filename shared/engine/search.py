@@ -1,0 +1,63 @@
+"""Full-text search: SQLite FTS5, ranked by bm25, the caller's query in FTS5's own syntax.
+
+A query that FTS5 cannot parse is the caller's mistake, not a failure: `BadSearchQuery` carries SQLite's
+message (it names a token of the query, so it goes to the caller and not into logs).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from shared.engine.memories import COLUMNS, Memory, memory_from_row
+from shared.errors import BadSearchQuery
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """`score` is −bm25: larger is better, 0 is no evidence."""
+
+    memory: Memory
+    score: float
+
+
+_SELECT = (
+    "SELECT "
+    + ", ".join(f"m.{c}" for c in COLUMNS.split(", "))
+    + ", -bm25(memories_fts) FROM memories_fts JOIN memories m ON m.seq = memories_fts.rowid"
+    " WHERE memories_fts MATCH ?"
+)
+_BY_TYPE = " AND m.memory_type = ?"
+_BY_TAG = " AND EXISTS (SELECT 1 FROM tags t WHERE t.tag = ? AND t.seq = m.seq)"
+_ORDER = " ORDER BY rank LIMIT ?"
+
+
+def search(
+    connection: sqlite3.Connection,
+    query: str,
+    *,
+    limit: int = 10,
+    tags: list[str] | None = None,
+    memory_type: str | None = None,
+) -> list[Hit]:
+    """Best `limit` memories that match `query`, carry all of `tags` and have `memory_type`.
+
+    Raises `BadSearchQuery`. Inside `TenantDatabase.read()`.
+    """
+    if not query.strip() or "\x00" in query:
+        raise BadSearchQuery("the query is empty" if "\x00" not in query else "the query contains a NUL")
+    sql, parameters = _SELECT, [query]
+    if memory_type is not None:
+        sql += _BY_TYPE
+        parameters.append(memory_type)
+    for tag in dict.fromkeys(tags or ()):
+        sql += _BY_TAG
+        parameters.append(tag)
+    try:
+        rows = connection.execute(sql + _ORDER, (*parameters, limit)).fetchall()
+    except sqlite3.OperationalError as e:
+        # The statement is ours and fixed: a plain SQLITE_ERROR can only come from parsing the MATCH operand.
+        if getattr(e, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+            raise BadSearchQuery(str(e)) from e
+        raise
+    return [Hit(memory_from_row(row), row[9]) for row in rows]

@@ -1,0 +1,123 @@
+"""Tenants: the control plane's rows and this machine's directories, made in an order a crash cannot break.
+
+Creation: row in state `creating` → first generation on disk, fsynced → state `active`. The gateway serves only
+`active` tenants, so it never meets a half-made one; running `create` again completes an interrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from shared.control_plane import ControlPlane
+from shared.engine import database
+from shared.engine.schema import SCHEMA_VERSION
+from shared.errors import Permanent, TenantNotActive, UnknownTenant
+from shared.settings import Settings
+from shared.tenant import TenantPaths, check_tenant_id
+
+State = Literal["creating", "active", "suspended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    tenant_id: str
+    plan_id: str
+    state: State
+    schema_version: int
+    generation: int
+    machine_id: str
+    created_at: datetime
+
+
+def create(
+    control_plane: ControlPlane, settings: Settings, tenant_id: str, *, plan_id: str = "standard"
+) -> Tenant:
+    """Make a tenant and its empty database on this machine. Raises `Permanent` when it already exists."""
+    check_tenant_id(tenant_id)
+    control_plane.execute(
+        "tenant_insert",
+        tenant_id=tenant_id,
+        plan_id=plan_id,
+        schema_version=SCHEMA_VERSION,
+        machine_id=settings.machine_id,
+    )
+    tenant = get(control_plane, tenant_id)
+    if tenant.state != "creating":
+        raise Permanent(f"tenant {tenant_id} already exists ({tenant.state})")
+    if tenant.machine_id != settings.machine_id:
+        raise Permanent(f"tenant {tenant_id} is being created on machine {tenant.machine_id}")
+    database.create(TenantPaths.of(settings.tenants_dir, tenant_id))
+    _set_state(control_plane, tenant_id, "active", ("creating",))
+    return get(control_plane, tenant_id)
+
+
+def get(control_plane: ControlPlane, tenant_id: str) -> Tenant:
+    """Raises `UnknownTenant`."""
+    row = control_plane.row("tenant_get", tenant_id=check_tenant_id(tenant_id))
+    if row is None:
+        raise UnknownTenant(f"no tenant {tenant_id}")
+    return Tenant(**row)
+
+
+def get_active(control_plane: ControlPlane, tenant_id: str) -> Tenant:
+    """Raises `UnknownTenant` or `TenantNotActive` (suspended tenants keep being backed up and restored)."""
+    tenant = get(control_plane, tenant_id)
+    if tenant.state == "creating":
+        raise TenantNotActive(f"tenant {tenant_id} is not created yet")
+    return tenant
+
+
+def list_all(control_plane: ControlPlane) -> list[Tenant]:
+    return [Tenant(**row) for row in control_plane.rows("tenant_list")]
+
+
+def suspend(control_plane: ControlPlane, tenant_id: str) -> Tenant:
+    """Requests answer 403 within the gateway's refresh interval; the data stays."""
+    return _change(control_plane, tenant_id, "suspended", ("active", "suspended"))
+
+
+def resume(control_plane: ControlPlane, tenant_id: str) -> Tenant:
+    return _change(control_plane, tenant_id, "active", ("active", "suspended"))
+
+
+def _change(
+    control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]
+) -> Tenant:
+    tenant = get(control_plane, tenant_id)
+    if not _set_state(control_plane, tenant_id, state, from_states):
+        raise Permanent(f"tenant {tenant_id} is {tenant.state}, it cannot become {state}")
+    return get(control_plane, tenant_id)
+
+
+def _set_state(
+    control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]
+) -> bool:
+    rows = control_plane.rows(
+        "tenant_set_state", tenant_id=tenant_id, state=state, from_states=list(from_states)
+    )
+    return bool(rows)
+
+
+class KnownTenants:
+    """The last read of every tenant's state, for processes that must not ask PostgreSQL in a request.
+
+    `refresh` replaces the whole map at once, so a reader never sees half of one; when the control plane does
+    not answer the last map stands.
+    """
+
+    def __init__(self, read: Callable[[], list[dict[str, Any]]]) -> None:
+        self._read = read
+        self.states: dict[str, State] = {}
+        self.loaded = False
+
+    @classmethod
+    def of(cls, control_plane: ControlPlane) -> KnownTenants:
+        return cls(lambda: control_plane.rows("tenant_states"))
+
+    def refresh(self) -> None:
+        """Raises `ControlPlaneUnavailable`; the map is unchanged then."""
+        self.states = {row["tenant_id"]: row["state"] for row in self._read()}
+        self.loaded = True

@@ -1,0 +1,163 @@
+"""One settings model for every process; prefix `ENGRAM_`, the unit is part of the name.
+
+Empty strings mean "not set": `engram up` fills them with its own embedded parts (PostgreSQL, Prefect server,
+token issuer, a local object store below the data directory) and hands the result to its children through the
+environment, so a child never guesses. In staging and prod there are no embedded parts: `require` names what
+is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import Permanent
+
+
+class Settings(BaseSettings):
+    """Values come from the environment alone; unknown names are ignored."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ENGRAM_", extra="ignore", populate_by_name=True, env_ignore_empty=True
+    )
+
+    env: Literal["dev", "staging", "prod"] = "dev"
+    data_dir: Path = Field(default=Path(""), validate_default=True)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # Control plane. The pooler may be PgBouncer in transaction mode: no prepared statements, no session state.
+    control_plane_url: SecretStr = SecretStr("")
+    control_plane_connect_timeout_seconds: float = Field(default=10.0, gt=0)
+    control_plane_pool_size: int = Field(default=4, ge=1)
+    control_plane_statement_timeout_seconds: float = Field(default=30.0, gt=0)
+    postgres_port: int = Field(default=0, ge=0, le=65535, description="embedded PostgreSQL; 0 picks a free one")
+
+    # Objects
+    object_store_url: str = ""
+    s3_endpoint: str = ""
+    s3_region: str = "auto"
+    s3_access_key_id: str = ""
+    s3_secret_access_key: SecretStr = SecretStr("")
+    object_store_timeout_seconds: float = Field(default=60.0, gt=0)
+    object_store_connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    object_store_retries: int = Field(default=4, ge=0)
+    object_store_retry_timeout_seconds: float = Field(default=60.0, gt=0)
+
+    # Tokens
+    jwt_issuer: str = ""
+    jwt_audience: str = "engram"
+    jwks_url: str = ""
+    jwt_tenant_claim: str = "tenant_id"
+    jwt_leeway_seconds: float = Field(default=30.0, ge=0, le=300)
+    jwks_ttl_seconds: float = Field(default=300.0, gt=0)
+    jwks_cooldown_seconds: float = Field(default=5.0, ge=0)
+    jwks_stale_max_seconds: float = Field(default=86_400.0, ge=0)
+    jwks_timeout_seconds: float = Field(default=5.0, gt=0)
+    jwt_cache_entries: int = Field(default=10_000, ge=0)
+    issuer_port: int = Field(default=8081, ge=0, le=65535)
+
+    # Gateway
+    gateway_host: str = "127.0.0.1"
+    gateway_port: int = Field(default=8080, ge=0, le=65535)
+    gateway_workers: int = Field(default=2, ge=1)
+    gateway_threads: int = Field(default=4, ge=1, description="threads per worker for SQLite work off the loop")
+    gateway_backlog: int = Field(default=1024, ge=128)
+    gateway_kill_timeout_seconds: int = Field(default=20, ge=1, le=1800)
+    body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
+    tenant_pool_size: int = Field(default=256, ge=1, description="open tenant databases per gateway worker")
+    tenant_refresh_seconds: float = Field(default=2.0, gt=0)
+    tenant_lock_wait_seconds: float = Field(default=2.0, ge=0)
+    sqlite_busy_timeout_seconds: float = Field(default=5.0, ge=0)
+    rate_limit_rps: float = Field(default=0.0, ge=0, description="per tenant and machine; 0 is off")
+    rate_limit_burst: int = Field(default=0, ge=0)
+
+    # Usage
+    usage_flush_seconds: float = Field(default=1.0, gt=0)
+    usage_flush_events: int = Field(default=5_000, ge=1)
+    usage_fsync_seconds: float = Field(default=0.5, gt=0)
+    usage_backlog_events: int = Field(default=10_000, ge=1)
+    usage_retention_days: int = Field(default=400, ge=1)
+    drain_poll_seconds: float = Field(default=1.0, gt=0)
+    drain_linger_seconds: float = Field(default=3.0, ge=0)
+    drain_run_seconds: float = Field(default=60.0, gt=0)
+
+    # Restore
+    lease_seconds: float = Field(default=30.0, gt=0)
+    restore_drain_timeout_seconds: float = Field(default=10.0, gt=0)
+
+    # Prefect
+    prefect_api_url: str = Field(
+        default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url")
+    )
+    prefect_port: int = Field(default=4200, ge=0, le=65535)
+    prefect_work_pool: str = "engram"
+    prefect_worker_limit: int = Field(default=4, ge=1)
+    machine_id: str = "local"
+
+    # Readiness and stopping of `engram up`
+    start_timeout_seconds: float = Field(default=120.0, gt=0)
+    stop_timeout_seconds: float = Field(default=30.0, gt=0)
+
+    @model_validator(mode="after")
+    def _defaults_by_environment(self) -> Settings:
+        if self.data_dir == Path(""):
+            self.data_dir = Path(".engram") if self.env == "dev" else Path("/data")
+        self.data_dir = self.data_dir.expanduser().absolute()
+        if not self.object_store_url and self.env == "dev":
+            self.object_store_url = (self.data_dir / "objects").as_uri()
+        return self
+
+    def is_set(self, name: str) -> bool:
+        """Whether the person set this value, rather than a default filling it."""
+        return name in self.model_fields_set
+
+    def require(self, *names: str) -> None:
+        """Raise `Permanent` naming every one of `names` that is empty, all at once."""
+        missing = [n for n in names if not _plain(getattr(self, n))]
+        if missing:
+            raise Permanent("not set: " + ", ".join(_variable(n) for n in missing))
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.data_dir / "spool"
+
+    @property
+    def tenants_dir(self) -> Path:
+        return self.data_dir / "tenants"
+
+    @property
+    def sandbox_dir(self) -> Path:
+        """Where restore tests open copies: apart from `tenants_dir`, so a drill can never touch a tenant."""
+        return self.data_dir / "sandbox"
+
+    @property
+    def prefect_ui_url(self) -> str:
+        return self.prefect_api_url.removesuffix("/").removesuffix("/api")
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _variable(name: str) -> str:
+    return "PREFECT_API_URL" if name == "prefect_api_url" else f"ENGRAM_{name.upper()}"
+
+
+def redact_url(url: str) -> str:
+    """The URL without its password, for logs and tables."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+
+
+@functools.cache
+def settings() -> Settings:
+    """The process's settings, read once from the environment."""
+    return Settings()
