@@ -128,9 +128,7 @@ class ControlPlane:
                 r["name"]: r["sha256"] for r in connection.execute("SELECT name, sha256 FROM schema_migrations")
             }
             if unknown := sorted(done.keys() - files.keys()):
-                raise Permanent(
-                    f"the control plane has migrations this build does not know: {', '.join(unknown)}"
-                )
+                raise Permanent(f"the control plane has migrations this build does not know: {', '.join(unknown)}")
             for name in sorted(files):
                 digest = hashlib.sha256(files[name].encode()).hexdigest()
                 if name in done:
@@ -138,9 +136,7 @@ class ControlPlane:
                         raise Permanent(f"migration {name} was changed after it was applied")
                     continue
                 connection.execute(files[name].encode())
-                connection.execute(
-                    "INSERT INTO schema_migrations (name, sha256) VALUES (%s, %s)", (name, digest)
-                )
+                connection.execute("INSERT INTO schema_migrations (name, sha256) VALUES (%s, %s)", (name, digest))
                 applied.append(name)
         return applied
 

@@ -83,21 +83,15 @@ def resume(control_plane: ControlPlane, tenant_id: str) -> Tenant:
     return _change(control_plane, tenant_id, "active", ("active", "suspended"))
 
 
-def _change(
-    control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]
-) -> Tenant:
+def _change(control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]) -> Tenant:
     tenant = get(control_plane, tenant_id)
     if not _set_state(control_plane, tenant_id, state, from_states):
         raise Permanent(f"tenant {tenant_id} is {tenant.state}, it cannot become {state}")
     return get(control_plane, tenant_id)
 
 
-def _set_state(
-    control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]
-) -> bool:
-    rows = control_plane.rows(
-        "tenant_set_state", tenant_id=tenant_id, state=state, from_states=list(from_states)
-    )
+def _set_state(control_plane: ControlPlane, tenant_id: str, state: State, from_states: tuple[State, ...]) -> bool:
+    rows = control_plane.rows("tenant_set_state", tenant_id=tenant_id, state=state, from_states=list(from_states))
     return bool(rows)
 
 

@@ -91,9 +91,7 @@ class Settings(BaseSettings):
     restore_drain_timeout_seconds: float = Field(default=10.0, gt=0)
 
     # Prefect
-    prefect_api_url: str = Field(
-        default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url")
-    )
+    prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
     prefect_port: int = Field(default=4200, ge=0, le=65535)
     prefect_work_pool: str = "engram"
     prefect_worker_limit: int = Field(default=4, ge=1)

@@ -2,15 +2,15 @@
 
 Producer (one `Spool` a gateway worker)
     append   one `os.write` to an O_APPEND file before the answer leaves: a SIGKILL loses nothing acknowledged.
-    tick     off the loop, every few hundred ms: fdatasync (bound at power loss: `usage_fsync_seconds`), and seal a
-             segment that is `usage_flush_seconds` old or has `usage_flush_events` events.
+    tick     off the loop, every few hundred ms: fdatasync (bound at power loss: `usage_fsync_seconds`), and seal
+             a segment that is `usage_flush_seconds` old or has `usage_flush_events` events.
 Drainer (any process of the machine)
     adopt    segments whose owner died are sealed: the owner's flock is gone.
     read     every whole frame; what is not one goes to quarantine, never away.
 
-A segment is born `.tmp`, locked, renamed `.open` (so nobody ever sees an unlocked live one), sealed by fdatasync →
-rename `.seg` → directory fsync. Frame: marker u16 | length u32 | crc32 u32 | msgpack event. After a damaged frame
-the reader looks for the next marker whose crc holds, so one flipped bit costs one event, which is kept apart.
+A segment is born `.tmp`, locked, renamed `.open` (so nobody ever sees an unlocked live one), sealed by fdatasync
+→ rename `.seg` → directory fsync. Frame: marker u16 | length u32 | crc32 u32 | msgpack event. After a damaged
+frame the reader looks for the next marker whose crc holds: one flipped bit costs one event, which is kept apart.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ class Spool:
             segment = self._segment = _open_segment(self.dir)
         elif segment.torn or segment.events >= self._flush_events:
             self._sealing.append(segment)
+            self._segment = None  # before the open below, which may fail
             segment = self._segment = _open_segment(self.dir)
         try:
             written = os.write(segment.fd, data)

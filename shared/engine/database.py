@@ -126,9 +126,7 @@ class TenantDatabase:
         try:
             self._lock = os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
-            raise TenantDatabaseUnavailable(
-                f"tenant {paths.tenant_id} has no database here: {e.strerror}"
-            ) from e
+            raise TenantDatabaseUnavailable(f"tenant {paths.tenant_id} has no database here: {e.strerror}") from e
 
     @property
     def tenant_id(self) -> str:
