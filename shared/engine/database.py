@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shared import generation
 from shared.durable import fsync_path, replace_link
 from shared.engine import schema
-from shared.errors import CorruptDatabase, InMaintenance, Permanent, TenantDatabaseUnavailable
+from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
 
 CACHE_KIB = 2_048
@@ -67,7 +68,7 @@ def create(paths: TenantPaths) -> bool:
     paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     fsync_path(paths.root.parent)
     if os.path.lexists(paths.current):
-        _link_once(paths)
+        generation.link_names(paths)
         with_connection = connect(paths.database)
         try:
             schema.migrate(with_connection, paths.tenant_id)
@@ -98,16 +99,9 @@ def create(paths: TenantPaths) -> bool:
     fsync_path(paths.generations)
     lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.close(lock)
-    _link_once(paths)
+    generation.link_names(paths)
     replace_link(paths.current, "generations/000001")
     return True
-
-
-def _link_once(paths: TenantPaths) -> None:
-    if not os.path.lexists(paths.database):
-        replace_link(paths.database, "current/engram.db")
-    elif not paths.database.is_symlink():
-        raise Permanent(f"tenant {paths.tenant_id}: engram.db is a plain file, not this product's link")
 
 
 class TenantDatabase:
@@ -192,10 +186,10 @@ class TenantDatabase:
         except BlockingIOError:
             self._wait_for_lock()
         try:
-            generation = os.readlink(self._current)
-            if generation == self._generation and self._connection is not None:
+            link = os.readlink(self._current)
+            if link == self._generation and self._connection is not None:
                 return self._connection
-            return self._reopen(generation)
+            return self._reopen(link)
         except BaseException as e:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             if isinstance(e, OSError):
@@ -212,11 +206,11 @@ class TenantDatabase:
                 fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return
 
-    def _reopen(self, generation: str) -> sqlite3.Connection:
+    def _reopen(self, link: str) -> sqlite3.Connection:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        file = Path(os.path.realpath(self._paths.root / generation / "engram.db"))
+        file = Path(os.path.realpath(self._paths.root / link / "engram.db"))
         connection = connect(file, busy_timeout_seconds=self._busy_timeout_seconds)
         try:
             schema.migrate(connection, self.tenant_id)
@@ -225,7 +219,7 @@ class TenantDatabase:
             if isinstance(e, sqlite3.DatabaseError):
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
             raise
-        self._connection, self._generation = connection, generation
+        self._connection, self._generation = connection, link
         return connection
 
 

@@ -1,0 +1,107 @@
+"""The catalogue: which backups exist and can be trusted.
+
+A row appears only after its object was read back whole, so a row is a promise. `newest` never returns one that
+is corrupt, deleted or unverified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+from uuid6 import uuid7
+
+from shared.control_plane import ControlPlane
+from shared.errors import UnknownBackup
+from shared.snapshot import Snapshot
+from shared.tenant import check_tenant_id, object_key
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot that lies whole in the object store."""
+
+    snapshot: Snapshot
+    key: str
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """One row of `backups`."""
+
+    backup_id: UUID
+    tenant_id: str
+    ts: datetime
+    schema_version: int
+    size_bytes: int
+    stored_bytes: int
+    sha256: str
+    key: str
+    kind: str
+    status: str
+    manifest: dict[str, Any]
+    verified_at: datetime | None
+    created_at: datetime
+
+
+def key_of(snapshot: Snapshot) -> str:
+    return object_key(snapshot.tenant_id, snapshot.ts, snapshot.manifest.schema_version)
+
+
+def register(
+    control_plane: ControlPlane, stored: Stored, *, kind: str = "manual", flow_run_id: str | None = None
+) -> Backup:
+    """Write the row of a stored snapshot. The last step of a backup. Registering twice keeps the first row."""
+    snapshot = stored.snapshot
+    control_plane.execute(
+        "backup_insert",
+        backup_id=UUID(int=uuid7().int),
+        tenant_id=snapshot.tenant_id,
+        ts=snapshot.ts,
+        schema_version=snapshot.manifest.schema_version,
+        size_bytes=snapshot.size_bytes,
+        stored_bytes=stored.stored_bytes,
+        sha256=snapshot.sha256,
+        key=stored.key,
+        kind=kind,
+        manifest=Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),
+        flow_run_id=flow_run_id,
+    )
+    backup = newest(control_plane, snapshot.tenant_id, at=snapshot.ts)
+    if backup.key != stored.key:
+        raise UnknownBackup(f"the row of {stored.key} is not there after its insert")
+    return backup
+
+
+def get(control_plane: ControlPlane, tenant_id: str, backup_id: str | UUID) -> Backup:
+    """A usable backup of this tenant. Raises `UnknownBackup` (unknown, corrupt, deleted, another tenant's)."""
+    try:
+        wanted = UUID(str(backup_id))
+    except ValueError as e:
+        raise UnknownBackup(f"{str(backup_id)!r:.80} is not a backup id") from e
+    row = control_plane.row("backup_get", backup_id=wanted)
+    if row is None or row["tenant_id"] != check_tenant_id(tenant_id):
+        raise UnknownBackup(f"tenant {tenant_id} has no backup {wanted}")
+    backup = Backup(**row)
+    if backup.status != "available":
+        raise UnknownBackup(f"backup {wanted} of tenant {tenant_id} is {backup.status}")
+    return backup
+
+
+def newest(control_plane: ControlPlane, tenant_id: str, *, at: datetime | None = None) -> Backup:
+    """The newest verified backup not after `at`. Raises `UnknownBackup`."""
+    row = control_plane.row("backup_newest", tenant_id=check_tenant_id(tenant_id), at=at)
+    if row is None:
+        when = f" at or before {at.isoformat()}" if at else ""
+        raise UnknownBackup(f"tenant {tenant_id} has no verified backup{when}")
+    return Backup(**row)
+
+
+def list_of(control_plane: ControlPlane, tenant_id: str, *, limit: int = 100) -> list[Backup]:
+    """Newest first, whatever their status."""
+    rows = control_plane.rows("backup_list", tenant_id=check_tenant_id(tenant_id), limit=limit)
+    return [Backup(**row) for row in rows]

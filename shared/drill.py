@@ -1,0 +1,159 @@
+"""A restore test: a backup nobody has restored is a hope. pick → fetch → smoke → record.
+
+The sandbox is `data_dir/sandbox`, apart from `tenants/`: nothing here can reach a tenant's files. Outcome:
+
+    pass          every check held
+    fail          the backup is not what the catalogue says, or does not work: restoring it would hurt
+    inconclusive  we could not look (store or control plane unreachable): says nothing about the backup
+
+RTO is measured from the start of the download to the last check; RPO is how old the newest memory's recovery
+point was when the test began (the snapshot's own age).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+from uuid6 import uuid7
+
+from shared import catalogue, generation, registry, smoke
+from shared.catalogue import Backup
+from shared.control_plane import ControlPlane
+from shared.errors import CorruptBackup, Transient, UnknownBackup
+from shared.objects import ObjectStore
+from shared.settings import Settings
+from shared.smoke import Check
+from shared.tenant import TenantPaths
+from shared.workdir import workdir
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What is tested and why this one."""
+
+    test_id: UUID
+    tenant_id: str
+    backup: Backup
+    reason: str
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The backup's bytes in the sandbox; `file` is None when they could not be had, `check` says why."""
+
+    picked: Picked
+    sandbox: Path
+    file: Path | None
+    check: Check
+    inconclusive: bool
+    clock: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    picked: Picked
+    checks: tuple[Check, ...]
+    outcome: Outcome
+    rto_ms: float
+    rpo_seconds: float
+
+
+def pick(control_plane: ControlPlane, tenant_id: str | None = None) -> Picked:
+    """The tenant asked for, else the one least recently drilled (never drilled first).
+
+    Raises `UnknownBackup` when there is nothing to test.
+    """
+    if tenant_id is None:
+        row = control_plane.row("drill_pick")
+        if row is None:
+            raise UnknownBackup("no active tenant has a verified backup to test")
+        tenant_id, reason = str(row["tenant_id"]), "least recently drilled"
+    else:
+        registry.get_active(control_plane, tenant_id)
+        reason = "asked for"
+    backup = catalogue.newest(control_plane, tenant_id)
+    return Picked(UUID(int=uuid7().int), tenant_id, backup, reason, datetime.now(UTC))
+
+
+@contextmanager
+def sandbox(settings: Settings) -> Iterator[Path]:
+    """A private directory for one test; those of dead runs are cleared."""
+    with workdir(settings.sandbox_dir, "drill") as directory:
+        yield directory
+
+
+def fetch(objects: ObjectStore, picked: Picked, directory: Path) -> Fetched:
+    """Download into the sandbox and compare sha256. Never raises for a bad or unreachable object."""
+    clock = time.perf_counter()
+    file, failure = directory / "backup.sqlite", None
+    inconclusive = False
+    try:
+        size = objects.download(picked.backup.key, file, picked.backup.sha256)
+        seen = f"{size} bytes, sha256 {picked.backup.sha256[:12]}… as in the catalogue"
+    except CorruptBackup as e:
+        failure = str(e)
+    except Transient as e:
+        failure, inconclusive = str(e), True
+    ms = round((time.perf_counter() - clock) * 1000, 3)
+    check = Check("sha256", failure is None, failure or seen, ms)
+    return Fetched(picked, directory, None if failure else file, check, inconclusive, clock)
+
+
+def test(fetched: Fetched) -> Tested:
+    """Run every smoke test on the copy."""
+    picked, checks = fetched.picked, [fetched.check]
+    if fetched.file is not None:
+        manifest = picked.backup.manifest
+        checks += smoke.check_file(fetched.file, picked.tenant_id, manifest)
+        if all(check.passed for check in checks):
+            checks.append(smoke.check_schema(fetched.file))
+            paths = TenantPaths.of(fetched.sandbox / "tenants", picked.tenant_id)
+            generation.activate(paths, generation.prepare(paths, fetched.file, previous=0))
+            paths.lock.touch(mode=0o600)
+            checks += smoke.check_engine(paths, manifest)
+    passed = all(check.passed for check in checks)
+    outcome: Outcome = "pass" if passed else "inconclusive" if fetched.inconclusive else "fail"
+    return Tested(
+        picked,
+        tuple(checks),
+        outcome,
+        round((time.perf_counter() - fetched.clock) * 1000, 3),
+        round((picked.started_at - picked.backup.ts).total_seconds(), 3),
+    )
+
+
+def record(control_plane: ControlPlane, tested: Tested, *, flow_run_id: str | None = None) -> Tested:
+    """Write the `restore_tests` row.
+
+    A backup whose file failed is marked corrupt, so nothing chooses it again. One that is whole but does not
+    work with this build is reported and kept: the fault may be the build's.
+    """
+    picked = tested.picked
+    control_plane.execute(
+        "drill_insert",
+        test_id=picked.test_id,
+        tenant_id=picked.tenant_id,
+        backup_id=picked.backup.backup_id,
+        outcome=tested.outcome,
+        checks=Jsonb([check.as_dict() for check in tested.checks]),
+        rto_ms=tested.rto_ms,
+        rpo_seconds=tested.rpo_seconds,
+        flow_run_id=flow_run_id,
+        started_at=picked.started_at,
+    )
+    if any(check.name in smoke.FILE_CHECKS and not check.passed for check in tested.checks) and (
+        tested.outcome == "fail"
+    ):
+        control_plane.execute("backup_mark_corrupt", backup_id=picked.backup.backup_id)
+    return tested

@@ -1,0 +1,298 @@
+"""A restore, read aloud: plan → download → lock → swap → verify → release, each step taking the receipt before.
+
+    plan      which backup, how old, what would be lost; changes nothing
+    download  everything that can fail or take time: bytes, sha256, identity, integrity, schema, fsync → `Staged`
+    lock      the lease in the control plane                                                        → `Lease`
+    swap      stop writes, drain, prove the lease, ONE rename of `current`                          → `Swapped`
+    verify    open the new active database through its public name, read and write-and-roll-back    → `Verified`
+    release   let everybody in, free the lease, write the result                                    → `Released`
+
+A run keeps what it must give back in a `Hold`: mutex, fence, lease. Leaving the `with` block settles whatever a
+failure or a cancellation left there, by the decision `shared.repair` makes for a run that died.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from shared import generation, lease, snapshot
+from shared.control_plane import ControlPlane
+from shared.engine import schema
+from shared.engine.database import connect
+from shared.errors import CorruptBackup, CorruptDatabase, Permanent
+from shared.fence import Fence, Mark, RestoreMutex
+from shared.lease import Lease
+from shared.objects import ObjectStore, Progress
+from shared.plan import Plan
+from shared.repair import Outcome, check_active, repair
+from shared.settings import Settings
+from shared.snapshot import Manifest
+from shared.tenant import TenantPaths
+
+
+class Hold:
+    """What one run holds of a tenant and must give back."""
+
+    def __init__(self, settings: Settings, control_plane: ControlPlane, tenant_id: str) -> None:
+        self.settings = settings
+        self.control_plane = control_plane
+        self.paths = TenantPaths.of(settings.tenants_dir, tenant_id)
+        self.mutex = RestoreMutex(self.paths)
+        self.fence: Fence | None = None
+        self.lease: Lease | None = None
+        self.locked_ms = 0.0
+
+    def settle(self) -> None:
+        """Give everything back; when the fence is up, first finish or undo. Doing it twice is fine."""
+        try:
+            if self.fence is not None:
+                repair(self.paths, self.fence)
+            self.paths.restore_file.unlink(missing_ok=True)
+            if self.lease is not None:
+                lease.release(self.control_plane, self.lease)
+                self.lease = None
+        finally:
+            self.mutex.release()
+
+
+@contextmanager
+def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> Iterator[Hold]:
+    """The block inside which a restore runs. Raises `LeaseHeld` when another one runs on this machine.
+
+    On entry, what a dead run left on disk is finished or undone.
+    """
+    hold = Hold(settings, control_plane, tenant_id)
+    try:
+        repair(hold.paths)
+        yield hold
+    finally:
+        hold.settle()
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A snapshot that passed every check, in `restore.sqlite`, fsynced. `migrated_from` is its stored schema."""
+
+    plan: Plan
+    file: Path
+    manifest: Manifest
+    migrated_from: int
+    hold: Hold = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """`current` names `to_generation`; the fence is up. `manifest` is what the active file must hold."""
+
+    tenant_id: str
+    lease: Lease
+    from_generation: int
+    to_generation: int
+    manifest: Manifest | None
+    outcome: Outcome
+    hold: Hold = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The active database opened, read and took a write. Only this can be released."""
+
+    swapped: Swapped
+    checks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The end of a restore. `locked_ms`: how long writes answered 503; `previous`: where the old database is."""
+
+    restore_id: UUID
+    tenant_id: str
+    backup_id: UUID
+    outcome: Outcome
+    locked_ms: float
+    generation: int
+    previous: Path | None
+
+
+def begin(
+    control_plane: ControlPlane, chosen: Plan, *, requested_by: str, reason: str, flow_run_id: str | None
+) -> None:
+    """Write the `restores` row, state running."""
+    control_plane.execute(
+        "restore_insert",
+        restore_id=chosen.restore_id,
+        tenant_id=chosen.tenant_id,
+        backup_id=chosen.backup.backup_id,
+        kind="restore",
+        requested_by=requested_by,
+        reason=reason,
+        flow_run_id=flow_run_id,
+    )
+
+
+def fail(control_plane: ControlPlane, chosen: Plan, error: BaseException) -> None:
+    """Write the end of a run that did not restore: `refused` for a bad backup, else `failed`."""
+    _finish(
+        control_plane,
+        chosen.restore_id,
+        state="refused" if isinstance(error, CorruptBackup) else "failed",
+        error=f"{type(error).__name__}: {error}"[:500],
+    )
+
+
+def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progress | None = None) -> Staged:
+    """Bring the snapshot to `restore.sqlite` and check everything that can be checked before any lock.
+
+    An older schema is migrated here, on the copy. Raises `CorruptBackup` for every kind of bad snapshot; the
+    live database is not touched.
+    """
+    backup, file = chosen.backup, hold.paths.restore_file
+    for leftover in (file, file.with_name("restore.sqlite-wal"), file.with_name("restore.sqlite-shm")):
+        leftover.unlink(missing_ok=True)
+    objects.download(backup.key, file, backup.sha256, progress=progress)
+    try:
+        found = snapshot.inspect(file, chosen.tenant_id)
+        manifest = _bring_up_to_date(file, chosen.tenant_id, found)
+    except CorruptDatabase as e:
+        file.unlink(missing_ok=True)
+        raise CorruptBackup(f"backup {backup.backup_id}: {e}") from e
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return Staged(chosen, file, manifest, found.schema_version, hold)
+
+
+def _bring_up_to_date(file: Path, tenant_id: str, found: Manifest) -> Manifest:
+    """Migrate the copy, make sure it is in WAL mode, and leave one file with nothing beside it."""
+    connection = connect(file)
+    try:
+        schema.migrate(connection, tenant_id)
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise CorruptDatabase(f"the snapshot stays in journal mode {mode}")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+    generation.fsync_database(file)
+    if found.schema_version == schema.SCHEMA_VERSION:
+        return found
+    return snapshot.inspect(file, tenant_id)
+
+
+def lock(staged: Staged, *, holder: str, reason: str) -> Lease:
+    """Take the tenant's lease; writes still flow. Raises `LeaseHeld`."""
+    hold = staged.hold
+    taken = lease.acquire(
+        hold.control_plane,
+        staged.plan.tenant_id,
+        holder=holder,
+        reason=reason,
+        seconds=hold.settings.lease_seconds,
+    )
+    hold.lease = taken
+    hold.control_plane.execute("restore_fenced", restore_id=staged.plan.restore_id, epoch=taken.epoch)
+    return taken
+
+
+def swap(staged: Staged, taken: Lease) -> Swapped:
+    """Stop writes, drain, prove that the lease is still ours, move `current` by one rename.
+
+    Raises `DrainTimeout` or `LeaseLost` with the old database active and writes flowing again.
+    """
+    hold, paths = staged.hold, staged.hold.paths
+    before = generation.active(paths)
+    after = generation.prepare(paths, staged.file, previous=before)
+    mark = Mark(taken.tenant_id, taken.holder, taken.epoch, before, after, time.time())
+    fence = Fence(paths, mark)
+    fence.raise_(hold.settings.restore_drain_timeout_seconds)
+    hold.fence = fence
+    taken = lease.renew(hold.control_plane, taken, seconds=hold.settings.lease_seconds)
+    hold.lease = taken
+    generation.activate(paths, after)
+    return Swapped(taken.tenant_id, taken, before, after, staged.manifest, "restored", hold)
+
+
+def verify(swapped: Swapped) -> Verified:
+    """Check the active database as a client would use it. Constant time. Raises `CorruptDatabase`."""
+    checks = check_active(swapped.hold.paths, swapped.to_generation, swapped.manifest)
+    return Verified(swapped, checks)
+
+
+def put_back(swapped: Swapped) -> Swapped:
+    """Make the database from before the swap active again; nothing was written in between."""
+    if swapped.from_generation == 0:
+        raise Permanent(f"tenant {swapped.tenant_id} had no database before: nothing to put back")
+    generation.activate(swapped.hold.paths, swapped.from_generation)
+    return Swapped(
+        swapped.tenant_id,
+        swapped.lease,
+        swapped.to_generation,
+        swapped.from_generation,
+        None,
+        "put_back",
+        swapped.hold,
+    )
+
+
+def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
+    """Let everybody in, then write the result and free the lease. May be retried when the control plane fails."""
+    swapped, hold = verified.swapped, verified.swapped.hold
+    if taken.epoch != swapped.lease.epoch:
+        raise Permanent("the lease and the verified swap are not of the same run")
+    if hold.fence is not None:
+        hold.locked_ms = hold.fence.lower()
+        hold.fence = None
+    control_plane = hold.control_plane
+    control_plane.execute(
+        "tenant_set_generation",
+        tenant_id=swapped.tenant_id,
+        generation=swapped.to_generation,
+        schema_version=schema.SCHEMA_VERSION,
+    )
+    _finish(
+        control_plane,
+        chosen.restore_id,
+        state=swapped.outcome,
+        locked_ms=hold.locked_ms,
+        from_generation=swapped.from_generation,
+        to_generation=swapped.to_generation,
+    )
+    lease.release(control_plane, taken)
+    hold.lease = None
+    generation.collect(hold.paths)
+    previous = hold.paths.backup if hold.paths.backup.exists() else None
+    return Released(
+        chosen.restore_id,
+        swapped.tenant_id,
+        chosen.backup.backup_id,
+        swapped.outcome,
+        round(hold.locked_ms, 3),
+        swapped.to_generation,
+        previous,
+    )
+
+
+def _finish(
+    control_plane: ControlPlane,
+    restore_id: UUID,
+    *,
+    state: str,
+    error: str | None = None,
+    locked_ms: float | None = None,
+    from_generation: int | None = None,
+    to_generation: int | None = None,
+) -> None:
+    control_plane.execute(
+        "restore_finish",
+        restore_id=restore_id,
+        state=state,
+        error=error,
+        locked_ms=locked_ms,
+        from_generation=from_generation,
+        to_generation=to_generation,
+    )

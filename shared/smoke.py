@@ -1,0 +1,137 @@
+"""Smoke tests for a database that nobody serves: is it this tenant's, whole, and does this build work on it?
+
+Run on a sandbox copy, never on a tenant's directory: some of them write. Each check is run even when an earlier
+one failed, so that a report says everything at once.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+
+from shared import snapshot
+from shared.engine import memories, schema, search
+from shared.engine.database import TenantDatabase, connect
+from shared.errors import CorruptDatabase, EngramError, UnknownMemory
+from shared.tenant import TenantPaths
+
+FILE_CHECKS = ("sha256", "whole", "manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: what was looked at, what was seen, how long it took."""
+
+    name: str
+    passed: bool
+    seen: str
+    ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_check(name: str, body: Callable[[], str]) -> Check:
+    """Run one check; what it returns or raises is what was seen."""
+    started = time.perf_counter()
+    try:
+        seen, passed = body(), True
+    except (EngramError, sqlite3.DatabaseError, OSError) as e:
+        seen, passed = f"{type(e).__name__}: {e}"[:300], False
+    return Check(name, passed, seen, round((time.perf_counter() - started) * 1000, 3))
+
+
+def check_file(file: Path, tenant_id: str, manifest: dict[str, Any]) -> list[Check]:
+    """Checks of the closed file as it came from the store: whole, ours, and what the manifest says."""
+
+    found: dict[str, Any] = {}
+
+    def whole() -> str:
+        found.update(snapshot.inspect(file, tenant_id).as_dict())
+        return f"schema v{found['schema_version']}, integrity ok, foreign keys ok"
+
+    def counts() -> str:
+        wrong = [f"{k}: {v}, manifest {manifest.get(k)}" for k, v in found.items() if manifest.get(k) != v]
+        if wrong or not found:
+            raise CorruptDatabase("; ".join(wrong) or "nothing could be counted")
+        return f"{found['memories']} memories, {found['tags']} tags, {found['versions']} versions as promised"
+
+    return [run_check("whole", whole), run_check("manifest", counts)]
+
+
+def check_engine(paths: TenantPaths, manifest: dict[str, Any]) -> list[Check]:
+    """Checks through this build's own engine, on a tenant directory in the sandbox."""
+    database = TenantDatabase(paths)
+
+    def sentinel() -> str:
+        if manifest.get("sentinel_id") is None:
+            return "the snapshot is empty: no sentinel"
+        with database.read() as connection:
+            found = memories.get(connection, manifest["sentinel_id"])
+        return f"newest memory is there, created {found.created_at}"
+
+    def fts() -> str:
+        with database.write() as connection:
+            connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+        return "the full-text index agrees with the memories"
+
+    def create_search_get() -> str:
+        with database.write() as connection:
+            made = memories.create(connection, memories.NewMemory("drillsentinel written in the sandbox"))
+        with database.read() as connection:
+            hits = search.search(connection, "drillsentinel", limit=1)
+            if [hit.memory.id for hit in hits] != [made.id]:
+                raise CorruptDatabase("a memory just created is not found by search")
+            memories.get(connection, made.id)
+        with database.write() as connection:
+            memories.delete(connection, made.id)
+        with database.read() as connection:
+            try:
+                memories.get(connection, made.id)
+            except UnknownMemory:
+                return "create, search, get and delete work"
+        raise CorruptDatabase("a deleted memory is still there")
+
+    try:
+        return [
+            run_check("sentinel", sentinel),
+            run_check("full_text", fts),
+            run_check("create_search_get", create_search_get),
+        ]
+    finally:
+        database.close()
+
+
+def check_schema(file: Path) -> Check:
+    """The tables and their columns are this build's, compared with a database made fresh in memory."""
+
+    def body() -> str:
+        fresh = sqlite3.connect(":memory:", isolation_level=None)
+        schema.migrate(fresh, "drill")
+        stored = connect(file)
+        try:
+            want, have = _columns(fresh), _columns(stored)
+        finally:
+            stored.close()
+            fresh.close()
+        if want != have:
+            differing = sorted(t for t in want.keys() | have.keys() if want.get(t) != have.get(t))
+            raise CorruptDatabase(f"tables differ from this build's: {', '.join(differing)}")
+        return f"{len(have)} tables as this build makes them"
+
+    return run_check("schema", body)
+
+
+def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
+    database = sqlite_utils.Database(connection)
+    return {
+        name: [column.name for column in database[name].columns]
+        for name in database.table_names()
+        if not name.startswith(("memories_fts_", "sqlite_"))
+    }

@@ -1,0 +1,152 @@
+"""A consistent copy of a live tenant database, and the checks any copy must pass before it is trusted.
+
+`take` uses SQLite's online backup in one step (`pages=-1`): a stepped backup under another process's writer
+restarts for ever. It holds the restore fence only while it opens the source, not while it copies, so a large
+backup never keeps a restore waiting: once open, the generation's file stays whatever a restore does.
+
+`inspect` is what "verified" means for a file: identity, integrity_check, foreign_key_check, schema version,
+counts. It does not replace sha256: of 400 one-bit flips integrity_check found 25 (FACTS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+
+from shared.durable import fsync_path
+from shared.engine import schema
+from shared.engine.database import connect
+from shared.errors import CorruptDatabase, SchemaTooNew, TenantDatabaseUnavailable
+from shared.fence import in_use
+from shared.settings import Settings
+from shared.tenant import TenantPaths
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a snapshot held: kept in the catalogue, compared after a restore and in a drill.
+
+    `sentinel_id` is the newest memory; `sentinel_at` its creation time (ISO 8601), None when empty.
+    """
+
+    memories: int
+    tags: int
+    versions: int
+    schema_version: int
+    sentinel_id: str | None
+    sentinel_at: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checked copy on local disk. `ts` is the instant its content was fixed."""
+
+    tenant_id: str
+    path: Path
+    ts: datetime
+    generation: int
+    size_bytes: int
+    sha256: str
+    manifest: Manifest
+
+
+def take(settings: Settings, tenant_id: str, destination: Path) -> Snapshot:
+    """Copy the tenant's active database to `destination`, check and hash the copy.
+
+    Raises `TenantDatabaseUnavailable`, or `CorruptDatabase` when the copy fails a check: a corrupt database
+    must never become somebody's last good backup.
+    """
+    paths = TenantPaths.of(settings.tenants_dir, tenant_id)
+    with in_use(paths, wait_seconds=settings.restore_drain_timeout_seconds):
+        generation = paths.generation()
+        # Read-only and by its real path: this process can neither write a page nor checkpoint the source.
+        source = connect(Path(os.path.realpath(paths.database)), readonly=True)
+        try:
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # fixes the read snapshot
+        except sqlite3.DatabaseError as e:
+            source.close()
+            raise CorruptDatabase(f"tenant {tenant_id}: {e}") from e
+        ts = datetime.now(UTC)
+    try:
+        _copy(source, destination)
+    finally:
+        source.close()
+    manifest = inspect(destination, tenant_id)
+    digest, size = sha256_file(destination)
+    return Snapshot(tenant_id, destination, ts, generation, size, digest, manifest)
+
+
+def _copy(source: sqlite3.Connection, destination: Path) -> None:
+    target = sqlite3.connect(destination, isolation_level=None)
+    try:
+        source.backup(target, pages=-1)
+    except sqlite3.DatabaseError as e:
+        raise TenantDatabaseUnavailable(f"snapshot failed: {e}") from e
+    finally:
+        target.close()
+    fsync_path(destination)
+
+
+def inspect(path: Path, tenant_id: str) -> Manifest:
+    """Check a database file nobody writes to, without changing a byte of it, and count what it holds.
+
+    Raises `CorruptDatabase` (not SQLite, another tenant's, integrity or foreign keys) or `SchemaTooNew`.
+    """
+    if path.stat().st_size == 0:
+        raise CorruptDatabase("the file is empty")
+    try:
+        # immutable: no -wal or -shm is made or read beside the file.
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            version = schema.schema_version(connection)
+            if version > schema.SCHEMA_VERSION:
+                raise SchemaTooNew(f"schema version {version} is newer than {schema.SCHEMA_VERSION}, known here")
+            schema.check_identity(connection, tenant_id)
+            return _counts(connection, version)
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as e:
+        raise CorruptDatabase(f"not a readable SQLite database: {e}") from e
+
+
+def _counts(connection: sqlite3.Connection, version: int) -> Manifest:
+    problems = [row[0] for row in connection.execute("PRAGMA integrity_check(3)")]
+    if problems != ["ok"]:
+        raise CorruptDatabase(f"integrity_check: {'; '.join(problems)[:200]}")
+    if broken := connection.execute("PRAGMA foreign_key_check").fetchone():
+        raise CorruptDatabase(f"foreign_key_check: table {broken[0]} refers to missing rows of {broken[2]}")
+    database = sqlite_utils.Database(connection)
+    if missing := sorted(set(schema.TABLES) - set(database.table_names())):
+        raise CorruptDatabase(f"tables are missing: {', '.join(missing)}")
+    sentinel = connection.execute("SELECT id, created_at FROM memories ORDER BY seq DESC LIMIT 1").fetchone()
+    return Manifest(
+        memories=database["memories"].count,
+        tags=database["tags"].count,
+        versions=database["versions"].count,
+        schema_version=version,
+        sentinel_id=sentinel[0] if sentinel else None,
+        sentinel_at=sentinel[1] if sentinel else None,
+    )
+
+
+def sha256_file(path: Path) -> tuple[str, int]:
+    """Hex sha256 and size in bytes of a file that no SQLite connection of this process has open."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
