@@ -1,0 +1,12 @@
+"""Prefect shells over the core: orchestration that reads like the runbook, and nothing else.
+
+| flow         | deployment                | steps                                                      |
+|--------------|---------------------------|------------------------------------------------------------|
+| backup       | daily, all tenants        | snapshot → upload → register, tenant by tenant             |
+| restore      | on demand (form in the UI) | plan → download → lock → swap → verify → release           |
+| restore-test | weekly                    | pick → download → smoke → record                           |
+| metering     | resident drain, on demand | collect → drain → report                                   |
+
+Values are handed from step to step, so Prefect draws the graph from them; nothing travels through globals. Results
+are not persisted: receipts hold locks of this process, and a run retried from the UI starts from the beginning.
+"""

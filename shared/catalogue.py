@@ -20,7 +20,7 @@ from shared.snapshot import Snapshot
 from shared.tenant import check_tenant_id, object_key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stored:
     """A snapshot that lies whole in the object store."""
 
@@ -29,7 +29,7 @@ class Stored:
     stored_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Backup:
     """One row of `backups`."""
 

@@ -124,9 +124,7 @@ class ControlPlane:
                 "CREATE TABLE IF NOT EXISTS schema_migrations (name text PRIMARY KEY, sha256 text NOT NULL,"
                 " applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
             )
-            done = {
-                r["name"]: r["sha256"] for r in connection.execute("SELECT name, sha256 FROM schema_migrations")
-            }
+            done = {r["name"]: r["sha256"] for r in connection.execute("SELECT name, sha256 FROM schema_migrations")}
             if unknown := sorted(done.keys() - files.keys()):
                 raise Permanent(f"the control plane has migrations this build does not know: {', '.join(unknown)}")
             for name in sorted(files):

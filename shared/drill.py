@@ -37,7 +37,7 @@ from shared.workdir import workdir
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Picked:
     """What is tested and why this one."""
 
@@ -48,7 +48,7 @@ class Picked:
     started_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Fetched:
     """The backup's bytes in the sandbox; `file` is None when they could not be had, `check` says why."""
 
@@ -60,7 +60,7 @@ class Fetched:
     clock: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tested:
     picked: Picked
     checks: tuple[Check, ...]

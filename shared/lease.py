@@ -13,7 +13,7 @@ from shared.control_plane import ControlPlane
 from shared.errors import LeaseHeld, LeaseLost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lease:
     tenant_id: str
     epoch: int
@@ -45,6 +45,4 @@ def renew(control_plane: ControlPlane, lease: Lease, *, seconds: float) -> Lease
 
 def release(control_plane: ControlPlane, lease: Lease) -> bool:
     """Free the lease if it is still ours; False when it was already somebody else's or free."""
-    return bool(
-        control_plane.rows("lease_release", tenant_id=lease.tenant_id, epoch=lease.epoch, holder=lease.holder)
-    )
+    return bool(control_plane.rows("lease_release", tenant_id=lease.tenant_id, epoch=lease.epoch, holder=lease.holder))

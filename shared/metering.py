@@ -31,7 +31,7 @@ BATCH_EVENTS = 5_000
 _AHEAD = timedelta(minutes=5)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Drained:
     """What one segment held and what became of it; `events` = inserted + duplicates + quarantined."""
 

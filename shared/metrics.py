@@ -68,9 +68,7 @@ request_duration_seconds = Histogram(
 auth_failures_total = Counter(
     "engram_auth_failures_total", "Requests refused with 401.", ["reason"], registry=_registry
 )
-rate_limited_total = Counter(
-    "engram_rate_limited_total", "Requests refused with 429.", ["scope"], registry=_registry
-)
+rate_limited_total = Counter("engram_rate_limited_total", "Requests refused with 429.", ["scope"], registry=_registry)
 quota_exceeded_total = Counter(
     "engram_quota_exceeded_total", "Requests refused with 402.", ["counter"], registry=_registry
 )
@@ -88,7 +86,7 @@ usage_oldest_unflushed_seconds = Gauge(
     "engram_usage_oldest_unflushed_seconds",
     "Age of the oldest usage event not yet in PostgreSQL on this machine.",
     registry=_registry,
-    multiprocess_mode="max",
+    multiprocess_mode="mostrecent",  # "max" would keep what a dead worker last said
 )
 backup_oldest_success_age_seconds = Gauge(
     "engram_backup_oldest_success_age_seconds",

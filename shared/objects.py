@@ -113,9 +113,7 @@ class ObjectStore:
                 file.flush()
                 os.fsync(file.fileno())
             if digest.hexdigest() != sha256:
-                raise CorruptBackup(
-                    f"{key}: sha256 is {digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…"
-                )
+                raise CorruptBackup(f"{key}: sha256 is {digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
             fsync_path(destination.parent)
         except BaseException:
             destination.unlink(missing_ok=True)

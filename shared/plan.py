@@ -18,7 +18,7 @@ from shared.settings import Settings
 from shared.tenant import TenantPaths
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What a restore would do. `writes_lost` counts live memories created or changed after the backup.
 

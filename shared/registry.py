@@ -32,9 +32,7 @@ class Tenant:
     created_at: datetime
 
 
-def create(
-    control_plane: ControlPlane, settings: Settings, tenant_id: str, *, plan_id: str = "standard"
-) -> Tenant:
+def create(control_plane: ControlPlane, settings: Settings, tenant_id: str, *, plan_id: str = "standard") -> Tenant:
     """Make a tenant and its empty database on this machine. Raises `Permanent` when it already exists."""
     check_tenant_id(tenant_id)
     control_plane.execute(

@@ -74,7 +74,7 @@ def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> 
         hold.settle()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Staged:
     """A snapshot that passed every check, in `restore.sqlite`, fsynced. `migrated_from` is its stored schema."""
 
@@ -85,7 +85,7 @@ class Staged:
     hold: Hold = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Swapped:
     """`current` names `to_generation`; the fence is up. `manifest` is what the active file must hold."""
 
@@ -98,7 +98,7 @@ class Swapped:
     hold: Hold = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verified:
     """The active database opened, read and took a write. Only this can be released."""
 
@@ -106,7 +106,7 @@ class Verified:
     checks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Released:
     """The end of a restore. `locked_ms`: how long writes answered 503; `previous`: where the old database is."""
 

@@ -31,7 +31,7 @@ from shared.tenant import TenantPaths
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """What a snapshot held: kept in the catalogue, compared after a restore and in a drill.
 
@@ -49,7 +49,7 @@ class Manifest:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """A checked copy on local disk. `ts` is the instant its content was fixed."""
 

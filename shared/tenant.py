@@ -29,9 +29,7 @@ from shared.errors import UnsafeTenantId
 
 TENANT_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 _TENANT_ID = re.compile(TENANT_ID_PATTERN.removesuffix("$") + r"\Z")
-_KEY = re.compile(
-    r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d+)\.sqlite\Z"
-)
+_KEY = re.compile(r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d+)\.sqlite\Z")
 _TS_FORMAT = "%Y%m%dT%H%M%S.%fZ"
 
 

@@ -63,6 +63,7 @@ ON CONFLICT (tenant_id) DO UPDATE
 SET epoch = maintenance_locks.epoch + 1, holder = EXCLUDED.holder, reason = EXCLUDED.reason,
     acquired_at = clock_timestamp(), expires_at = EXCLUDED.expires_at
 WHERE maintenance_locks.holder IS NULL OR maintenance_locks.expires_at < clock_timestamp()
+   OR maintenance_locks.holder = EXCLUDED.holder  -- our own grant, whose reply was lost
 RETURNING epoch, expires_at;
 
 -- name: lease_renew

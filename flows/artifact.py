@@ -1,0 +1,68 @@
+"""What an operator reads after a run: one markdown artifact, with the same shape everywhere.
+
+Title, one sentence that says what happened, then a table of facts. Artifact keys allow only a–z, 0–9 and dashes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.runtime import flow_run
+
+
+def key(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9-]+", "-", "-".join(parts).lower()).strip("-")
+
+
+def flow_run_id() -> str | None:
+    """The current flow run's id; None outside of one."""
+    return flow_run.get_id()
+
+
+class Progress:
+    """A progress bar in the run's artifacts; written at most every ten percent."""
+
+    def __init__(self, key_: str, description: str) -> None:
+        self._id = cast(UUID, create_progress_artifact(0.0, key=key_, description=description))
+        self._shown = 0
+
+    def show(self, done: int, total: int) -> None:
+        percent = min(100, 100 * done // max(1, total))
+        if percent >= self._shown + 10 or percent == 100 > self._shown:
+            self._shown = percent
+            update_progress_artifact(self._id, float(percent))
+
+
+def report(key_: str, title: str, sentence: str, facts: Mapping[str, Any], *tables: str) -> None:
+    """Write the artifact of the current run."""
+    lines = [f"# {title}", "", sentence, ""]
+    if facts:
+        lines += ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
+    for table_ in tables:
+        lines += [table_, ""]
+    create_markdown_artifact("\n".join(lines), key=key_, description=sentence)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    head = list(header)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A value as table text: units are in the column's name, times in UTC to the second."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.3f}".rstrip("0").rstrip(".")
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%S UTC")
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,85 @@
+"""The resident drain: watches the spool and runs the `metering` flow in this process when something waits.
+
+A run through the process worker takes about ten seconds to start here, one in process about one: so this process
+stays. It is a visible run when Prefect answers. When Prefect does not, usage must not wait for it: the core drains
+directly and says so. When PostgreSQL does not, segments stay on disk and the wait doubles up to 30 seconds.
+"""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+import httpx
+
+from flows.core import control_plane
+from flows.metering import metering
+from shared import log as logs
+from shared import metering as core
+from shared.errors import ControlPlaneUnavailable
+from shared.log import get_logger
+from shared.settings import Settings
+
+log = get_logger("drain")
+_MAX_WAIT_SECONDS = 30.0
+
+
+def main(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT, then drain once more and return."""
+    logs.configure(settings.log_level)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    wait = settings.drain_poll_seconds
+    log.info("drain_started", spool=str(settings.spool_dir))
+    while not stop.wait(wait):
+        wait = _next_wait(settings, wait)
+    try:
+        _drain_directly(settings)
+    except ControlPlaneUnavailable as e:
+        log.error("drain_stopped_with_segments_left", segments=len(core.pending(settings)), cause=str(e))
+    log.info("drain_stopped")
+
+
+def _next_wait(settings: Settings, wait: float) -> float:
+    """Drain if there is something; the seconds to wait before looking again."""
+    if not core.pending(settings):
+        return settings.drain_poll_seconds
+    try:
+        control_plane().ping()
+        _drain_visibly(settings)
+    except ControlPlaneUnavailable as e:
+        wait = min(_MAX_WAIT_SECONDS, max(1.0, wait * 2))
+        log.error("control_plane_unavailable", cause=str(e), retry_seconds=wait)
+        return wait
+    return settings.drain_poll_seconds
+
+
+def _drain_visibly(settings: Settings) -> None:
+    if not _prefect_answers(settings):
+        log.warning("prefect_unavailable", drained="directly")
+        _drain_directly(settings)
+        return
+    state = metering(
+        linger_seconds=settings.drain_linger_seconds, run_seconds=settings.drain_run_seconds, return_state=True
+    )
+    if not state.is_completed():
+        log.error("metering_run_failed", state=state.name, cause=str(state.message)[:300])
+        time.sleep(settings.drain_poll_seconds)
+        _drain_directly(settings)
+
+
+def _drain_directly(settings: Settings) -> None:
+    for drained in core.drain_all(control_plane(), settings):
+        log.info("segment_drained", segment=drained.segment, events=drained.events, inserted=drained.inserted)
+
+
+def _prefect_answers(settings: Settings) -> bool:
+    try:
+        return httpx.get(f"{settings.prefect_api_url.rstrip('/')}/health", timeout=2.0).is_success
+    except httpx.HTTPError:
+        return False

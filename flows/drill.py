@@ -1,0 +1,83 @@
+"""restore-test: pick → download → smoke → record. A drill that fails ends the run Failed, with its report."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, task
+from pydantic import Field
+
+from flows import artifact, policy
+from flows.core import configuration, control_plane, objects
+from shared import drill as core
+from shared.drill import Fetched, Picked, Tested
+from shared.errors import CorruptBackup, ObjectStoreUnavailable
+
+
+@task(name="pick", **policy.READ)
+def pick(tenant_id: str | None) -> Picked:
+    return core.pick(control_plane(), tenant_id)
+
+
+@task(name="download", **policy.ONCE)
+def download(picked: Picked, sandbox: Path) -> Fetched:
+    return core.fetch(objects(), picked, sandbox)
+
+
+@task(name="smoke", **policy.ONCE)
+def smoke(fetched: Fetched) -> Tested:
+    return core.test(fetched)
+
+
+@task(name="record", **policy.READ)
+def record(tested: Tested) -> Tested:
+    return core.record(control_plane(), tested, flow_run_id=artifact.flow_run_id())
+
+
+@flow(name="restore-test", flow_run_name="restore-test-{tenant_id}", **policy.FLOW)
+def restore_test(
+    tenant_id: Annotated[
+        str | None,
+        Field(title="Tenant", description="Tenant to drill. Empty: the one least recently drilled."),
+    ] = None,
+) -> dict[str, Any]:
+    """Restore a backup into a sandbox and prove that it works, without touching the tenant."""
+    picked = pick(tenant_id or None)
+    with core.sandbox(configuration()) as sandbox:
+        fetched = download(picked, sandbox)
+        tested = record(smoke(fetched))
+    _report(tested)
+    if tested.outcome == "fail":
+        raise CorruptBackup(f"restore test of {picked.tenant_id} failed: {_first_failure(tested)}")
+    if tested.outcome == "inconclusive":
+        raise ObjectStoreUnavailable(f"restore test of {picked.tenant_id} is inconclusive: {_first_failure(tested)}")
+    return {
+        "test_id": str(picked.test_id),
+        "tenant_id": picked.tenant_id,
+        "backup_id": str(picked.backup.backup_id),
+        "outcome": tested.outcome,
+        "rto_ms": tested.rto_ms,
+        "rpo_seconds": tested.rpo_seconds,
+        "checks": [check.as_dict() for check in tested.checks],
+    }
+
+
+def _first_failure(tested: Tested) -> str:
+    return next(f"{check.name}: {check.seen}" for check in tested.checks if not check.passed)
+
+
+def _report(tested: Tested) -> None:
+    picked = tested.picked
+    artifact.report(
+        artifact.key("restore-test", picked.tenant_id),
+        f"Restore test of {picked.tenant_id}: {tested.outcome}",
+        f"{tested.outcome}: {sum(c.passed for c in tested.checks)} of {len(tested.checks)} checks held",
+        {
+            "tenant": picked.tenant_id,
+            "why this one": picked.reason,
+            "backup": picked.backup.backup_id,
+            "taken at": picked.backup.ts,
+            "RTO in ms": tested.rto_ms,
+            "RPO in seconds": tested.rpo_seconds,
+        },
+        artifact.table(("check", "held", "seen", "ms"), ((c.name, c.passed, c.seen, c.ms) for c in tested.checks)),
+    )
