@@ -10,6 +10,7 @@ from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 
@@ -20,6 +21,13 @@ def key(*parts: str) -> str:
 def flow_run_id() -> str | None:
     """The current flow run's id; None outside of one."""
     return flow_run.get_id()
+
+
+def rename_run(name: str) -> None:
+    """Give the current run a name once its tenant is known: run names carry the tenant."""
+    if run_id := flow_run.get_id():
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(run_id), name=name)
 
 
 class Progress:

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Failed
 from pydantic import Field
 
 from flows import artifact, policy
@@ -30,7 +33,14 @@ def register(stored: Stored, kind: str) -> Backup:
     return core.register(control_plane(), stored, kind=kind, flow_run_id=artifact.flow_run_id())
 
 
-@flow(name="backup", flow_run_name="backup-{tenants}", **policy.FLOW)
+def run_name() -> str:
+    """backup-all, backup-acme, or backup-acme-and-3-more."""
+    parameters = flow_run.get_parameters() or {}
+    tenants = parameters.get("tenants") or ["all"]
+    return f"backup-{tenants[0]}" + (f"-and-{len(tenants) - 1}-more" if len(tenants) > 1 else "")
+
+
+@flow(name="backup", flow_run_name=run_name, **policy.FLOW)
 def backup(
     tenants: Annotated[
         list[str] | None,
@@ -45,7 +55,7 @@ def backup(
             pattern="^(scheduled|manual)$",
         ),
     ] = "manual",
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | State[list[dict[str, Any]]]:
     """Take a consistent snapshot of each tenant's database, store it, read it back, and enter it in the catalogue."""
     chosen = _choose(tenants, all)
     results: list[dict[str, Any]] = []
@@ -57,10 +67,8 @@ def backup(
     failed = [r for r in results if r["error"]]
     _report(results, failed)
     if failed:
-        raise Permanent(
-            f"{len(failed)} of {len(results)} backups failed: "
-            + "; ".join(f"{r['tenant_id']}: {r['error']}" for r in failed[:5])
-        )
+        causes = "; ".join(f"{r['tenant_id']}: {r['error']}" for r in failed[:5])
+        return Failed(message=f"{len(failed)} of {len(results)} backups failed: {causes}", data=results)
     return results
 
 

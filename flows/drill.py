@@ -33,7 +33,7 @@ def record(tested: Tested) -> Tested:
     return core.record(control_plane(), tested, flow_run_id=artifact.flow_run_id())
 
 
-@flow(name="restore-test", flow_run_name="restore-test-{tenant_id}", **policy.FLOW)
+@flow(name="restore-test", flow_run_name="restore-test", **policy.FLOW)
 def restore_test(
     tenant_id: Annotated[
         str | None,
@@ -42,6 +42,7 @@ def restore_test(
 ) -> dict[str, Any]:
     """Restore a backup into a sandbox and prove that it works, without touching the tenant."""
     picked = pick(tenant_id or None)
+    artifact.rename_run(f"restore-test-{picked.tenant_id}")
     with core.sandbox(configuration()) as sandbox:
         fetched = download(picked, sandbox)
         tested = record(smoke(fetched))

@@ -1,0 +1,117 @@
+"""`engram restore`: starts the Prefect deployment and follows it, so the restore survives this terminal."""
+
+from __future__ import annotations
+
+import getpass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deployments.cli import beside
+from deployments.cli.output import Json, note, print_json, print_table
+from shared.errors import Permanent, Refused
+
+if TYPE_CHECKING:
+    from deployments.prefect_api import PrefectApi, Run
+    from shared.plan import Plan
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(restore)
+
+
+def restore(
+    tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
+    backup_id: Annotated[str | None, typer.Option("--backup", metavar="ID", help="From `engram backups`.")] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="TIME", help="Newest verified backup not after it; ISO 8601, UTC.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
+    reason: Annotated[str, typer.Option(help="Written into the lease and the restores table.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Replace a tenant's database by a verified backup; the one before stays as engram.db.bak."""
+    from shared import plan as planning
+
+    when = parse_time(at)
+    with beside.control_plane() as (settings, control_plane):
+        chosen = planning.plan(settings, control_plane, tenant_id, backup_id=backup_id, at=when)
+        if dry_run:
+            _show_plan(chosen, as_json)
+            return
+        from deployments.prefect_api import PrefectApi
+
+        api = PrefectApi(settings)
+        run = api.start(
+            "restore/restore",
+            {
+                "tenant_id": tenant_id,
+                "backup_id": str(chosen.backup.backup_id),
+                "reason": reason,
+                "requested_by": f"cli {getpass.getuser()}",
+            },
+        )
+        note(f"restoring {tenant_id} from {chosen.backup.ts:%F %T} UTC: {run.url}")
+        ended = _follow(api, run)
+        row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
+        previous = settings.tenants_dir / tenant_id / "engram.db.bak"
+    if ended.state != "COMPLETED":
+        raise (Refused if row.get("state") == "refused" else Permanent)(row.get("error") or ended.message)
+    result = {
+        "restore_id": row["restore_id"],
+        "tenant_id": tenant_id,
+        "backup_id": row["backup_id"],
+        "outcome": row["state"],
+        "locked_ms": row["locked_ms"],
+        "flow_run_id": ended.id,
+        "flow_run_url": ended.url,
+        "previous": str(previous) if previous.exists() else None,
+    }
+    if as_json:
+        print_json(result)
+    else:
+        note(f"restored; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
+
+
+def _follow(api: PrefectApi, run: Run) -> Run:
+    from rich.console import Console
+
+    seen = run
+    with Console(stderr=True).status("waiting for a worker") as status:
+        for seen in api.follow(run, pick_up_seconds=120, run_seconds=3600):
+            status.update(f"{seen.name}: {seen.state.lower()}")
+    for name, state in api.steps(run.id):
+        note(f"  {name}: {state.lower()}")
+    return seen
+
+
+def _show_plan(chosen: Plan, as_json: bool) -> None:
+    plan: dict[str, Any] = {
+        "tenant_id": chosen.tenant_id,
+        "backup_id": chosen.backup.backup_id,
+        "outcome": "dry_run",
+        "taken_at": chosen.backup.ts,
+        "age_seconds": round(chosen.age_seconds, 1),
+        "size_bytes": chosen.backup.size_bytes,
+        "schema_version": chosen.backup.schema_version,
+        "backup_memories": chosen.backup.manifest.get("memories"),
+        "live_memories": chosen.live_memories,
+        "writes_lost": chosen.writes_lost,
+        "live_error": chosen.live_error,
+    }
+    if as_json:
+        print_json(plan)
+    else:
+        print_table(("", ""), plan.items())
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """ISO 8601; UTC unless it says otherwise. A bad one is a usage error."""
+    if text is None:
+        return None
+    try:
+        when = datetime.fromisoformat(text)
+        return when if when.tzinfo else when.replace(tzinfo=UTC)
+    except ValueError as e:
+        raise typer.BadParameter(f"{text!r} is not a time such as 2026-11-23T02:00:00Z") from e

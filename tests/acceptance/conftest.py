@@ -1,0 +1,72 @@
+"""One whole stack for all acceptance tests: `engram up --detach`, as a person would start it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+
+@dataclass
+class Stack:
+    """The running stack, reached only from outside: command line, HTTP, PostgreSQL, files."""
+
+    environment: dict[str, str]
+    status: dict[str, Any]
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.status["data_dir"])
+
+    def engram(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        if check:
+            assert done.returncode == 0, f"engram {' '.join(words)}: {done.returncode}\n{done.stderr}\n{done.stdout}"
+        return done
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self.engram(*words, "--json").stdout)
+
+    def prefect(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        answer = httpx.request(method, f"{self.status['prefect_api_url']}/{path}", json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.status["control_plane_url"]) as connection:
+            return connection.execute(statement, parameters).fetchall()  # type: ignore[call-overload, no-any-return]
+
+    def tenant(self, tenant_id: str) -> httpx.Client:
+        """Make a tenant and return a client that carries its token."""
+        self.engram("tenant", "create", tenant_id)
+        scopes = [word for scope in ("memories:read", "memories:write", "search") for word in ("--scope", scope)]
+        token = self.json("token", tenant_id, *scopes)["token"]
+        return httpx.Client(
+            base_url=self.status["gateway_url"], headers={"Authorization": f"Bearer {token}"}, timeout=30
+        )
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
+    environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
+    started = Stack(environment, {})
+    started.engram("up", "--detach")
+    try:
+        started.status = started.json("status")
+        yield started
+    finally:
+        started.engram("down")
