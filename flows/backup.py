@@ -1,13 +1,12 @@
 """backup: snapshot → upload → register for each tenant asked for; what fails is listed, the rest goes on."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
-from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
@@ -42,21 +41,17 @@ def run_name() -> str:
 
 @flow(name="backup", flow_run_name=run_name, **policy.FLOW)
 def backup(
-    tenants: Annotated[
-        list[str] | None,
-        Field(title="Tenants", description="Ids of the tenants to back up now. Leave empty when All is chosen."),
-    ] = None,
-    all: Annotated[bool, Field(title="All tenants", description="Back up every tenant of this machine.")] = False,
-    kind: Annotated[
-        str,
-        Field(
-            title="Kind",
-            description="What the catalogue says this backup is: scheduled or manual.",
-            pattern="^(scheduled|manual)$",
-        ),
-    ] = "manual",
+    tenants: list[str] | None = None,
+    all: bool = False,
+    kind: Literal["manual", "scheduled"] = "manual",
 ) -> list[dict[str, Any]] | State[list[dict[str, Any]]]:
-    """Take a consistent snapshot of each tenant's database, store it, read it back, and enter it in the catalogue."""
+    """Take a consistent snapshot of each tenant's database, store it, read it back, enter it in the catalogue.
+
+    Args:
+        tenants: Ids of the tenants to back up now. Leave it None when all is on.
+        all: Back up every tenant of this machine.
+        kind: What the catalogue says of these backups.
+    """
     chosen = _choose(tenants, all)
     results: list[dict[str, Any]] = []
     progress = artifact.Progress("backup-progress", f"{len(chosen)} tenants")

@@ -1,10 +1,9 @@
 """restore-test: pick → download → smoke → record. A drill that fails ends the run Failed, with its report."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
-from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
@@ -35,12 +34,13 @@ def record(tested: Tested) -> Tested:
 
 @flow(name="restore-test", flow_run_name="restore-test", **policy.FLOW)
 def restore_test(
-    tenant_id: Annotated[
-        str | None,
-        Field(title="Tenant", description="Tenant to drill. Empty: the one least recently drilled."),
-    ] = None,
+    tenant_id: str | None = None,
 ) -> dict[str, Any]:
-    """Restore a backup into a sandbox and prove that it works, without touching the tenant."""
+    """Restore a backup into a sandbox and prove that it works, without touching the tenant.
+
+    Args:
+        tenant_id: The tenant to drill. None takes the one least recently drilled.
+    """
     picked = pick(tenant_id or None)
     artifact.rename_run(f"restore-test-{picked.tenant_id}")
     with core.sandbox(configuration()) as sandbox:

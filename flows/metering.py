@@ -66,15 +66,15 @@ def report(drained: list[Drained]) -> dict[str, Any]:
     return totals
 
 
-@flow(name="metering", **policy.FLOW)
+@flow(name="metering", flow_run_name="metering", **policy.FLOW)
 def metering(
-    linger_seconds: Annotated[
-        float,
-        Field(title="Linger", description="End when nothing came for this many seconds.", ge=0, le=600),
-    ] = 0.0,
-    run_seconds: Annotated[
-        float, Field(title="Run", description="End after this many seconds at the latest.", gt=0, le=3600)
-    ] = 60.0,
+    linger_seconds: Annotated[float, Field(ge=0, le=600)] = 0.0,
+    run_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0,
 ) -> dict[str, Any]:
-    """Bring the usage spool of this machine into PostgreSQL, each event counted once."""
+    """Bring the usage spool of this machine into PostgreSQL, each event counted once.
+
+    Args:
+        linger_seconds: End when nothing came for this many seconds.
+        run_seconds: End after this many seconds at the latest.
+    """
     return report(drain(collect(), linger_seconds, run_seconds))

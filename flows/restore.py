@@ -59,31 +59,23 @@ def release(chosen: Plan, lease: Lease, verified: Verified) -> Released:
 
 @flow(name="restore", flow_run_name="restore-{tenant_id}", **policy.FLOW)
 def restore(
-    tenant_id: Annotated[
-        str,
-        Field(title="Tenant", description="Id of the tenant whose database is replaced.", pattern=TENANT_ID_PATTERN),
-    ],
-    backup_id: Annotated[
-        UUID | None,
-        Field(title="Backup", description="Id from the catalogue. Empty: the newest verified backup."),
-    ] = None,
-    at: Annotated[
-        datetime | None,
-        Field(title="At", description="Use the newest verified backup not after this time. Not with Backup."),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        Field(title="Dry run", description="Only report the plan: backup, age, writes that would be lost."),
-    ] = False,
-    reason: Annotated[
-        str,
-        Field(title="Reason", description="Why; written into the lease and the restores table.", max_length=500),
-    ] = "",
-    requested_by: Annotated[
-        str, Field(title="Requested by", description="Who asks for this restore.", max_length=100)
-    ] = "operator",
+    tenant_id: Annotated[str, Field(pattern=TENANT_ID_PATTERN)],
+    backup_id: UUID | None = None,
+    at: datetime | None = None,
+    dry_run: bool = False,
+    reason: Annotated[str, Field(max_length=500)] = "",
+    requested_by: Annotated[str, Field(max_length=100)] = "operator",
 ) -> dict[str, Any]:
-    """Replace a tenant's live database by a verified backup. Writes pause for milliseconds; the old one is kept."""
+    """Replace a tenant's live database by a verified backup. Writes pause for milliseconds; the old one is kept.
+
+    Args:
+        tenant_id: The tenant whose database is replaced.
+        backup_id: A backup's id from the catalogue. None takes the newest verified one.
+        at: Take the newest verified backup not after this time. Not together with backup_id.
+        dry_run: Only report the plan (backup, age, writes that would be lost); change nothing.
+        reason: Why. Written into the lease and the restores table.
+        requested_by: Who asks for this restore.
+    """
     chosen = plan(tenant_id, str(backup_id) if backup_id else None, at)
     if dry_run:
         return _report_plan(chosen)
@@ -144,6 +136,11 @@ def _facts(chosen: Plan) -> dict[str, Any]:
     }
 
 
+def _schema_change(staged: Staged) -> str:
+    stored, now = staged.migrated_from, staged.manifest.schema_version
+    return f"v{now}, unchanged" if stored == now else f"v{stored}, migrated to v{now} on the copy"
+
+
 def _report_plan(chosen: Plan) -> dict[str, Any]:
     sentence = f"Dry run: nothing was changed; {chosen.writes_lost or 0} live writes would be lost"
     if chosen.live_error is not None:
@@ -162,7 +159,7 @@ def _report(chosen: Plan, staged: Staged, released: Released) -> dict[str, Any]:
             "outcome": released.outcome,
             "writes held for ms": released.locked_ms,
             "active generation": released.generation,
-            "schema migrated from": staged.migrated_from,
+            "schema": _schema_change(staged),
             "previous database": released.previous,
         },
     )
