@@ -1,0 +1,233 @@
+"""The flows on a real Prefect server: what an operator sees when a step fails, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
+from prefect.client.schemas.objects import State
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import core as flow_core
+from flows.backup import backup
+from flows.drill import restore_test
+from flows.metering import metering
+from flows.restore import restore
+from shared import catalogue, fence, generation, lease, registry
+from shared import restore as core
+from shared.errors import (
+    ControlPlaneUnavailable,
+    CorruptDatabase,
+    EngramError,
+    LeaseHeld,
+    LeaseLost,
+    ObjectStoreUnavailable,
+)
+from shared.settings import settings as cached_settings
+from shared.spool import Spool
+from tests.core_fixtures import World, event
+
+pytest_plugins = ("tests.core_fixtures",)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def flow_world(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A tenant whose settings the flows read from the environment, as in a worker."""
+    monkeypatch.setenv("ENGRAM_DATA_DIR", str(world.settings.data_dir))
+    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", world.settings.control_plane_url.get_secret_value())
+    monkeypatch.setenv("ENGRAM_RESTORE_DRAIN_TIMEOUT_SECONDS", "0.5")
+    for cached in (cached_settings, flow_core.control_plane, flow_core.objects):
+        cached.cache_clear()
+    yield world
+    flow_core.control_plane().close()
+
+
+def outcome(state: State[Any]) -> Any:
+    return state.result(raise_on_failure=False)
+
+
+def artifact_of(state: State[Any]) -> str:
+    """The markdown artifact of a run, as the server has it."""
+    assert state.state_details.flow_run_id is not None
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]),
+                type=ArtifactFilterType(any_=["markdown"]),
+            )
+        )
+    return str(found[0].data)
+
+
+def test_a_backup_lists_what_failed_and_does_the_rest(flow_world: World) -> None:
+    """One corrupt tenant must neither stop the others nor end in a green run."""
+    flow_world.write("kept")
+    broken = f"{flow_world.tenant_id}-broken"
+    registry.create(flow_world.control_plane, flow_world.settings, broken)
+    directory = flow_world.settings.tenants_dir / broken
+    (directory / "engram.db").write_bytes(b"not a database at all" * 500)
+    state = backup(tenants=[broken, flow_world.tenant_id], return_state=True)
+    assert state.is_failed() and broken in str(state.message)
+    results = {r["tenant_id"]: r for r in outcome(state)}
+    assert results[broken]["error"] and results[flow_world.tenant_id]["error"] is None
+    assert catalogue.newest(flow_world.control_plane, flow_world.tenant_id).manifest["memories"] == 1
+    assert catalogue.list_of(flow_world.control_plane, broken) == []
+    assert f"| {broken} |" in artifact_of(state)
+
+
+def test_a_restore_reports_what_it_did(flow_world: World) -> None:
+    """The artifact is what an operator reads after the run; the row is what a machine reads."""
+    flow_world.write("one", "two")
+    made = flow_world.back_up()
+    flow_world.write("three")
+    state = restore(flow_world.tenant_id, return_state=True)
+    assert state.is_completed(), state.message
+    assert flow_world.rows() == ["one", "two"]
+    assert "writes were held for" in artifact_of(state) and made.sha256 in artifact_of(state)
+    row = flow_world.control_plane.row("restore_by_flow_run", flow_run_id=str(state.state_details.flow_run_id))
+    assert row is not None and row["state"] == "restored" and row["locked_ms"] > 0
+    assert flow_world.lease_holder() is None
+
+
+def test_a_dry_run_changes_nothing(flow_world: World) -> None:
+    """It says how many writes would be lost, and leaves no row behind."""
+    flow_world.write("one")
+    flow_world.back_up()
+    flow_world.write("two", "three")
+    state = restore(flow_world.tenant_id, dry_run=True, return_state=True)
+    assert state.is_completed()
+    assert "2 live writes would be lost" in artifact_of(state)
+    assert flow_world.rows() == ["one", "two", "three"]
+
+
+FAULTS: dict[str, tuple[object, str, EngramError]] = {
+    "download": (core, "download", ObjectStoreUnavailable("fault: store")),
+    "lease taken": (lease, "acquire", LeaseHeld("fault: held")),
+    "lease unreachable": (lease, "acquire", ControlPlaneUnavailable("fault: control plane")),
+    "prepare": (generation, "prepare", CorruptDatabase("fault: prepare")),
+    "drain": (fence.Fence, "raise_", LeaseLost("fault: drain")),
+    "lease lost": (lease, "renew", LeaseLost("fault: lost")),
+    "activate": (generation, "activate", CorruptDatabase("fault: rename")),
+}
+
+
+@pytest.mark.parametrize("step", FAULTS)
+def test_a_restore_that_fails_before_the_swap_leaves_the_old_database(
+    flow_world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """At every step: the run is Failed with its cause, the old rows are served, nothing is held."""
+    flow_world.write("old")
+    flow_world.back_up()
+    flow_world.write("newer")
+    where, name, error = FAULTS[step]
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(where, name, fail)
+    monkeypatch.setattr("flows.restore.download.retries", 0)
+    state = restore(flow_world.tenant_id, return_state=True)
+    monkeypatch.undo()
+    assert state.is_failed() and str(error) in str(state.message)
+    assert flow_world.rows() == ["old", "newer"]
+    flow_world.write("still writable")
+    assert flow_world.lease_holder() is None
+    assert str(error) in artifact_of(state)
+
+
+def test_a_restore_that_does_not_verify_puts_the_old_database_back(
+    flow_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line of defence: a swap that went in and is not right goes out again before anybody writes."""
+    flow_world.write("old")
+    flow_world.back_up()
+    flow_world.write("newer")
+    check = core.check_active
+    seen: list[int] = []
+
+    def first_fails(*arguments: Any) -> tuple[str, ...]:
+        seen.append(1)
+        if len(seen) == 1:
+            raise CorruptDatabase("fault: does not verify")
+        return check(*arguments)
+
+    monkeypatch.setattr(core, "check_active", first_fails)
+    state = restore(flow_world.tenant_id, return_state=True)
+    assert state.is_failed() and "does not verify" in str(state.message)
+    assert flow_world.rows() == ["old", "newer"]
+    row = flow_world.control_plane.row("restore_by_flow_run", flow_run_id=str(state.state_details.flow_run_id))
+    assert row is not None and row["state"] == "put_back"
+    flow_world.write("still writable")
+    assert flow_world.lease_holder() is None
+
+
+def test_a_release_whose_control_plane_is_away_is_finished_when_it_comes_back(
+    flow_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data is safe and served; only the record waits, so the last step is tried again."""
+    flow_world.write("old")
+    flow_world.back_up()
+    give_back: Callable[..., bool] = lease.release
+    failures: list[int] = []
+
+    def away_twice(*arguments: Any) -> bool:
+        if len(failures) < 2:
+            failures.append(1)
+            raise ControlPlaneUnavailable("fault: away")
+        return give_back(*arguments)
+
+    monkeypatch.setattr(lease, "release", away_twice)
+    state = restore(flow_world.tenant_id, return_state=True)
+    assert state.is_completed() and len(failures) == 2
+    assert flow_world.lease_holder() is None
+
+
+def test_a_restore_test_that_fails_is_a_failed_run_with_its_report(flow_world: World) -> None:
+    """A drill is there to be red when the backup is bad."""
+    flow_world.write("one")
+    made = flow_world.back_up()
+    good = restore_test(flow_world.tenant_id, return_state=True)
+    assert good.is_completed() and outcome(good)["outcome"] == "pass"
+    path = flow_world.object_path(made)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    state = restore_test(flow_world.tenant_id, return_state=True)
+    assert state.is_failed() and "sha256" in str(state.message)
+    assert "| sha256 | no |" in artifact_of(state)
+
+
+def test_a_metering_run_drains_the_spool_once(flow_world: World) -> None:
+    """Two runs over the same spool count an event once; the artifact says how many were new."""
+    spool = Spool(flow_world.settings)
+    for _ in range(25):
+        spool.append(event(flow_world.tenant_id))
+    spool.close()
+    first, second = metering(return_state=True), metering(return_state=True)
+    assert outcome(first)["inserted"] == 25 and outcome(second)["events"] == 0
+    assert "25 of 25 events were new" in artifact_of(first)
+    row = flow_world.control_plane.row("usage_event_count", tenant_id=flow_world.tenant_id)
+    assert row is not None and row["count"] == 25
+
+
+def test_secrets_never_reach_parameters_or_artifacts(flow_world: World) -> None:
+    """Prefect shows both to anybody who can open its UI."""
+    flow_world.write("one")
+    state = backup(tenants=[flow_world.tenant_id], return_state=True)
+    with get_client(sync_client=True) as client:
+        assert state.state_details.flow_run_id is not None
+        parameters = client.read_flow_run(state.state_details.flow_run_id).parameters
+    password = flow_world.settings.control_plane_url.get_secret_value().split(":")[2].split("@")[0]
+    assert password not in artifact_of(state) + str(parameters)
+    assert os.environ["ENGRAM_CONTROL_PLANE_URL"]
