@@ -1,0 +1,194 @@
+"""What the tests of the core share: databases, a tenant with rows, an object store, a child process.
+
+A test module takes it in with `pytest_plugins = ("tests.core_fixtures",)`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import sql
+from uuid6 import uuid7
+
+from deployments.postgres import EmbeddedPostgres
+from shared import backup, registry, snapshot
+from shared.catalogue import Backup
+from shared.control_plane import ControlPlane
+from shared.engine import memories
+from shared.engine.database import TenantDatabase
+from shared.engine.memories import NewMemory
+from shared.objects import ObjectStore
+from shared.settings import Settings
+from shared.tenant import TenantPaths
+from shared.usage import UsageEvent
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: EmbeddedPostgres) -> Callable[[], str]:
+    """Makes an empty database and returns its URL."""
+
+    def make() -> str:
+        name = f"test_{secrets.token_hex(6)}"
+        with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return postgres.url(name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def core_url(new_database: Callable[[], str]) -> str:
+    """A migrated database the whole session shares; tests keep apart by tenant id."""
+    url = new_database()
+    with ControlPlane(Settings(control_plane_url=url)) as control_plane:
+        control_plane.migrate()
+    return url
+
+
+@pytest.fixture(scope="session")
+def core_control_plane(core_url: str) -> Iterator[ControlPlane]:
+    with ControlPlane(Settings(control_plane_url=core_url)) as control_plane:
+        yield control_plane
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def settings_in(directory: Path, url: str, **more: object) -> Settings:
+    """Settings of one data directory, with time-outs short enough for a test."""
+    quick = {
+        "restore_drain_timeout_seconds": 0.3,
+        "tenant_lock_wait_seconds": 0.1,
+        "object_store_retries": 1,
+        "object_store_retry_timeout_seconds": 2,
+        "object_store_timeout_seconds": 5,
+        "control_plane_connect_timeout_seconds": 5,
+    }
+    return Settings(data_dir=directory, control_plane_url=url, **(quick | more))  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """One data directory with one tenant, its object store and the session's control plane."""
+
+    settings: Settings
+    control_plane: ControlPlane
+    objects: ObjectStore
+    tenant_id: str
+
+    @property
+    def paths(self) -> TenantPaths:
+        return TenantPaths.of(self.settings.tenants_dir, self.tenant_id)
+
+    def write(self, *contents: str) -> None:
+        add_memories(self.paths, *contents)
+
+    def rows(self) -> list[str]:
+        return contents_of(self.paths.database)
+
+    def back_up(self, kind: str = "manual") -> Backup:
+        taken = backup.take(self.settings, self.tenant_id, self.settings.data_dir)
+        return backup.register(self.control_plane, backup.store(self.objects, taken), kind=kind)
+
+    def object_path(self, made: Backup) -> Path:
+        """The stored object of the local store."""
+        return self.settings.data_dir / "objects" / made.key
+
+    def lease_holder(self) -> str | None:
+        row = self.control_plane.row("lease_get", tenant_id=self.tenant_id)
+        return str(row["holder"]) if row and row["holder"] is not None else None
+
+
+@pytest.fixture
+def world(tmp_path: Path, core_url: str, core_control_plane: ControlPlane) -> World:
+    """A new active tenant with an empty database."""
+    return new_world(tmp_path, core_url, core_control_plane)
+
+
+def new_world(directory: Path, url: str, control_plane: ControlPlane) -> World:
+    settings = settings_in(directory, url)
+    made = World(settings, control_plane, ObjectStore(settings), f"t{secrets.token_hex(6)}")
+    registry.create(control_plane, settings, made.tenant_id)
+    return made
+
+
+def add_memories(paths: TenantPaths, *contents: str) -> None:
+    database = TenantDatabase(paths)
+    try:
+        with database.write() as connection:
+            for content in contents:
+                memories.create(connection, NewMemory(content, tags=["all"]))
+    finally:
+        database.close()
+
+
+def contents_of(file: Path) -> list[str]:
+    """The memories of a database file in the order of their creation, read by plain SQLite."""
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as connection:
+        return [row[0] for row in connection.execute("SELECT content FROM memories ORDER BY seq")]
+
+
+def start_child(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """A Python child of this checkout running `code`, its stdout a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Poll until the condition holds; fails the test when it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"{condition} did not become true within {seconds:g} s")
+        time.sleep(0.01)
+
+
+def event(tenant_id: str = "acme", *, at: datetime | None = None, **fields: object) -> UsageEvent:
+    """One usage event as the edge mints it."""
+    at = at or datetime.now(UTC)
+    ms = int(at.timestamp() * 1000)
+    request_id = UUID(int=(ms << 80) | (uuid7().int & ((1 << 80) - 1)))
+    values = {
+        "request_id": request_id.bytes,
+        "tenant_id": tenant_id,
+        "route": "/v1/search",
+        "status": 200,
+        "api_calls": 1,
+        "search_queries": 1,
+        "memories_created": 0,
+        "ts_us": int(at.timestamp() * 1e6),
+    }
+    return UsageEvent(**(values | fields))  # type: ignore[arg-type]
+
+
+def sha256_of(path: Path) -> str:
+    return snapshot.sha256_file(path)[0]
