@@ -1,0 +1,195 @@
+"""Wiring: the parts of one gateway worker, in the order they start and, backwards, stop.
+
+    Granian worker → Edge → Litestar → guard → handler → TenantPool → SQLite
+                       └→ Spool, metrics, access log
+
+`create_app` imports and wires; nothing is opened before the ASGI lifespan starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TextIO, cast
+
+import httpx
+from litestar import Litestar
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from gateway import health, v1
+from gateway.access_log import FLUSH_SECONDS, AccessLog, UnfailingStderr
+from gateway.auth import Authenticator
+from gateway.edge import Edge
+from gateway.jwks import Jwks
+from gateway.periodic import Periodic
+from gateway.pool import TenantPool
+from gateway.problems import answer
+from gateway.services import Services
+from gateway.tenants import Tenants
+from gateway.usage import UsageReport
+from shared import metrics, spool
+from shared.control_plane import ControlPlane
+from shared.errors import ControlPlaneUnavailable, SpoolUnavailable
+from shared.log import configure, get_logger
+from shared.registry import KnownTenants
+from shared.settings import Settings
+from shared.settings import settings as settings_from_environment
+
+FLEET_SECONDS = 15.0
+BACKLOG_SECONDS = 1.0
+PARENT_SECONDS = 0.5
+OPENAPI = OpenAPIConfig(
+    title="Engram",
+    version="1",
+    description="Memories of one tenant: the one the bearer token names.",
+    path="/schema",
+    render_plugins=[JsonRenderPlugin()],
+    use_handler_docstrings=True,
+    components=Components(
+        security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
+    ),
+)
+log = get_logger("gateway")
+
+
+def create() -> Edge:
+    """The factory for an ASGI server started by hand; `engram serve` goes through `gateway.serve`."""
+    return create_app(settings_from_environment())
+
+
+def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
+    """One worker's ASGI application. With `parent_pid` it ends itself when that process is gone."""
+    settings.require("control_plane_url", "jwks_url", "jwt_issuer")
+    configure(settings.log_level, cast(TextIO, UnfailingStderr()))
+    metrics.initialise()
+    _reserve_metrics_files()
+    usage_spool = spool.Spool(settings)
+    access_log = AccessLog()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        async with _running(app, settings, usage_spool, access_log, parent_pid):
+            yield
+
+    app = Litestar(
+        route_handlers=[v1.router(), health.health, health.ready, health.prometheus],
+        lifespan=[lifespan],
+        exception_handlers={Exception: answer},
+        openapi_config=OPENAPI,
+        logging_config=None,  # Litestar would log headers and bodies
+        debug=False,
+        request_max_body_size=settings.body_limit_bytes,
+    )
+    return Edge(app, usage_spool, access_log)
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    app: Litestar, settings: Settings, usage_spool: spool.Spool, access_log: AccessLog, parent_pid: int | None
+) -> AsyncIterator[None]:
+    _raise_file_limit()
+    control_plane = ControlPlane(settings, pool_size=2)
+    jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))
+    services = app.state.services = Services(
+        settings=settings,
+        spool=usage_spool,
+        jwks=jwks,
+        authenticator=Authenticator(settings, jwks),
+        tenants=Tenants(KnownTenants.of(control_plane), settings.tenant_refresh_seconds),
+        pool=TenantPool(settings),
+        usage=UsageReport(control_plane, settings),
+    )
+    services.tenants.start()
+    tick_seconds = min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2
+    work = [
+        Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
+        Periodic("spool", tick_seconds, usage_spool.tick).start(),
+        Periodic("spool-age", BACKLOG_SECONDS, lambda: _observe_backlog(usage_spool)).start(),
+        Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane)).start(),
+    ]
+    if parent_pid is not None:
+        orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
+        work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())
+    log.info("worker_started", pid=os.getpid(), port=settings.gateway_port)
+    try:
+        yield
+    finally:
+        await services.tenants.stop()
+        await services.pool.close()
+        await jwks.close()
+        services.usage.close()
+        for each in work:
+            await asyncio.to_thread(each.stop, 2.0)
+        try:
+            await asyncio.to_thread(usage_spool.close)
+        except SpoolUnavailable as e:
+            log.error("usage_events_unwritten", cause=str(e))
+        await asyncio.to_thread(control_plane.close)
+        log.info("worker_stopped", pid=os.getpid())
+        access_log.drain()
+
+
+def _observe_backlog(usage_spool: spool.Spool) -> None:
+    metrics.usage_oldest_unflushed_seconds.set(spool.oldest_age_seconds(usage_spool.dir))
+
+
+def _observe_fleet(control_plane: ControlPlane) -> None:
+    try:
+        row = control_plane.row("fleet_ages") or {}
+    except ControlPlaneUnavailable:
+        return  # `tenants_unread` says so already; the gauges keep their last values
+    metrics.backup_oldest_success_age_seconds.set(_number(row.get("backup_age_seconds")))
+    metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
+    metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
+
+
+def _number(value: object) -> float:
+    """NaN for "never": 0 would say "just now"."""
+    return math.nan if value is None else float(str(value))
+
+
+def _reserve_metrics_files() -> None:
+    """prometheus_client maps sparse files; on a full disk the first touch of a new page is a SIGBUS."""
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for path in Path(directory).glob(f"*_{os.getpid()}.db") if directory else ():
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+        except OSError as e:
+            log.error("metrics_file_unreserved", file=path.name, cause=e.strerror)
+        finally:
+            os.close(fd)
+
+
+def _raise_file_limit() -> None:
+    """An open tenant is about seven descriptors; the usual soft limit of 1,024 would be the pool's real size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _end_orphan(parent_pid: int, patience_seconds: float) -> Callable[[], None]:
+    """A SIGKILLed supervisor leaves its workers serving the port (FACTS): they must notice and go."""
+    noticed_at: float | None = None
+
+    def check() -> None:
+        nonlocal noticed_at
+        if os.getppid() == parent_pid:
+            return
+        if noticed_at is None:
+            noticed_at = time.monotonic()
+            log.error("worker_orphaned", parent_pid=parent_pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - noticed_at > patience_seconds:
+            os._exit(1)
+
+    return check

@@ -1,0 +1,177 @@
+"""Who is calling: RS256, ES256 or EdDSA tokens of one issuer, judged by its published keys.
+
+PyJWT supplies the signature algorithms; the checks around them are ours, because it accepts a missing `exp`,
+one that is a string or 10^400, foreign audiences beside ours, any `typ` and 1024-bit RSA (FACTS). Nothing in
+the token chooses its key or algorithm: `jku`, `x5u` and `jwk` are never looked at, `alg` must equal the key's.
+
+Every failure is the same 401 to the caller; the reason is a metric label and a field of the access line.
+No keys at all is not the caller's failure: 503.
+
+A verified token is remembered by its sha256 until it expires or the key set changes: 0.7 µs instead of 80.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gateway.jwks import Jwks
+from shared.errors import UnsafeTenantId
+from shared.settings import Settings
+from shared.tenant import check_tenant_id
+
+MAX_TOKEN_BYTES = 8_192
+MAX_KID_CHARS = 256
+ALGORITHMS = frozenset({"RS256", "ES256", "EdDSA"})
+TYPES = frozenset({"jwt", "at+jwt"})
+_LATEST = float(1 << 53)
+_SEGMENT = re.compile(rb"[A-Za-z0-9_-]+\Z")
+
+
+class Unauthenticated(Exception):
+    """`reason` is one of `shared.metrics.AUTH_FAILURES`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Caller(NamedTuple):
+    tenant_id: str
+    scopes: frozenset[str]
+    expires_at: float
+
+
+class Authenticator:
+    """Turns an `Authorization` header into a `Caller`. For one event loop."""
+
+    def __init__(self, settings: Settings, jwks: Jwks) -> None:
+        self._issuer = settings.jwt_issuer
+        self._audience = settings.jwt_audience
+        self._tenant_claim = settings.jwt_tenant_claim
+        self._leeway = settings.jwt_leeway_seconds
+        self._jwks = jwks
+        self._callers: dict[bytes, Caller] = {}
+        self._max_callers = settings.jwt_cache_entries
+        self._generation = -1
+
+    async def caller(self, authorization: list[bytes]) -> Caller:
+        """Raises `Unauthenticated` or `JwksUnavailable`."""
+        token = _bearer(authorization)
+        digest = hashlib.sha256(token).digest()
+        if self._jwks.usable() and self._generation == self._jwks.generation:
+            known = self._callers.get(digest)
+            if known is not None and time.time() < known.expires_at:
+                return known
+        caller = await self._verify(token)
+        self._remember(digest, caller)
+        return caller
+
+    def _remember(self, digest: bytes, caller: Caller) -> None:
+        if self._generation != self._jwks.generation:
+            self._callers.clear()
+            self._generation = self._jwks.generation
+        if self._max_callers == 0:
+            return
+        if len(self._callers) >= self._max_callers:
+            del self._callers[next(iter(self._callers))]  # the oldest entry: dicts keep their order
+        self._callers[digest] = caller
+
+    async def _verify(self, token: bytes) -> Caller:
+        parts = token.split(b".")
+        if len(parts) != 3:
+            raise Unauthenticated("malformed")
+        header = _json_object(parts[0])
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+            raise Unauthenticated("algorithm")
+        typ = header.get("typ", "JWT")
+        if "crit" in header or "b64" in header or not isinstance(typ, str) or typ.lower() not in TYPES:
+            raise Unauthenticated("malformed")
+        kid = header.get("kid")
+        if "kid" in header and not (isinstance(kid, str) and 0 < len(kid) <= MAX_KID_CHARS):
+            raise Unauthenticated("malformed")
+        signature = _base64url(parts[2])
+        key = await self._jwks.find(kid)
+        if key is None:
+            raise Unauthenticated("unknown_kid")
+        if key.algorithm != algorithm:
+            raise Unauthenticated("algorithm")
+        if not key.verifies(parts[0] + b"." + parts[1], signature):
+            raise Unauthenticated("signature")
+        return self._judge(_json_object(parts[1]))
+
+    def _judge(self, claims: dict[str, Any]) -> Caller:
+        now = time.time()
+        expires_at = _seconds(claims.get("exp"))
+        if now >= expires_at + self._leeway:
+            raise Unauthenticated("expired")
+        for name in ("nbf", "iat"):
+            if name in claims and _seconds(claims[name]) > now + self._leeway:
+                raise Unauthenticated("not_yet_valid")
+        if claims.get("iss") != self._issuer:
+            raise Unauthenticated("issuer")
+        audience = claims.get("aud")
+        audiences = [audience] if isinstance(audience, str) else audience
+        if not isinstance(audiences, list) or not all(isinstance(a, str) for a in audiences):
+            raise Unauthenticated("audience")
+        if self._audience not in audiences:
+            raise Unauthenticated("audience")
+        try:
+            tenant_id = check_tenant_id(claims.get(self._tenant_claim))  # type: ignore[arg-type]
+        except UnsafeTenantId:
+            raise Unauthenticated("claims") from None
+        return Caller(tenant_id, _scopes(claims.get("scope", "")), expires_at)
+
+
+def _bearer(authorization: list[bytes]) -> bytes:
+    if not authorization:
+        raise Unauthenticated("missing")
+    scheme, _, token = authorization[0].partition(b" ")
+    token = token.strip()
+    if len(authorization) > 1 or scheme.lower() != b"bearer" or not token:
+        raise Unauthenticated("malformed")
+    if len(token) > MAX_TOKEN_BYTES:
+        raise Unauthenticated("too_large")
+    return token
+
+
+def _base64url(segment: bytes) -> bytes:
+    if not _SEGMENT.match(segment):
+        raise Unauthenticated("malformed")
+    try:
+        return base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
+    except ValueError:
+        raise Unauthenticated("malformed") from None
+
+
+def _json_object(segment: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(_base64url(segment))
+    except (ValueError, RecursionError):
+        raise Unauthenticated("malformed") from None
+    if not isinstance(found, dict):
+        raise Unauthenticated("malformed")
+    return found
+
+
+def _seconds(value: object) -> float:
+    """A NumericDate: a number, not a bool, not a string, not infinite, not 10^400."""
+    if type(value) is not int and type(value) is not float:
+        raise Unauthenticated("claims")
+    if not -_LATEST < value < _LATEST or not math.isfinite(value):
+        raise Unauthenticated("claims")
+    return float(value)
+
+
+def _scopes(value: object) -> frozenset[str]:
+    words = value.split(" ") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+        raise Unauthenticated("claims")
+    return frozenset(w for w in words if w)

@@ -1,0 +1,153 @@
+"""The edge: a raw ASGI layer around everything, so that nothing is answered without being counted.
+
+It is not Litestar middleware because Litestar answers some errors outside of its middleware (and counts those
+as 200). Per request it mints the id, times, counts, writes one access line, and appends one usage event.
+
+The event is in the spool BEFORE `http.response.start` leaves: an answer a client has seen is an answer we can
+bill, whatever dies afterwards. Every path ends in `_record` exactly once: at the start of the answer, or, when
+there never was one (the client left, the worker is being stopped), as status 499.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from gateway.access_log import AccessLog
+from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
+from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, log_failure
+from shared import metrics, usage
+from shared.log import get_logger
+from shared.spool import Spool
+from shared.usage import UsageEvent
+
+ROUTE_OF_TEMPLATE = {
+    "/v1/memories": "/v1/memories",
+    "/v1/memories/{memory_id}": "/v1/memories/{id}",
+    "/v1/search": "/v1/search",
+    "/v1/usage": "/v1/usage",
+    "/health": "/health",
+    "/ready": "/ready",
+    "/metrics": "/metrics",
+    "/schema": "/schema",
+    "/schema/openapi.json": "/schema",
+    "/schema/{path}": "/schema",
+}
+_METHODS = frozenset({"GET", "POST", "PATCH", "PUT", "DELETE", "HEAD", "OPTIONS"})
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+DROP_BYTES = 8_388_608
+DROP_SECONDS = 5.0
+log = get_logger("gateway")
+
+
+class Edge:
+    """The ASGI application Granian serves: the edge around `app`."""
+
+    def __init__(self, app: ASGIApp, spool: Spool, access_log: AccessLog) -> None:
+        self._app = app
+        self._spool = spool
+        self._line = access_log.line
+        # Children are looked up once: `labels()` costs more than the increment.
+        self._counted: dict[tuple[str, str, int], Any] = {}
+        self._timed = {route: metrics.request_duration_seconds.labels(route) for route in metrics.ROUTES}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"]
+        exchange = Exchange(method if method in _METHODS else "OTHER", client_request_id(scope["headers"]))
+        scope[SCOPE_KEY] = exchange
+
+        async def read() -> Message:
+            message: Message = await receive()
+            exchange.whole = not message.get("more_body", False)  # also when the client has left
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._record(exchange, scope, message["status"])
+                if message["status"] >= 400 and message["status"] != 408 and not exchange.whole:
+                    await _drop_body(scope["headers"], read, exchange)
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", exchange.request_id.encode("ascii")),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, read, answer)
+        except Exception as e:
+            if exchange.status:  # the answer has begun: only the connection's end can still say that it failed
+                if exchange.status != CLIENT_LEFT.status:
+                    log.error("answer_failed", request_id=exchange.request_id, exc_info=e)
+                raise
+            log_failure(e, INTERNAL, exchange.request_id, exchange.tenant_id)
+            await _send_internal_error(exchange, answer)
+        finally:
+            if not exchange.status:
+                self._record(exchange, scope, CLIENT_LEFT.status)
+
+    def _record(self, exchange: Exchange, scope: Scope, status: int) -> None:
+        """The event, the counts and the access line of one request."""
+        elapsed = time.perf_counter() - exchange.started
+        exchange.status = status  # first: a failure below must not record a second time
+        route = ROUTE_OF_TEMPLATE.get(scope.get("path_template", ""), "unmatched")
+        tenant_id = exchange.tenant_id
+        if exchange.reached and tenant_id is not None:
+            counters = usage.count(route, status, exchange.created)
+            self._spool.append(UsageEvent(exchange.key, tenant_id, route, status, *counters, exchange.ts_us))
+        self._count(route, exchange, status)
+        self._timed[route].observe(elapsed)
+        fields: dict[str, Any] = {
+            "request_id": exchange.request_id,
+            "tenant_id": tenant_id,
+            "route": route,
+            "method": exchange.method,
+            "status": status,
+            "latency_ms": round(elapsed * 1_000, 3),
+        }
+        if exchange.client_request_id is not None:
+            fields["client_request_id"] = exchange.client_request_id
+        if exchange.auth_failure is not None:
+            fields["auth_failure"] = exchange.auth_failure
+        self._line("request", **fields)
+
+    def _count(self, route: str, exchange: Exchange, status: int) -> None:
+        key = (route, exchange.method, status)
+        child = self._counted.get(key)
+        if child is None:
+            child = self._counted[key] = metrics.requests_total.labels(route, exchange.method, str(status))
+        child.inc()
+        if exchange.shed:
+            metrics.shed_total.labels(route).inc()
+        if exchange.auth_failure is not None:
+            metrics.auth_failures_total.labels(exchange.auth_failure).inc()
+
+
+async def _drop_body(headers: Headers, read: Receive, exchange: Exchange) -> None:
+    """Read a refused request to its end, within bounds: a client that is still writing when the connection
+    closes gets a reset and never sees why. One that asked first (`Expect`) has not begun to write."""
+    names = {name for name, _ in headers}
+    if b"expect" in names or not names & {b"content-length", b"transfer-encoding"}:
+        return
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DROP_SECONDS):
+            while not exchange.whole and size <= DROP_BYTES:
+                size += len((await read()).get("body", b""))
+
+
+async def _send_internal_error(exchange: Exchange, answer: Send) -> None:
+    body = INTERNAL.body(exchange.request_id)
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
+    await answer({"type": "http.response.start", "status": INTERNAL.status, "headers": headers})
+    await answer({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,83 @@
+"""One request and its answer, as the edge sees them: ids, clocks, and what the inner layers found out.
+
+The edge makes an `Exchange` before anything else runs and hangs it on the ASGI scope; the guard writes who is
+calling, a handler writes how many memories it made, and the edge turns all of it into one usage event, one
+access line and one count.
+
+Request ids are UUIDv7 minted here: their first 48 bits are the time, so usage rows land at one end of the
+index. A client's own id is never a key: it could be repeated, and a repeated key is lost usage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SCOPE_KEY = "engram.exchange"
+CLIENT_REQUEST_ID_CHARS = 128
+
+
+class Exchange:
+    """Mutable on purpose: it is filled while the request runs. `status` is 0 until it was recorded."""
+
+    __slots__ = (
+        "auth_failure",
+        "client_request_id",
+        "created",
+        "key",
+        "method",
+        "reached",
+        "request_id",
+        "shed",
+        "started",
+        "status",
+        "tenant_id",
+        "ts_us",
+        "whole",
+    )
+
+    def __init__(self, method: str, client_request_id: str | None) -> None:
+        now_ns = time.time_ns()
+        self.key = mint(now_ns // 1_000_000)
+        self.request_id = as_text(self.key)
+        self.ts_us = now_ns // 1_000
+        self.started = time.perf_counter()
+        self.method = method
+        self.client_request_id = client_request_id
+        self.tenant_id: str | None = None
+        self.reached = False  # the token was accepted and named an active tenant: this request is an event
+        self.created = 0
+        self.shed = False
+        self.auth_failure: str | None = None
+        self.status = 0
+        self.whole = False  # the request was read to its end
+
+
+def exchange_of(scope: Mapping[str, Any]) -> Exchange:
+    """The exchange the edge hung on this scope."""
+    exchange: Exchange = scope[SCOPE_KEY]
+    return exchange
+
+
+def mint(milliseconds: int) -> bytes:
+    """The 16 bytes of a UUIDv7 of that time: 48 bits of time, version 7, 74 random bits."""
+    random = bytearray(os.urandom(10))
+    random[0] = 0x70 | (random[0] & 0x0F)
+    random[2] = 0x80 | (random[2] & 0x3F)
+    return milliseconds.to_bytes(6, "big") + random
+
+
+def as_text(key: bytes) -> str:
+    h = key.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
+def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The client's own `X-Request-Id`, cut and stripped of what does not print: it goes into a log line."""
+    for name, value in headers:
+        if name == b"x-request-id":
+            kept = bytes(b for b in value[:CLIENT_REQUEST_ID_CHARS] if 0x20 <= b < 0x7F)
+            return kept.decode("ascii") or None
+    return None

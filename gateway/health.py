@@ -1,0 +1,70 @@
+"""Is the process alive, may it take traffic, and what do its counters say. No token is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from litestar import Request, Response, get
+from litestar.openapi import ResponseSpec
+
+from gateway.jwks import JwksUnavailable
+from gateway.problems import MEDIA_TYPE, Problem, Refusal
+from gateway.schemas import ProblemView
+from gateway.services import Services, services_of
+from shared import metrics
+
+
+class Status(msgspec.Struct):
+    status: str
+
+
+@get("/health")
+async def health() -> Status:
+    """Alive: the event loop answers."""
+    return Status("ok")
+
+
+@get(
+    "/ready",
+    responses={
+        503: ResponseSpec(
+            ProblemView, media_type=MEDIA_TYPE, generate_examples=False, description="`failing` names the checks."
+        )
+    },
+)
+async def ready(request: Request[Any, Any, Any]) -> Status:
+    """May take traffic: tenants were read, keys are at hand, usage can be recorded."""
+    failing = await _failing(services_of(request))
+    if failing:
+        raise Refusal(
+            Problem(
+                503,
+                f"Not ready: {', '.join(failing)}.",
+                reason="not ready",
+                retry_after=1,
+                extra={"failing": failing},
+            )
+        )
+    return Status("ready")
+
+
+@get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
+async def prometheus() -> Response[bytes]:
+    """All workers of this gateway together."""
+    text = await asyncio.to_thread(metrics.render)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _failing(services: Services) -> list[str]:
+    failing = []
+    if not services.tenants.loaded:
+        failing.append("tenants")
+    if not services.spool.available:
+        failing.append("spool")
+    try:
+        await services.jwks.load()
+    except JwksUnavailable:
+        failing.append("jwks")
+    return failing

@@ -1,0 +1,44 @@
+"""Work that must happen every so often, off the event loop, each in a thread of its own.
+
+One thread a job, so that PostgreSQL taking its connect time-out cannot delay the spool's fsync.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from shared.log import get_logger
+
+log = get_logger("gateway")
+
+
+class Periodic:
+    """Calls `job` every `seconds` until `stop`; a failure is logged and the next turn tries again."""
+
+    def __init__(self, name: str, seconds: float, job: Callable[[], None]) -> None:
+        self._name = name
+        self._seconds = seconds
+        self._job = job
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> Periodic:
+        self._thread.start()
+        return self
+
+    def stop(self, timeout_seconds: float = 15.0) -> None:
+        """Let a running turn end. The job does not run after this returned (unless it hangs that long)."""
+        self._stop.set()
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.wait(self._seconds):
+            try:
+                self._job()
+                failing = False
+            except Exception as e:  # noqa: BLE001  a dead background thread is worse than any error in it
+                if not failing:  # once per outage, not once per turn
+                    log.error("background_work_failed", work=self._name, error=type(e).__name__, cause=str(e)[:500])
+                failing = True

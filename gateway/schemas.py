@@ -1,0 +1,136 @@
+"""What requests may say and what answers look like; msgspec checks the constraints while it decodes.
+
+Bounds are here and nowhere else. A NUL is refused in every text column: SQLite keeps it but cuts at it in some
+functions. Lone surrogates and invalid UTF-8 never get this far: the JSON decoder refuses them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+METADATA_BYTES = 65_536
+METADATA_DEPTH = 32
+
+Content = Annotated[str, Meta(min_length=1, max_length=100_000, description="the memory itself; searchable")]
+MemoryType = Annotated[str, Meta(min_length=1, max_length=64)]
+Tag = Annotated[str, Meta(min_length=1, max_length=128)]
+Tags = Annotated[list[Tag], Meta(max_length=64)]
+Importance = Annotated[float, Meta(ge=0, le=1)]
+Query = Annotated[str, Meta(min_length=1, max_length=1_000, description="in SQLite FTS5's query syntax")]
+Limit = Annotated[int, Meta(ge=1, le=100)]
+
+
+class CreateMemory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    content: Content
+    memory_type: MemoryType = "note"
+    tags: Tags = msgspec.field(default_factory=list)
+    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
+    importance: Importance = 0.5
+
+    def __post_init__(self) -> None:
+        _no_nul(self.content, self.memory_type, *self.tags)
+        _bounded(self.metadata)
+
+
+class UpdateMemory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """At least one field; a field that is absent stays as it is."""
+
+    content: Content | UnsetType = UNSET
+    memory_type: MemoryType | UnsetType = UNSET
+    tags: Tags | UnsetType = UNSET
+    metadata: dict[str, Any] | UnsetType = UNSET
+    importance: Importance | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is UNSET for name in self.__struct_fields__):
+            raise ValueError("nothing to change")
+        _no_nul(*(text for text in (self.content, self.memory_type) if isinstance(text, str)))
+        if self.tags is not UNSET:
+            _no_nul(*self.tags)
+        if self.metadata is not UNSET:
+            _bounded(self.metadata)
+
+
+class Search(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    query: Query
+    limit: Limit = 10
+    tags: Tags | None = None
+    memory_type: MemoryType | None = None
+
+
+class MemoryView(msgspec.Struct):
+    id: str
+    content: str
+    tags: list[str]
+    metadata: dict[str, Any]
+    memory_type: str
+    importance: float
+    created_at: str
+    updated_at: str
+    version: int
+
+
+class MemoryPage(msgspec.Struct):
+    """`next_cursor` continues the list, newest first; null at its end."""
+
+    memories: list[MemoryView]
+    next_cursor: str | None
+
+
+class SearchHit(msgspec.Struct):
+    """A larger score is a better match."""
+
+    memory: MemoryView
+    score: float
+
+
+class SearchResults(msgspec.Struct):
+    results: list[SearchHit]
+    count: int
+
+
+class UsageView(msgspec.Struct, rename={"from_": "from"}):
+    """Whole hours that begin in [from, to); `storage_bytes` is the size now."""
+
+    tenant_id: str
+    from_: str
+    to: str
+    api_calls: int
+    search_queries: int
+    memories_created: int
+    storage_bytes: int
+
+
+class ProblemView(msgspec.Struct):
+    """RFC 9457. `reason` and `retry_after` come with a 503."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    reason: str | UnsetType = UNSET
+    retry_after: int | UnsetType = UNSET
+
+
+def _no_nul(*texts: str) -> None:
+    if any("\x00" in text for text in texts):
+        raise ValueError("text must not contain NUL")
+
+
+def _bounded(metadata: dict[str, Any]) -> None:
+    if _depth(metadata) > METADATA_DEPTH:
+        raise ValueError(f"metadata is nested deeper than {METADATA_DEPTH}")
+    if len(msgspec.json.encode(metadata)) > METADATA_BYTES:
+        raise ValueError(f"metadata is larger than {METADATA_BYTES} bytes")
+
+
+def _depth(value: object, depth: int = 1) -> int:
+    """How deep the value is nested; stops counting once it is too deep."""
+    if depth > METADATA_DEPTH or not isinstance(value, (dict, list)):
+        return depth
+    items = value.values() if isinstance(value, dict) else value
+    return max((_depth(item, depth + 1) for item in items if isinstance(item, (dict, list))), default=depth)

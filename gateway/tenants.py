@@ -1,0 +1,91 @@
+"""Which tenants are active, known to this worker without asking PostgreSQL in a request.
+
+The map is read every `tenant_refresh_seconds`; when the control plane does not answer the last one stands. A
+tenant the map does not hold (or holds half-made) triggers one read for everybody who waits for it, at most
+every `ON_DEMAND_SECONDS`: a tenant works the moment it was created, and a flood of tokens for tenants that do
+not exist costs two queries a second. A read that began before the question was asked does not answer it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+
+from shared.errors import ControlPlaneUnavailable
+from shared.log import get_logger
+from shared.registry import KnownTenants, State
+
+ON_DEMAND_SECONDS = 0.5
+PATIENCE_SECONDS = 3.0
+log = get_logger("tenants")
+
+
+class Tenants:
+    """For one event loop; the reads run in a thread of its own, one at a time."""
+
+    def __init__(self, known: KnownTenants, refresh_seconds: float) -> None:
+        self._known = known
+        self._refresh_seconds = refresh_seconds
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tenants")
+        self._loop_task: asyncio.Task[None] | None = None
+        self._asked: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._asked_at = float("-inf")
+        self._failing = False
+
+    @property
+    def loaded(self) -> bool:
+        return self._known.loaded
+
+    def start(self) -> None:
+        self._loop_task = asyncio.get_running_loop().create_task(self._refresh_for_ever())
+
+    async def stop(self) -> None:
+        tasks = [t for t in (self._loop_task, *self._running) if t is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def state(self, tenant_id: str) -> State | None:
+        """The tenant's state, None if there is none. Raises `ControlPlaneUnavailable` before the first read."""
+        state = self._known.states.get(tenant_id)
+        if state is None or state == "creating":
+            await asyncio.wait({self._ask()}, timeout=PATIENCE_SECONDS)
+            state = self._known.states.get(tenant_id)
+            if state is None and not self._known.loaded:
+                raise ControlPlaneUnavailable("the tenants were never read")
+        return state
+
+    def _ask(self) -> asyncio.Task[None]:
+        if self._asked is None:
+            self._asked = asyncio.get_running_loop().create_task(self._read_on_demand())
+            self._running.add(self._asked)
+            self._asked.add_done_callback(self._running.discard)
+        return self._asked
+
+    async def _read_on_demand(self) -> None:
+        await asyncio.sleep(max(0.0, self._asked_at + ON_DEMAND_SECONDS - time.monotonic()))
+        self._asked_at = time.monotonic()
+        self._asked = None  # whoever asks from here on needs a later read
+        await self._read()
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await self._read()
+            await asyncio.sleep(self._refresh_seconds)
+
+    async def _read(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._known.refresh)
+        except (ControlPlaneUnavailable, psycopg.Error) as e:
+            if not self._failing:
+                log.error("tenants_unread", cause=str(e)[:300], tenants=len(self._known.states))
+            self._failing = True
+        else:
+            if self._failing:
+                log.info("tenants_read_again", tenants=len(self._known.states))
+            self._failing = False

@@ -1,0 +1,331 @@
+"""A real gateway for tests: PostgreSQL, an issuer over HTTP with keys made here, Granian with two workers.
+
+`stack` is started once a session. Tests that kill things start a gateway of their own with `gateway(...)`, on
+the same PostgreSQL and issuer. Nothing is mocked; a test that needs a broken part breaks the part.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import psutil
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from deployments.postgres import EmbeddedPostgres
+from shared import registry, spool
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from shared.usage import UsageEvent
+
+AUDIENCE = "engram"
+ISSUER = "https://issuer.test"
+SCOPES = "memories:read memories:write search"
+_numbers = itertools.count(1)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Poll until `check` answers something true; an exception counts as no. The limit only ends a broken test."""
+    deadline = time.monotonic() + seconds
+    last: object = None
+    while time.monotonic() < deadline:
+        try:
+            last = check()
+            if last:
+                return last
+        except (httpx.HTTPError, AssertionError, OSError, psutil.Error) as e:
+            last = e
+        time.sleep(0.05)
+    raise AssertionError(f"never came true: {last!r}")
+
+
+@contextlib.contextmanager
+def control_plane_url(directory: Path) -> Iterator[str]:
+    """A PostgreSQL of our own, migrated by the caller."""
+    with EmbeddedPostgres(directory, free_port()) as postgres:
+        yield postgres.url()
+
+
+@dataclass
+class SigningKey:
+    kid: str | None
+    algorithm: str
+    private: Any
+
+    def jwk(self) -> dict[str, Any]:
+        algorithm = jwt.get_algorithm_by_name(self.algorithm)
+        found: dict[str, Any] = algorithm.to_jwk(self.private.public_key(), as_dict=True)
+        found.pop("key_ops", None)
+        return {**found, **({} if self.kid is None else {"kid": self.kid}), "use": "sig"}
+
+
+def new_key(algorithm: str, kid: str | None = None, bits: int = 2_048) -> SigningKey:
+    kid = kid or f"key-{next(_numbers)}"
+    match algorithm:
+        case "RS256":
+            return SigningKey(kid, algorithm, rsa.generate_private_key(65_537, bits))
+        case "ES256":
+            return SigningKey(kid, algorithm, ec.generate_private_key(ec.SECP256R1()))
+        case _:
+            return SigningKey(kid, algorithm, ed25519.Ed25519PrivateKey.generate())
+
+
+class Issuer:
+    """Publishes `keys` over HTTP; `failing` answers 500. Counts fetches."""
+
+    def __init__(self) -> None:
+        self.keys = [new_key("ES256"), new_key("RS256"), new_key("EdDSA")]
+        self.extra: list[Any] = []
+        self.failing = False
+        self.fetches = 0
+        self.delay = threading.Event()
+        self.delay.set()
+        issuer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                issuer.fetches += 1
+                issuer.delay.wait(10)
+                body = json.dumps({"keys": [k.jwk() for k in issuer.keys] + issuer.extra}).encode()
+                self.send_response(500 if issuer.failing else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/jwks.json"
+
+    def close(self) -> None:
+        self.delay.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def claims(self, tenant_id: str, /, **changes: Any) -> dict[str, Any]:
+        """Good claims with `changes`; a change to `...` removes the claim."""
+        now = int(time.time())
+        claims = {
+            "iss": ISSUER,
+            "aud": AUDIENCE,
+            "exp": now + 600,
+            "iat": now,
+            "tenant_id": tenant_id,
+            "scope": SCOPES,
+        }
+        return {k: v for k, v in (claims | changes).items() if v is not ...}
+
+    def token(
+        self, tenant_id: str, /, *, key: SigningKey | None = None, header: dict[str, Any] | None = None, **changes: Any
+    ) -> str:
+        key = key or self.keys[0]
+        return sign(key, self.claims(tenant_id, **changes), header)
+
+
+def sign(key: SigningKey, claims: Any, header: dict[str, Any] | None = None) -> str:
+    """A token with exactly these claims; our own assembly, because PyJWT refuses to make the bad ones."""
+    head = {"alg": key.algorithm, "typ": "JWT", "kid": key.kid} | (header or {})
+    head = {k: v for k, v in head.items() if v is not ...}
+    payload = claims if isinstance(claims, str) else json.dumps(claims)
+    signed = segment(json.dumps(head)) + "." + segment(payload)
+    signature = jwt.get_algorithm_by_name(key.algorithm).sign(signed.encode(), key.private)
+    return signed + "." + base64.urlsafe_b64encode(signature).rstrip(b"=").decode()
+
+
+def segment(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+
+@dataclass
+class Gateway:
+    """A running gateway; `client` speaks to it as whoever the headers say."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    data_dir: Path
+    log_path: Path
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes: children with a listening socket."""
+        children = psutil.Process(self.process.pid).children()
+        return [c for c in children if any(x.status == psutil.CONN_LISTEN for x in c.net_connections("tcp"))]
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+    def access_line(self, request_id: str) -> dict[str, Any]:
+        """The access line of one request, once the worker wrote it."""
+        found: dict[str, Any] = eventually(
+            lambda: next((x for x in self.log() if x.get("request_id") == request_id and "latency_ms" in x), None)
+        )
+        return found
+
+    def events(self, tenant_id: str) -> list[UsageEvent]:
+        """The tenant's events in all segments, sealed or not."""
+        directory = self.data_dir / "spool"
+        for _ in range(20):  # a segment may be sealed (renamed) between listing and reading
+            with contextlib.suppress(FileNotFoundError):
+                paths = sorted([*directory.glob("*.seg"), *directory.glob("*.open")])
+                return [e for p in paths for e in spool.read(p).events if e.tenant_id == tenant_id]
+        raise AssertionError("segments keep moving")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry these labels."""
+        total = 0.0
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith((name + "{", name + " ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rpartition(" ")[2])
+        return total
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def gateway(
+    data_dir: Path, control_plane: str, issuer: Issuer, *, ready_path: str = "/ready", **settings: Any
+) -> Iterator[Gateway]:
+    """`engram serve` in a process of its own, ready; killed with its workers if it is still there at the end."""
+    port = free_port()
+    values = {
+        "data_dir": data_dir,
+        "control_plane_url": control_plane,
+        "jwks_url": issuer.url,
+        "jwt_issuer": ISSUER,
+        "gateway_port": port,
+        "gateway_workers": 2,
+        "usage_flush_seconds": 0.2,
+        "usage_fsync_seconds": 0.1,
+        "tenant_refresh_seconds": 0.3,
+        "tenant_lock_wait_seconds": 1,
+        "jwks_cooldown_seconds": 0.2,
+        "body_limit_bytes": 500_000,
+        "gateway_kill_timeout_seconds": 10,
+    } | settings
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
+    environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()}
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log_path = data_dir / f"gateway-{port}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.serve"], env=environment, stderr=log, stdout=subprocess.DEVNULL
+        )
+    started = Gateway(process, f"http://127.0.0.1:{port}", data_dir, log_path)
+    workers: list[psutil.Process] = []
+    try:
+        eventually(lambda: started.client.get(ready_path).status_code == 200, 40)
+        workers = eventually(lambda: w if len(w := started.workers()) == values["gateway_workers"] else None)
+        yield started
+    finally:
+        started.client.close()
+        with contextlib.suppress(psutil.Error):
+            workers += psutil.Process(process.pid).children()
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for worker in workers:
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
+
+
+@dataclass
+class Stack:
+    gateway: Gateway
+    issuer: Issuer
+    control_plane: ControlPlane
+    control_plane_url: str
+    settings: Settings
+
+    def tenant(self) -> str:
+        """A new active tenant with an empty database."""
+        tenant_id = f"tenant-{next(_numbers)}"
+        registry.create(self.control_plane, self.settings, tenant_id)
+        return tenant_id
+
+    @functools.cached_property
+    def idle_tenant(self) -> str:
+        """One tenant for all tests that leave nothing behind in its database."""
+        return self.tenant()
+
+    def headers(self, tenant_id: str, /, **claims: Any) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.issuer.token(tenant_id, **claims)}"}
+
+    def client(self, tenant_id: str, /, **claims: Any) -> httpx.Client:
+        """A client with a good token of this tenant."""
+        return httpx.Client(
+            base_url=self.gateway.url, headers=self.headers(tenant_id, **claims), timeout=30, trust_env=False
+        )
+
+
+_STACK = pytest.StashKey[Stack]()
+
+
+@pytest.fixture
+def stack(request: pytest.FixtureRequest) -> Stack:
+    """The session's stack. Kept in the stash: a session fixture imported by many modules would start many."""
+    if _STACK not in request.config.stash:
+        closing = contextlib.ExitStack()
+        request.config.add_cleanup(closing.close)
+        directory = Path(closing.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        url = closing.enter_context(control_plane_url(directory / "control-plane"))
+        settings = Settings(data_dir=directory / "data", control_plane_url=url)  # type: ignore[arg-type]
+        control_plane = closing.enter_context(ControlPlane(settings))
+        control_plane.migrate()
+        issuer = Issuer()
+        closing.callback(issuer.close)
+        running = closing.enter_context(gateway(settings.data_dir, url, issuer))
+        request.config.stash[_STACK] = Stack(running, issuer, control_plane, url, settings)
+    return request.config.stash[_STACK]
+
+
+def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    """Every error is a problem document that carries its own request id."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert {"type", "title", "status", "detail", "request_id"} <= document.keys()
+    assert document["status"] == status
+    assert document["request_id"] == response.headers["x-request-id"]
+    if status in (429, 503):
+        assert response.headers["retry-after"] == str(document["retry_after"])
+    return document

@@ -1,0 +1,156 @@
+"""The edge around an application that misbehaves: always one answer, one event, one line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from gateway.access_log import AccessLog
+from gateway.edge import Edge
+from gateway.exchange import exchange_of, mint
+from shared import spool
+from shared.settings import Settings
+from shared.usage import UsageEvent
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class Seen:
+    """What came out of one request: ASGI messages, the segments when the answer began, events, access lines."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.events_at_start: list[UsageEvent] = []
+        self.events: list[UsageEvent] = []
+        self.lines: list[dict[str, Any]] = []
+        self.error: BaseException | None = None
+
+
+def request(app: App, tmp_path: Any, *, cancel: bool = False) -> Seen:
+    """Send one request through an edge around `app`, with a real spool and a pipe for stderr."""
+    seen = Seen()
+    usage = spool.Spool(Settings(data_dir=tmp_path))
+    reading, writing = os.pipe()
+    access_log = AccessLog(writing)
+
+    def events() -> list[UsageEvent]:
+        return [e for p in usage.dir.iterdir() for e in spool.read(p).events]
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            seen.events_at_start = events()
+        seen.messages.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def reached(scope: Any, receive: Any, send: Any) -> None:
+        scope["path_template"] = "/v1/memories"
+        exchange = exchange_of(scope)
+        exchange.tenant_id, exchange.reached, exchange.created = "acme", True, 1
+        await app(scope, receive, send)
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "headers": [(b"x-request-id", b"theirs")]}
+        task = asyncio.create_task(Edge(reached, usage, access_log)(scope, receive, send))
+        await asyncio.sleep(0)
+        if cancel:
+            task.cancel()
+        try:
+            await task
+        except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001
+            seen.error = e
+
+    asyncio.run(run())
+    access_log.drain()
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        seen.lines = [json.loads(line) for line in pipe]
+    seen.events = events()
+    usage.close()
+    return seen
+
+
+async def _start(send: Any, status: int = 201) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+
+
+async def good(scope: Any, receive: Any, send: Any) -> None:
+    await _start(send)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def raises(scope: Any, receive: Any, send: Any) -> None:
+    raise ValueError("sesame")
+
+
+async def raises_late(scope: Any, receive: Any, send: Any) -> None:
+    await _start(send)
+    raise ValueError("sesame")
+
+
+async def silent(scope: Any, receive: Any, send: Any) -> None:
+    return
+
+
+async def stuck(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(3_600)
+
+
+def test_the_event_is_in_the_spool_before_the_answer_begins(tmp_path: Any) -> None:
+    """What a client has seen is billed, even if the worker dies the next instant."""
+    seen = request(good, tmp_path)
+    assert seen.events_at_start == seen.events and len(seen.events) == 1
+    assert seen.events[0].status == 201 and seen.events[0].memories_created == 1
+    assert [h for h in seen.messages[0]["headers"] if h[0] == b"x-request-id"]
+
+
+def test_a_crash_is_a_500_problem_with_the_request_id_and_no_cause(tmp_path: Any, capfd: Any) -> None:
+    """The cause is for the log; nothing is billed, and one event says that it happened."""
+    seen = request(raises, tmp_path)
+    body = json.loads(seen.messages[1]["body"])
+    assert seen.messages[0]["status"] == 500 == body["status"] and "sesame" not in str(body)
+    assert (b"content-type", b"application/problem+json") in seen.messages[0]["headers"]
+    assert body["request_id"] == seen.lines[0]["request_id"]
+    assert [(e.status, e.api_calls, e.memories_created) for e in seen.events] == [(500, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("app", "cancel", "status"),
+    [(good, False, 201), (raises, False, 500), (raises_late, False, 201), (silent, False, 499), (stuck, True, 499)],
+)
+def test_however_it_ends_it_is_recorded_once(tmp_path: Any, app: App, cancel: bool, status: int) -> None:
+    """One event and one access line with the same id and status."""
+    seen = request(app, tmp_path, cancel=cancel)
+    assert len(seen.lines) == len(seen.events) == 1
+    assert seen.lines[0]["status"] == seen.events[0].status == status
+    assert seen.lines[0]["request_id"].replace("-", "") == seen.events[0].request_id.hex()
+    assert seen.lines[0]["client_request_id"] == "theirs"
+    assert (seen.error is not None) == (app in (raises_late, stuck))
+
+
+def test_request_ids_are_version_7_and_sort_by_their_millisecond() -> None:
+    """The drain and the partitions rely on the time in the id."""
+    ids = [mint(ms) for ms in (1, 2, 1_800_000_000_000)]
+    assert ids == sorted(ids)
+    assert all(i[6] >> 4 == 7 and i[8] >> 6 == 2 and len(i) == 16 for i in ids)
+    assert int.from_bytes(ids[2][:6], "big") == 1_800_000_000_000
+
+
+def test_access_lines_leave_in_pieces_a_pipe_keeps_whole(tmp_path: Any) -> None:
+    """Two workers share one stderr: a write above PIPE_BUF could be torn by the other's."""
+    reading, writing = os.pipe()
+    access_log = AccessLog(writing)
+    for n in range(100):
+        access_log.line("request", n=n, pad="x" * 300)
+    access_log.drain()
+    os.close(writing)
+    pieces = iter(lambda: os.read(reading, 4_096), b"")
+    lines = [json.loads(line)["n"] for piece in [b"".join(pieces)] for line in piece.splitlines()]
+    os.close(reading)
+    assert lines == list(range(100))

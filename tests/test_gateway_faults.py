@@ -1,0 +1,200 @@
+"""Broken parts: maintenance, swaps, corrupt and full databases, a spool that cannot write, no control plane."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+
+from shared import registry
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from shared.tenant import TenantPaths
+from tests.gateway_stack import (  # noqa: F401
+    Stack,
+    assert_problem,
+    control_plane_url,
+    eventually,
+    gateway,
+    stack,
+)
+
+
+def paths_of(stack: Stack, tenant: str) -> TenantPaths:  # noqa: F811
+    return TenantPaths.of(stack.settings.tenants_dir, tenant)
+
+
+def test_under_a_maintenance_mark_writes_wait_and_reads_go_on(stack: Stack) -> None:  # noqa: F811
+    """503 with the reason for POST, PATCH and DELETE; GET and search answer; afterwards everything works."""
+    tenant = stack.tenant()
+    with stack.client(tenant) as api:
+        path = f"/v1/memories/{api.post('/v1/memories', json={'content': 'before'}).json()['id']}"
+        mark = paths_of(stack, tenant).mark
+        mark.write_text("test")
+        for refused in (
+            api.post("/v1/memories", json={"content": "x"}),
+            api.patch(path, json={"content": "x"}),
+            api.delete(path),
+        ):
+            assert assert_problem(refused, 503)["reason"] == "maintenance"
+        assert api.get(path).json()["content"] == "before"
+        assert api.get("/v1/memories").status_code == 200
+        assert api.post("/v1/search", json={"query": "before"}).json()["count"] == 1
+        mark.unlink()
+        assert api.patch(path, json={"content": "after"}).json()["content"] == "after"
+    refused_events = [e for e in stack.gateway.events(tenant) if e.status == 503]
+    assert len(refused_events) == 3 and not any(e.api_calls for e in refused_events)
+
+
+def test_a_lookup_waits_out_a_short_swap_and_reads_the_new_generation(stack: Stack) -> None:  # noqa: F811
+    """While the exclusive lock is held nobody reads; then the reader on the event loop has the new file too."""
+    tenant = stack.tenant()
+    paths = paths_of(stack, tenant)
+    with stack.client(tenant) as api:
+        kept = api.post("/v1/memories", json={"content": "kept"}).json()["id"]
+        copy = paths.generation_dir(2)
+        lock = os.open(paths.lock, os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answers = []
+        reading = threading.Thread(target=lambda: answers.append(api.get(f"/v1/memories/{kept}")))
+        reading.start()
+        shutil.copytree(paths.generation_dir(1), copy)
+        link = paths.root / "next"
+        link.symlink_to("generations/000002")
+        link.rename(paths.current)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
+        reading.join()
+        assert answers[0].status_code == 200
+        shutil.rmtree(paths.generation_dir(1))
+        for n in range(5):
+            written = api.patch(f"/v1/memories/{kept}", json={"content": f"new {n}"}).json()
+            assert api.get(f"/v1/memories/{kept}").json() == written
+
+
+def test_a_swap_that_takes_too_long_is_503_maintenance_also_for_reads(stack: Stack) -> None:  # noqa: F811
+    """A request waits for the fence only so long."""
+    tenant = stack.tenant()
+    with stack.client(tenant) as api:
+        made = api.post("/v1/memories", json={"content": "x"}).json()["id"]
+        lock = os.open(paths_of(stack, tenant).lock, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for refused in (api.get(f"/v1/memories/{made}"), api.post("/v1/memories", json={"content": "x"})):
+                assert assert_problem(refused, 503)["reason"] == "maintenance"
+        finally:
+            os.close(lock)
+        assert api.get(f"/v1/memories/{made}").status_code == 200
+
+
+def test_a_missing_or_corrupt_database_is_503_and_counted_and_heals_without_a_restart(stack: Stack) -> None:  # noqa: F811
+    """Never 500, never an empty database in its place; the tenant works again when its file is back."""
+    missing, corrupt = stack.tenant(), stack.tenant()
+    before = stack.gateway.metric("engram_db_open_failures_total")
+    hidden = paths_of(stack, missing).current.with_name("hidden")
+    paths_of(stack, missing).current.rename(hidden)
+    file = paths_of(stack, corrupt).generation_dir(1) / "engram.db"
+    good = file.read_bytes()
+    file.write_bytes(b"not a database at all" * 1_000)
+    for tenant in (missing, corrupt):
+        with stack.client(tenant) as api:
+            refused = assert_problem(api.get("/v1/memories"), 503)
+            assert refused["reason"] == "tenant database unavailable"
+            assert "/" not in refused["detail"]
+    assert stack.gateway.metric("engram_db_open_failures_total") >= before + 2
+    hidden.rename(paths_of(stack, missing).current)
+    file.write_bytes(good)
+    for tenant in (missing, corrupt):
+        with stack.client(tenant) as api:
+            assert api.post("/v1/memories", json={"content": "back"}).status_code == 201
+
+
+@pytest.fixture
+def small_disks(tmp_path):
+    """Two file systems of a megabyte or two; needs root."""
+    disks = []
+    for name in ("tenants", "spool"):
+        disk = tmp_path / f"disk-{name}"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+            pytest.skip("cannot mount a tmpfs here")
+        disks.append(disk)
+    yield disks
+    for disk in disks:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_lost(
+    stack: Stack,  # noqa: F811
+    tmp_path,
+    small_disks,
+) -> None:
+    """A tenant without space can still read; when usage cannot be recorded nobody is served; then all is there."""
+    tenant = stack.tenant()
+    tenant_disk, spool_disk = small_disks
+    data_dir = tmp_path / "data"
+    (data_dir / "tenants").mkdir(parents=True)
+    shutil.copytree(stack.settings.tenants_dir / tenant, tenant_disk / tenant, symlinks=True)
+    (data_dir / "tenants" / tenant).symlink_to(tenant_disk / tenant)
+    (data_dir / "spool").symlink_to(spool_disk)
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, gateway_workers=1) as full:
+        answered = []
+        api = full.client
+        api.headers.update(stack.headers(tenant))
+
+        def ask(method: str, **kwargs: object) -> int:
+            answered.append(api.request(method, "/v1/memories", **kwargs))
+            return answered[-1].status_code
+
+        while ask("POST", json={"content": "word " * 15_000}) == 201:
+            pass
+        assert_problem(answered[-1], 507)
+        assert ask("GET") == 200
+
+        filler = spool_disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
+            while f.write(b"x" * 4_096):
+                pass
+        eventually(lambda: ask("GET") == 503)
+        assert assert_problem(answered[-1], 503)["reason"] == "spool full"
+        assert assert_problem(api.get("/ready"), 503)["failing"] == ["spool"]
+        filler.unlink()
+        eventually(lambda: ask("GET") == 200)
+
+        assert {r.status_code for r in answered} == {201, 507, 200, 503}
+        billed = [r for r in answered if r.status_code != 503]
+        eventually(lambda: len(full.events(tenant)) == len(billed))
+        assert full.metric("engram_usage_lost_total") == 0
+        assert full.metric("engram_usage_flush_failures_total") > 0
+        assert full.metric("engram_shed_total", route="/v1/memories") == len(answered) - len(billed)
+
+
+def test_without_the_control_plane_known_tenants_are_served(stack: Stack, tmp_path) -> None:  # noqa: F811
+    """The last map stands; only /v1/usage, which must ask PostgreSQL, answers 503."""
+    with contextlib.ExitStack() as postgres:
+        url = postgres.enter_context(control_plane_url(tmp_path / "control-plane"))
+        settings = Settings(data_dir=tmp_path / "data", control_plane_url=url)
+        with ControlPlane(settings) as control_plane:
+            control_plane.migrate()
+            registry.create(control_plane, settings, "acme")
+        with gateway(
+            settings.data_dir,
+            url,
+            stack.issuer,
+            gateway_workers=1,
+            control_plane_connect_timeout_seconds=1,
+        ) as served:
+            postgres.close()
+            api = served.client
+            api.headers.update(stack.headers("acme"))
+            assert api.post("/v1/memories", json={"content": "x"}).status_code == 201
+            assert api.get("/ready").status_code == 200
+            assert assert_problem(api.get("/v1/usage"), 503)["reason"] == "control plane unavailable"
+            assert_problem(api.get("/v1/memories", headers=stack.headers("nobody")), 403)
+            assert len(served.events("acme")) == 2

@@ -1,0 +1,163 @@
+"""The pool of open databases: its cap, its order, its fairness, and what it does when a database is bad."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.pool import PER_TENANT_QUEUE, TenantPool
+from gateway.problems import Refusal
+from shared.engine import database, memories
+from shared.engine.memories import NewMemory
+from shared.errors import TenantDatabaseUnavailable, UnknownMemory
+from shared.settings import Settings
+from shared.tenant import TenantPaths
+
+
+def with_pool(tmp_path: Path, test: Callable[[TenantPool], Awaitable[None]], tenants: int, **settings: Any) -> None:
+    configured = Settings(data_dir=tmp_path, **settings)
+    for n in range(tenants):
+        database.create(TenantPaths.of(configured.tenants_dir, f"t{n}"))
+
+    async def run() -> None:
+        pool = TenantPool(configured)
+        try:
+            await test(pool)
+        finally:
+            await asyncio.wait_for(pool.close(), 20)
+
+    asyncio.run(run())
+    for n in range(tenants):  # the last close of each database checkpoints it away
+        assert not list((configured.tenants_dir / f"t{n}" / "generations").rglob("*-wal"))
+
+
+def _open_count(pool: TenantPool) -> int:
+    return len(pool._open)
+
+
+def test_the_least_recently_used_is_closed_and_every_tenant_keeps_working(tmp_path: Path) -> None:
+    """More tenants than room: never more open than the cap, and what was written is there after reopening."""
+
+    async def test(pool: TenantPool) -> None:
+        ids = {}
+        for _ in range(3):
+            for n in range(6):
+                made = await pool.write(f"t{n}", lambda c, n=n: memories.create(c, NewMemory(f"m{n}")))
+                ids[n] = made.id
+                assert _open_count(pool) <= 2
+                found = await pool.look_up(f"t{n}", lambda c, i=made.id: memories.get(c, i))
+                assert found == made
+        for n in range(6):
+            assert await pool.read(f"t{n}", memories.count) == 3
+
+    with_pool(tmp_path, test, 6, tenant_pool_size=2)
+
+
+def test_many_at_once_on_few_handles_all_finish(tmp_path: Path) -> None:
+    """Opening, evicting, reading and writing interleave; every write is there exactly once."""
+
+    async def test(pool: TenantPool) -> None:
+        async def use(n: int) -> None:
+            tenant = f"t{n % 5}"
+            while True:
+                try:
+                    made = await pool.write(tenant, lambda c: memories.create(c, NewMemory("x")))
+                    break
+                except Refusal:
+                    await asyncio.sleep(0.01)
+            with contextlib.suppress(Refusal):
+                await pool.look_up(tenant, lambda c: memories.get(c, made.id))
+
+        await asyncio.gather(*(use(n) for n in range(100)))
+        assert [await pool.read(f"t{n}", memories.count) for n in range(5)] == [20] * 5
+
+    with_pool(tmp_path, test, 5, tenant_pool_size=2, gateway_threads=2)
+
+
+def test_a_handle_in_use_is_never_evicted(tmp_path: Path) -> None:
+    """With every place taken by running work the next tenant is shed, not the work."""
+
+    async def test(pool: TenantPool) -> None:
+        entered, leave = threading.Event(), threading.Event()
+
+        def job(connection: sqlite3.Connection) -> int:
+            entered.set()
+            leave.wait(20)
+            return memories.count(connection)
+
+        running = asyncio.create_task(pool.read("t0", job))
+        await asyncio.to_thread(entered.wait, 20)
+        with pytest.raises(Refusal) as refused:
+            await pool.read("t1", memories.count)
+        assert refused.value.problem.status == 503 and refused.value.problem.reason == "shed"
+        leave.set()
+        assert await running == 0
+        assert await pool.read("t1", memories.count) == 0
+
+    with_pool(tmp_path, test, 2, tenant_pool_size=1, gateway_threads=2)
+
+
+def test_a_hot_tenant_is_shed_before_it_takes_the_threads_from_the_others(tmp_path: Path) -> None:
+    """Its requests wait on its own lock, up to a bound; another tenant gets through meanwhile."""
+
+    async def test(pool: TenantPool) -> None:
+        leave = threading.Event()
+        hot = [asyncio.create_task(pool.read("t0", lambda c: leave.wait(20))) for _ in range(PER_TENANT_QUEUE + 10)]
+        await asyncio.sleep(0)
+        assert await pool.read("t1", memories.count) == 0
+        leave.set()
+        results = await asyncio.gather(*hot, return_exceptions=True)
+        assert sum(isinstance(r, Refusal) for r in results) == 10
+        assert results.count(True) == PER_TENANT_QUEUE
+
+    with_pool(tmp_path, test, 2, gateway_threads=2)
+
+
+def test_a_cancelled_caller_leaves_its_handle_only_when_the_thread_has(tmp_path: Path) -> None:
+    """The next user of the tenant waits for the thread, not for the caller that went away."""
+
+    async def test(pool: TenantPool) -> None:
+        entered, leave, order = threading.Event(), threading.Event(), []
+
+        def slow(connection: sqlite3.Connection) -> None:
+            entered.set()
+            leave.wait(20)
+            order.append("slow")
+
+        running = asyncio.create_task(pool.read("t0", slow))
+        await asyncio.to_thread(entered.wait, 20)
+        running.cancel()
+        await asyncio.sleep(0)
+        following = asyncio.create_task(pool.read("t0", lambda c: order.append("next")))
+        await asyncio.sleep(0.05)
+        assert order == []
+        leave.set()
+        await following
+        assert order == ["slow", "next"]
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_a_tenant_without_a_database_fails_alone_and_leaves_no_place_taken(tmp_path: Path) -> None:
+    """Opening fails for everybody who waits for it; the place is free again and nothing was created."""
+
+    async def test(pool: TenantPool) -> None:
+        for _ in range(3):
+            results = await asyncio.gather(
+                *(pool.read("ghost", memories.count) for _ in range(5)), return_exceptions=True
+            )
+            assert all(isinstance(r, TenantDatabaseUnavailable) for r in results)
+        assert _open_count(pool) == 0
+        assert await pool.read("t0", memories.count) == 0
+        with pytest.raises(UnknownMemory):
+            await pool.look_up("t0", lambda c: memories.get(c, "x"))
+
+    with_pool(tmp_path, test, 1, tenant_pool_size=1)
+    assert not (tmp_path / "tenants" / "ghost").exists()
