@@ -6,7 +6,6 @@ is corrupt, deleted or unverified.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -16,12 +15,12 @@ from uuid6 import uuid7
 
 from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
+from shared.receipt import Receipt
 from shared.snapshot import Snapshot
 from shared.tenant import check_tenant_id, object_key
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Receipt, frozen=True):
     """A snapshot that lies whole in the object store."""
 
     snapshot: Snapshot
@@ -29,8 +28,7 @@ class Stored:
     stored_bytes: int
 
 
-@dataclass(frozen=True)
-class Backup:
+class Backup(Receipt, frozen=True):
     """One row of `backups`."""
 
     backup_id: UUID

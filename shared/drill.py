@@ -4,7 +4,7 @@ The sandbox is `data_dir/sandbox`, apart from `tenants/`: nothing here can reach
 
     pass          every check held
     fail          the backup is not what the catalogue says, or does not work: restoring it would hurt
-    inconclusive  we could not look (store or control plane unreachable): says nothing about the backup
+    inconclusive  we could not look (store unreachable, credentials refused): says nothing about the backup
 
 RTO is measured from the start of the download to the last check; RPO is how old the newest memory's recovery
 point was when the test began (the snapshot's own age).
@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -27,8 +26,9 @@ from uuid6 import uuid7
 from shared import catalogue, generation, registry, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
-from shared.errors import CorruptBackup, Transient, UnknownBackup
+from shared.errors import CorruptBackup, ObjectStoreRefused, Transient, UnknownBackup
 from shared.objects import ObjectStore
+from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.smoke import Check
 from shared.tenant import TenantPaths
@@ -37,8 +37,7 @@ from shared.workdir import workdir
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
-@dataclass(frozen=True)
-class Picked:
+class Picked(Receipt, frozen=True):
     """What is tested and why this one."""
 
     test_id: UUID
@@ -48,8 +47,7 @@ class Picked:
     started_at: datetime
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(Receipt, frozen=True):
     """The backup's bytes in the sandbox; `file` is None when they could not be had, `check` says why."""
 
     picked: Picked
@@ -60,8 +58,7 @@ class Fetched:
     clock: float
 
 
-@dataclass(frozen=True)
-class Tested:
+class Tested(Receipt, frozen=True):
     picked: Picked
     checks: tuple[Check, ...]
     outcome: Outcome
@@ -103,7 +100,7 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path) -> Fetched:
         seen = f"{size} bytes, sha256 {picked.backup.sha256[:12]}… as in the catalogue"
     except CorruptBackup as e:
         failure = str(e)
-    except Transient as e:
+    except (Transient, ObjectStoreRefused) as e:
         failure, inconclusive = str(e), True
     ms = round((time.perf_counter() - clock) * 1000, 3)
     check = Check("sha256", failure is None, failure or seen, ms)

@@ -35,6 +35,7 @@ class Mark(msgspec.Struct, frozen=True):
     from_generation: int
     to_generation: int
     set_at: float
+    putting_back: bool = False  # the new database did not verify: the old one must, before anybody gets in
 
 
 def read_mark(paths: TenantPaths) -> Mark | None:
@@ -83,16 +84,27 @@ class Fence:
         self._fd = _open_lock(paths.lock)
         self._raised_at = 0.0
 
-    def raise_(self, drain_timeout_seconds: float) -> None:
-        """Stop new writes by the mark, then wait until everybody is out. Raises `DrainTimeout`, nothing held."""
+    def raise_(self, drain_timeout_seconds: float, *, keep_mark: bool = False) -> None:
+        """Stop new writes by the mark, then wait until everybody is out. Raises `DrainTimeout`, nothing held.
+
+        With `keep_mark` a mark that stood before (a dead run's, not yet settled) still stands after that.
+        """
         self._raised_at = time.monotonic()
         write_file(self._paths.mark, msgspec.json.encode(self._mark))
         if not _flock(self._fd, fcntl.LOCK_EX, drain_timeout_seconds):
-            self.lower()
+            if keep_mark:
+                self.leave_locked()
+            else:
+                self.lower()
             raise DrainTimeout(
                 f"tenant {self._paths.tenant_id}: a process kept the database in use for "
                 f"{drain_timeout_seconds:g} s; nothing was changed"
             )
+
+    def note_put_back(self) -> None:
+        """Write into the mark that the swap is being reversed, before it is."""
+        self._mark = msgspec.structs.replace(self._mark, putting_back=True)
+        write_file(self._paths.mark, msgspec.json.encode(self._mark))
 
     def lower(self) -> float:
         """Let everybody in again; the milliseconds writes were held. Doing it twice is fine."""

@@ -58,15 +58,31 @@ def link_names(paths: TenantPaths) -> None:
             raise Permanent(f"tenant {paths.tenant_id}: {name.name} is a plain file, not this product's link")
 
 
-def collect(paths: TenantPaths) -> list[int]:
-    """Remove generations that no public name reaches; return their numbers. The caller holds the mutex."""
-    keep = {paths.generation()}
+def collect(paths: TenantPaths, *, keep_previous: int = 1) -> list[int]:
+    """Remove old generations; return their numbers. The caller holds the mutex.
+
+    What a public name reaches stays, and so do the newest `keep_previous` that were active before the current one.
+
+    The highest number keeps its directory, emptied: a number given twice would be taken for the generation that
+    some process still has open. Without an active generation nothing is removed.
+    """
+    if not (current := active(paths)):
+        return []
+    keep = {current}
     for name in (paths.database, paths.backup):
         if name.exists():
             keep.add(int(Path(os.path.realpath(name)).parent.name))
-    removed = [n for n in _numbers(paths) if n not in keep]
+    numbers = _numbers(paths)
+    before = [n for n in numbers if n < current and (paths.generation_dir(n) / "engram.db").exists()]
+    keep.update(before[len(before) - keep_previous :] if keep_previous < len(before) else before)
+    removed = [n for n in numbers if n not in keep]
     for number in removed:
-        shutil.rmtree(paths.generation_dir(number))
+        directory = paths.generation_dir(number)
+        if number == numbers[-1]:
+            for file in directory.iterdir():
+                file.unlink()
+        else:
+            shutil.rmtree(directory)
     if removed:
         fsync_path(paths.generations)
     return removed

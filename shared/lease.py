@@ -6,15 +6,14 @@ Operators see it in `maintenance_locks`. It fences between machines and runs; in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
 from shared.control_plane import ControlPlane
 from shared.errors import LeaseHeld, LeaseLost
+from shared.receipt import Receipt
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(Receipt, frozen=True):
     tenant_id: str
     epoch: int
     holder: str
@@ -41,6 +40,11 @@ def renew(control_plane: ControlPlane, lease: Lease, *, seconds: float) -> Lease
     if row is None:
         raise LeaseLost(f"the lease on tenant {lease.tenant_id} (epoch {lease.epoch}) expired or was taken")
     return Lease(lease.tenant_id, lease.epoch, lease.holder, row["expires_at"])
+
+
+def release_dead(control_plane: ControlPlane, tenant_id: str) -> bool:
+    """Free the lease of a holder that is gone. The caller holds the tenant's `RestoreMutex`, which proves it."""
+    return bool(control_plane.rows("lease_release_dead", tenant_id=tenant_id))
 
 
 def release(control_plane: ControlPlane, lease: Lease) -> bool:

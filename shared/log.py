@@ -7,9 +7,10 @@ Never logged: tokens, memory content, query text, bodies, secrets. `SecretStr` s
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -21,6 +22,21 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     for name in _FORBIDDEN & event.keys():
         event[name] = "[redacted]"
     return event
+
+
+class Stderr:
+    """stderr where a full disk under the log costs lines and never what is being logged about.
+
+    Without it the line that reports "the spool's disk is full" raises, in the middle of keeping the event.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            os.write(2, text.encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
@@ -35,12 +51,12 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(stream or sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stream or cast(TextIO, Stderr())),
         cache_logger_on_first_use=True,
     )
 
 
 def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
-    """A logger whose lines carry `logger=name`."""
-    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(logger=name)
+    """A logger whose lines carry `component=name`."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(component=name)
     return logger

@@ -5,14 +5,14 @@ daily rollups → audit row → COMMIT → unlink. A crash before COMMIT leaves 
 COMMIT and unlink it is replayed and inserts nothing. A lost COMMIT reply is the same case.
 
 Set aside (`usage_quarantine`, with the cause): request ids whose time is outside [now − retention, now + 5 min],
-or tenants with an impossible name. Damaged bytes of a file go to `spool/quarantine/`.
+tenants with an impossible name, numbers no request can have. Damaged bytes of a file go to `spool/quarantine/`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -23,16 +23,17 @@ from shared import spool
 from shared.control_plane import Connection, ControlPlane, rows
 from shared.durable import unlink
 from shared.errors import UnsafeTenantId
+from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.tenant import check_tenant_id
 from shared.usage import UsageEvent
 
 BATCH_EVENTS = 5_000
 _AHEAD = timedelta(minutes=5)
+_MAX_COUNT = 1_000_000  # of one request; far below what the columns hold
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(Receipt, frozen=True):
     """What one segment held and what became of it; `events` = inserted + duplicates + quarantined."""
 
     segment: str
@@ -53,8 +54,14 @@ def pending(settings: Settings) -> list[Path]:
 
 
 def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -> Drained:
-    """Drain one sealed segment and remove it. Raises `ControlPlaneUnavailable`; the segment stays then."""
-    content = spool.read(path)
+    """Drain one sealed segment and remove it. Raises `ControlPlaneUnavailable`; the segment stays then.
+
+    A segment that another drainer has just removed counts as nothing.
+    """
+    try:
+        content = spool.read(path)
+    except FileNotFoundError:
+        return Drained(path.stem, 0, 0, 0, 0, 0, 0.0)
     spool.quarantine(path, content)
     billable, refused = _sort(content.events, timedelta(days=settings.usage_retention_days))
     inserted = 0
@@ -66,8 +73,8 @@ def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -
                 connection,
                 "usage_quarantine_insert",
                 segment=path.stem,
-                request_id=UUID(bytes=event.request_id[:16].ljust(16, b"\0")),
-                tenant_id=event.tenant_id,
+                request_id=_quarantine_id(event),
+                tenant_id=event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}"),
                 reason=reason,
                 event=Jsonb(_plain(event)),
             )
@@ -127,7 +134,18 @@ def _unbillable(event: UsageEvent, earliest_ms: float, latest_ms: float) -> str 
         check_tenant_id(event.tenant_id)
     except UnsafeTenantId:
         return "impossible tenant id"
+    if "\0" in event.route or not 0 <= event.status <= 999:
+        return "impossible route or status"
+    if not all(0 <= n <= _MAX_COUNT for n in (event.api_calls, event.search_queries, event.memories_created)):
+        return "impossible count"
     return None
+
+
+def _quarantine_id(event: UsageEvent) -> UUID:
+    """The request id, or for one of the wrong length a digest of the whole event, so that none hides another."""
+    if len(event.request_id) == 16:
+        return UUID(bytes=event.request_id)
+    return UUID(bytes=hashlib.sha256(spool.frame(event)).digest()[:16])
 
 
 def _batches(events: list[UsageEvent]) -> Iterator[list[UsageEvent]]:
@@ -155,7 +173,8 @@ def _insert(connection: Connection, batch: list[UsageEvent]) -> int:
 
 def _plain(event: UsageEvent) -> dict[str, object]:
     return {
-        "route": event.route,
+        "request_id": event.request_id.hex(),
+        "route": event.route.replace("\0", "\N{REPLACEMENT CHARACTER}"),
         "status": event.status,
         "api_calls": event.api_calls,
         "search_queries": event.search_queries,

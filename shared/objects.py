@@ -68,12 +68,14 @@ class ObjectStore:
         Raises `ObjectStoreRefused` when the key holds other bytes, `ObjectStoreUnavailable` after the retries,
         `CorruptBackup` when what was stored is not what was sent.
         """
+        existed = False
         for attempt in range(self._retries + 1):
             try:
                 with _translated(key):
                     self._put_once(key, path)
                 break
             except _Exists:
+                existed = True
                 break  # ours from a lost reply, or somebody else's: the read below decides
             except ObjectStoreUnavailable:
                 if attempt == self._retries:
@@ -81,9 +83,9 @@ class ObjectStore:
                 time.sleep(min(5.0, 0.2 * 2**attempt))
         stored, size = self.sha256(key)
         if stored != sha256:
-            if size == path.stat().st_size:
-                raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent")
-            raise ObjectStoreRefused(f"{key} already exists with other content")
+            if existed:
+                raise ObjectStoreRefused(f"{key} already exists with other content")
+            raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent")
         self._fsync_local(key)
         return size
 
@@ -213,12 +215,14 @@ def _translated(key: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
+        if "NoSuchBucket" in str(e):
+            raise ObjectStoreRefused(f"{key}: the bucket does not exist") from e
         raise CorruptBackup(f"{key}: no such object") from e
     except AlreadyExistsError as e:
         raise _Exists from e
     except (PermissionDeniedError, UnauthenticatedError) as e:
         raise ObjectStoreRefused(f"{key}: the object store refused the credentials") from e
-    except InvalidPathError as e:
+    except (InvalidPathError, ValueError) as e:  # a ValueError is obstore's for ".." and the like
         raise ObjectStoreRefused(f"{key}: not a valid key") from e
     except (BaseError, OSError) as e:
         raise ObjectStoreUnavailable(f"{key}: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e

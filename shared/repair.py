@@ -1,7 +1,7 @@
 """Finish or undo what a restore left, from its mark alone, and the checks that decide which.
 
     no mark                       nothing was begun, or all was finished
-    mark, current = from          not swapped: undo (drop the mark)
+    mark, current = from          not swapped: undo (drop the mark); being put back: only if it verifies
     mark, current = to, verifies  swapped: finish (drop the mark)
     mark, current = to, does not  put back, verify that, drop the mark; if even that fails the tenant stays locked
 
@@ -20,7 +20,7 @@ from shared import generation
 from shared.engine import schema
 from shared.engine.database import connect
 from shared.errors import CorruptDatabase, EngramError
-from shared.fence import Fence, read_mark
+from shared.fence import Fence, Mark, read_mark
 from shared.log import get_logger
 from shared.snapshot import Manifest
 from shared.tenant import TenantPaths
@@ -34,7 +34,8 @@ def repair(paths: TenantPaths, fence: Fence | None = None) -> Outcome | None:
     """Finish or undo what a run left, from the mark alone; None when there was nothing to do.
 
     The caller holds the tenant's `RestoreMutex`, so the mark's owner is either dead or the caller. Raises
-    `CorruptDatabase`, tenant still locked, when neither the new nor the old database verifies.
+    `CorruptDatabase`, tenant still locked, when neither the new nor the old database verifies, and
+    `DrainTimeout`, the mark still standing, when a process stays inside the database.
     """
     mark = read_mark(paths)
     if mark is None:
@@ -43,27 +44,34 @@ def repair(paths: TenantPaths, fence: Fence | None = None) -> Outcome | None:
         return None
     own = fence or Fence(paths, mark)
     if fence is None:
-        own.raise_(_DRAIN_TIMEOUT_SECONDS)
+        own.raise_(_DRAIN_TIMEOUT_SECONDS, keep_mark=True)
     active = generation.active(paths)
     outcome: Outcome = "put_back"
     try:
-        if active == mark.to_generation:
+        if active == mark.to_generation and not mark.putting_back:
             try:
                 check_active(paths, active, None)
                 outcome = "restored"
             except CorruptDatabase:
-                if mark.from_generation == 0:
-                    raise
-                generation.activate(paths, mark.from_generation)
-                check_active(paths, mark.from_generation, None)
+                own.note_put_back()
+                _put_back(paths, mark)
+        elif mark.putting_back:
+            _put_back(paths, mark)
     except BaseException:
         own.leave_locked()
         log.critical("tenant_left_locked", tenant_id=mark.tenant_id, holder=mark.holder, epoch=mark.epoch)
         raise
     own.lower()
-    generation.collect(paths)
     log.warning("restore_repaired", tenant_id=mark.tenant_id, holder=mark.holder, outcome=outcome)
     return outcome
+
+
+def _put_back(paths: TenantPaths, mark: Mark) -> None:
+    if mark.from_generation == 0:
+        raise CorruptDatabase(f"tenant {mark.tenant_id} had no database before: nothing to put back")
+    if generation.active(paths) != mark.from_generation:
+        generation.activate(paths, mark.from_generation)
+    check_active(paths, mark.from_generation, None)
 
 
 def check_active(paths: TenantPaths, expected: int, manifest: Manifest | None) -> tuple[str, ...]:

@@ -16,23 +16,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from shared import generation, lease, snapshot
+from shared import generation, lease, previous, snapshot
 from shared.control_plane import ControlPlane
 from shared.engine import schema
 from shared.engine.database import connect
-from shared.errors import CorruptBackup, CorruptDatabase, Permanent
-from shared.fence import Fence, Mark, RestoreMutex
+from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, Permanent, SchemaTooNew
+from shared.fence import Fence, Mark, RestoreMutex, read_mark
 from shared.lease import Lease
+from shared.log import get_logger
 from shared.objects import ObjectStore, Progress
 from shared.plan import Plan
+from shared.receipt import Receipt
 from shared.repair import Outcome, check_active, repair
 from shared.settings import Settings
 from shared.snapshot import Manifest
 from shared.tenant import TenantPaths
+
+log = get_logger("restore")
 
 
 class Hold:
@@ -48,14 +51,21 @@ class Hold:
         self.locked_ms = 0.0
 
     def settle(self) -> None:
-        """Give everything back; when the fence is up, first finish or undo. Doing it twice is fine."""
+        """Give everything back; when the fence is up, first finish or undo. Doing it twice is fine.
+
+        A control plane that is away is left to the sweep, which frees the lease of a holder that is gone.
+        """
         try:
             if self.fence is not None:
                 repair(self.paths, self.fence)
             self.paths.restore_file.unlink(missing_ok=True)
+            if read_mark(self.paths) is None:  # what was prepared and never activated
+                generation.collect(self.paths, keep_previous=self.settings.restore_generations_kept)
             if self.lease is not None:
                 lease.release(self.control_plane, self.lease)
                 self.lease = None
+        except ControlPlaneUnavailable as e:
+            log.error("lease_left_to_the_sweep", tenant_id=self.paths.tenant_id, cause=str(e))
         finally:
             self.mutex.release()
 
@@ -74,19 +84,17 @@ def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> 
         hold.settle()
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(Receipt, frozen=True):
     """A snapshot that passed every check, in `restore.sqlite`, fsynced. `migrated_from` is its stored schema."""
 
     plan: Plan
     file: Path
     manifest: Manifest
     migrated_from: int
-    hold: Hold = field(repr=False, compare=False)
+    hold: Hold
 
 
-@dataclass(frozen=True)
-class Swapped:
+class Swapped(Receipt, frozen=True):
     """`current` names `to_generation`; the fence is up. `manifest` is what the active file must hold."""
 
     tenant_id: str
@@ -95,24 +103,22 @@ class Swapped:
     to_generation: int
     manifest: Manifest | None
     outcome: Outcome
-    hold: Hold = field(repr=False, compare=False)
+    hold: Hold
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(Receipt, frozen=True):
     """The active database opened, read and took a write. Only this can be released."""
 
     swapped: Swapped
     checks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Released:
+class Released(Receipt, frozen=True):
     """The end of a restore. `locked_ms`: how long writes answered 503; `previous`: where the old database is."""
 
     restore_id: UUID
     tenant_id: str
-    backup_id: UUID
+    backup_id: UUID | None
     outcome: Outcome
     locked_ms: float
     generation: int
@@ -127,40 +133,69 @@ def begin(
         "restore_insert",
         restore_id=chosen.restore_id,
         tenant_id=chosen.tenant_id,
-        backup_id=chosen.backup.backup_id,
-        kind="restore",
+        backup_id=chosen.backup.backup_id if chosen.backup else None,
+        kind=chosen.kind,
         requested_by=requested_by,
         reason=reason,
         flow_run_id=flow_run_id,
     )
 
 
-def fail(control_plane: ControlPlane, chosen: Plan, error: BaseException) -> None:
-    """Write the end of a run that did not restore: `refused` for a bad backup, else `failed`."""
-    _finish(
-        control_plane,
-        chosen.restore_id,
-        state="refused" if isinstance(error, CorruptBackup) else "failed",
-        error=f"{type(error).__name__}: {error}"[:500],
-    )
+def fail(settings: Settings, control_plane: ControlPlane, chosen: Plan, error: BaseException) -> str:
+    """Write how a run ended that did not end well, and return it: the cause, and which database is active.
+
+    State `refused` for a bad snapshot, else `failed`. When the control plane is away the row is left to the sweep.
+    """
+    active = generation.active(TenantPaths.of(settings.tenants_dir, chosen.tenant_id))
+    said = f"{type(error).__name__}: {error}"[:400] + f"; generation {active} is active"
+    try:
+        _finish(
+            control_plane,
+            chosen.restore_id,
+            state="refused" if isinstance(error, (CorruptBackup, SchemaTooNew)) else "failed",
+            error=said,
+        )
+    except ControlPlaneUnavailable as e:
+        log.error("restore_row_left_to_the_sweep", tenant_id=chosen.tenant_id, cause=str(e))
+    return said
 
 
 def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progress | None = None) -> Staged:
     """Bring the snapshot to `restore.sqlite` and check everything that can be checked before any lock.
 
-    An older schema is migrated here, on the copy. Raises `CorruptBackup` for every kind of bad snapshot; the
-    live database is not touched.
+    An older schema is migrated here, on the copy. Raises `CorruptBackup` for every kind of bad snapshot and
+    `SchemaTooNew` for a newer build's; the live database is not touched.
     """
-    backup, file = chosen.backup, hold.paths.restore_file
+    backup = chosen.backup
+    if backup is None:
+        raise Permanent("an undo has no backup to download")
+    objects.download(backup.key, _clear(hold.paths.restore_file), backup.sha256, progress=progress)
+    return _stage(hold, chosen, f"backup {backup.backup_id}")
+
+
+def copy_previous(hold: Hold, chosen: Plan) -> Staged:
+    """The first step of an undo: bring `engram.db.bak` to `restore.sqlite` and check it as a download is checked.
+
+    Raises `CorruptBackup` when it is not whole, `Permanent` when there is none or no room for the copy.
+    """
+    previous.copy(hold.paths, _clear(hold.paths.restore_file))
+    return _stage(hold, chosen, "the database from before")
+
+
+def _clear(file: Path) -> Path:
     for leftover in (file, file.with_name("restore.sqlite-wal"), file.with_name("restore.sqlite-shm")):
         leftover.unlink(missing_ok=True)
-    objects.download(backup.key, file, backup.sha256, progress=progress)
+    return file
+
+
+def _stage(hold: Hold, chosen: Plan, what: str) -> Staged:
+    file = hold.paths.restore_file
     try:
         found = snapshot.inspect(file, chosen.tenant_id)
         manifest = _bring_up_to_date(file, chosen.tenant_id, found)
     except CorruptDatabase as e:
         file.unlink(missing_ok=True)
-        raise CorruptBackup(f"backup {backup.backup_id}: {e}") from e
+        raise CorruptBackup(f"{what}: {e}") from e
     except BaseException:
         file.unlink(missing_ok=True)
         raise
@@ -209,10 +244,13 @@ def swap(staged: Staged, taken: Lease) -> Swapped:
     after = generation.prepare(paths, staged.file, previous=before)
     mark = Mark(taken.tenant_id, taken.holder, taken.epoch, before, after, time.time())
     fence = Fence(paths, mark)
+    hold.fence = fence  # before raising it: a failure or a cancellation in there must be settled too
     fence.raise_(hold.settings.restore_drain_timeout_seconds)
-    hold.fence = fence
     taken = lease.renew(hold.control_plane, taken, seconds=hold.settings.lease_seconds)
     hold.lease = taken
+    hold.control_plane.execute(
+        "restore_swapping", restore_id=staged.plan.restore_id, from_generation=before, to_generation=after
+    )
     generation.activate(paths, after)
     return Swapped(taken.tenant_id, taken, before, after, staged.manifest, "restored", hold)
 
@@ -227,6 +265,8 @@ def put_back(swapped: Swapped) -> Swapped:
     """Make the database from before the swap active again; nothing was written in between."""
     if swapped.from_generation == 0:
         raise Permanent(f"tenant {swapped.tenant_id} had no database before: nothing to put back")
+    if swapped.hold.fence is not None:
+        swapped.hold.fence.note_put_back()
     generation.activate(swapped.hold.paths, swapped.from_generation)
     return Swapped(
         swapped.tenant_id,
@@ -264,16 +304,16 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
     )
     lease.release(control_plane, taken)
     hold.lease = None
-    generation.collect(hold.paths)
-    previous = hold.paths.backup if hold.paths.backup.exists() else None
+    generation.collect(hold.paths, keep_previous=hold.settings.restore_generations_kept)
+    previous.seal(hold.paths)
     return Released(
         chosen.restore_id,
         swapped.tenant_id,
-        chosen.backup.backup_id,
+        chosen.backup.backup_id if chosen.backup else None,
         swapped.outcome,
         round(hold.locked_ms, 3),
         swapped.to_generation,
-        previous,
+        hold.paths.backup if hold.paths.backup.exists() else None,
     )
 
 

@@ -9,9 +9,9 @@ is missing.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     # Restore
     lease_seconds: float = Field(default=30.0, gt=0)
     restore_drain_timeout_seconds: float = Field(default=10.0, gt=0)
+    restore_generations_kept: int = Field(default=1, ge=1, description="databases from before, engram.db.bak included")
+    sweep_seconds: float = Field(default=2.0, gt=0, description="how often the resident drain looks for dead restores")
 
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
@@ -103,11 +105,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _defaults_by_environment(self) -> Settings:
+        set_by_person = set(self.model_fields_set)
         if self.data_dir == Path(""):
             self.data_dir = Path(".engram") if self.env == "dev" else Path("/data")
         self.data_dir = self.data_dir.expanduser().absolute()
         if not self.object_store_url and self.env == "dev":
             self.object_store_url = (self.data_dir / "objects").as_uri()
+        # Assigning marks a field as set; `is_set` must go on telling what the person set.
+        self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
 
     def is_set(self, name: str) -> bool:
@@ -148,11 +153,8 @@ def _variable(name: str) -> str:
 
 def redact_url(url: str) -> str:
     """The URL without its password, for logs and tables."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+    url = re.sub(r"(password=)('[^']*'|[^&\s]*)", r"\1***", url)  # libpq takes it as a parameter too
+    return re.sub(r"(://[^:/?#@]*):.*@", r"\1:***@", url)  # up to the last @: a password may hold any character
 
 
 @functools.cache

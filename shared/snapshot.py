@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlite_utils
 
 from shared.durable import fsync_path
@@ -25,14 +25,14 @@ from shared.engine import schema
 from shared.engine.database import connect
 from shared.errors import CorruptDatabase, SchemaTooNew, TenantDatabaseUnavailable
 from shared.fence import in_use
+from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Receipt, frozen=True):
     """What a snapshot held: kept in the catalogue, compared after a restore and in a drill.
 
     `sentinel_id` is the newest memory; `sentinel_at` its creation time (ISO 8601), None when empty.
@@ -46,11 +46,10 @@ class Manifest:
     sentinel_at: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return msgspec.structs.asdict(self)
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Receipt, frozen=True):
     """A checked copy on local disk. `ts` is the instant its content was fixed."""
 
     tenant_id: str
@@ -70,7 +69,10 @@ def take(settings: Settings, tenant_id: str, destination: Path) -> Snapshot:
     """
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
     with in_use(paths, wait_seconds=settings.restore_drain_timeout_seconds):
-        generation = paths.generation()
+        try:
+            generation = paths.generation()
+        except OSError as e:
+            raise TenantDatabaseUnavailable(f"tenant {tenant_id} has no active database: {e.strerror}") from e
         # Read-only and by its real path: this process can neither write a page nor checkpoint the source.
         source = connect(Path(os.path.realpath(paths.database)), readonly=True)
         try:
@@ -78,10 +80,10 @@ def take(settings: Settings, tenant_id: str, destination: Path) -> Snapshot:
             source.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # fixes the read snapshot
         except sqlite3.DatabaseError as e:
             source.close()
-            raise CorruptDatabase(f"tenant {tenant_id}: {e}") from e
+            raise _failure(e) from e
         ts = datetime.now(UTC)
     try:
-        _copy(source, destination)
+        copy(source, destination)
     finally:
         source.close()
     manifest = inspect(destination, tenant_id)
@@ -89,15 +91,21 @@ def take(settings: Settings, tenant_id: str, destination: Path) -> Snapshot:
     return Snapshot(tenant_id, destination, ts, generation, size, digest, manifest)
 
 
-def _copy(source: sqlite3.Connection, destination: Path) -> None:
+def copy(source: sqlite3.Connection, destination: Path) -> None:
+    """SQLite's online backup in one step, fsynced. Raises `TenantDatabaseUnavailable`."""
     target = sqlite3.connect(destination, isolation_level=None)
     try:
         source.backup(target, pages=-1)
     except sqlite3.DatabaseError as e:
-        raise TenantDatabaseUnavailable(f"snapshot failed: {e}") from e
+        raise _failure(e) from e
     finally:
         target.close()
     fsync_path(destination)
+
+
+def _failure(e: sqlite3.DatabaseError) -> CorruptDatabase | TenantDatabaseUnavailable:
+    corrupt = (getattr(e, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return (CorruptDatabase if corrupt else TenantDatabaseUnavailable)(f"snapshot failed: {e}")
 
 
 def inspect(path: Path, tenant_id: str) -> Manifest:

@@ -29,7 +29,9 @@ from shared.errors import UnsafeTenantId
 
 TENANT_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 _TENANT_ID = re.compile(TENANT_ID_PATTERN.removesuffix("$") + r"\Z")
-_KEY = re.compile(r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d+)\.sqlite\Z")
+_KEY = re.compile(
+    r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d{1,9})\.sqlite\Z", re.ASCII
+)
 _TS_FORMAT = "%Y%m%dT%H%M%S.%fZ"
 
 
@@ -38,6 +40,10 @@ def check_tenant_id(tenant_id: str) -> str:
     if not isinstance(tenant_id, str) or not _TENANT_ID.match(tenant_id):
         raise UnsafeTenantId(f"tenant id {tenant_id!r:.80} does not match {TENANT_ID_PATTERN}")
     return tenant_id
+
+
+def is_tenant_id(text: str) -> bool:
+    return _TENANT_ID.match(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,5 +115,8 @@ def parse_object_key(key: str) -> KeyParts | None:
     m = _KEY.match(key)
     if m is None:
         return None
-    ts = datetime.strptime(m["ts"], _TS_FORMAT).replace(tzinfo=UTC)
+    try:
+        ts = datetime.strptime(m["ts"], _TS_FORMAT).replace(tzinfo=UTC)
+    except ValueError:  # digits, but no date
+        return None
     return KeyParts(m["tenant"], ts, int(m["v"]))

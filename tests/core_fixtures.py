@@ -1,6 +1,7 @@
 """What the tests of the core share: databases, a tenant with rows, an object store, a child process.
 
-A test module takes it in with `pytest_plugins = ("tests.core_fixtures",)`.
+A test module takes it in with `pytest_plugins = ("tests.core_fixtures",)`. (PYTEST_DONT_REWRITE: it is imported
+before pytest could rewrite its assertions, and has none that need it.)
 """
 
 from __future__ import annotations
@@ -126,6 +127,18 @@ class World:
 def world(tmp_path: Path, core_url: str, core_control_plane: ControlPlane) -> World:
     """A new active tenant with an empty database."""
     return new_world(tmp_path, core_url, core_control_plane)
+
+
+OLD, LIVE = ["old 1", "old 2"], ["old 1", "old 2", "live 3"]
+
+
+@pytest.fixture
+def backed(world: World) -> World:
+    """A tenant with a backup of `OLD`, and one more row written after it: `LIVE`."""
+    world.write(*OLD)
+    world.back_up()
+    world.write("live 3")
+    return world
 
 
 def new_world(directory: Path, url: str, control_plane: ControlPlane) -> World:

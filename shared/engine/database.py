@@ -35,7 +35,7 @@ _POLL_SECONDS = 0.002
 def connect(path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False) -> sqlite3.Connection:
     """Open an existing database with the pragmas of this house. Never creates a file.
 
-    Raises `TenantDatabaseUnavailable` when it cannot be opened.
+    Raises `TenantDatabaseUnavailable` when it cannot be opened, `CorruptDatabase` when it is no database.
     """
     mode = "ro" if readonly else "rw"
     try:
@@ -55,6 +55,7 @@ def connect(path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = F
         connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     except sqlite3.DatabaseError as e:
         connection.close()
+        _raise_as_ours(e)
         raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
     return connection
 
@@ -86,7 +87,7 @@ def create(paths: TenantPaths) -> bool:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        schema.migrate(connection, paths.tenant_id)
+        schema.migrate(connection, paths.tenant_id, new=True)
     finally:
         connection.close()
     fsync_path(file)
@@ -217,6 +218,7 @@ class TenantDatabase:
         except BaseException as e:
             connection.close()
             if isinstance(e, sqlite3.DatabaseError):
+                _raise_as_ours(e)
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
             raise
         self._connection, self._generation = connection, link

@@ -77,13 +77,16 @@ def schema_version(connection: sqlite3.Connection) -> int:
     return version
 
 
-def migrate(connection: sqlite3.Connection, tenant_id: str) -> int:
+def migrate(connection: sqlite3.Connection, tenant_id: str, *, new: bool = False) -> int:
     """Bring the database to `SCHEMA_VERSION` in one transaction and return the version it had.
 
-    A new file is stamped with `tenant_id`. Raises `SchemaTooNew`, or `CorruptDatabase` when the file belongs
-    to another tenant. The connection must be in autocommit mode (`isolation_level=None`).
+    An empty file is filled and stamped with `tenant_id` only when it is said to be `new`: a database cut to
+    nothing must never turn into a fresh one. Raises `SchemaTooNew`, or `CorruptDatabase` when the file is empty
+    or belongs to another tenant. The connection must be in autocommit mode (`isolation_level=None`).
     """
     found = schema_version(connection)
+    if found == 0 and not new:
+        raise CorruptDatabase("the file holds no tenant database")
     if found > SCHEMA_VERSION:
         raise SchemaTooNew(f"schema version {found} is newer than {SCHEMA_VERSION}, which this build knows")
     if found:

@@ -13,6 +13,8 @@ import msgspec
 from shared.engine.memories import COLUMNS, Memory, memory_from_row
 from shared.errors import BadSearchQuery
 
+MAX_QUERY_CHARACTERS = 4_096  # FTS5 parses in quadratic time: 50,000 terms took 10 s
+
 
 class Hit(msgspec.Struct, frozen=True):
     """`score` is −bm25: larger is better, 0 is no evidence."""
@@ -44,6 +46,8 @@ def search(
 
     Raises `BadSearchQuery`. Inside `TenantDatabase.read()`.
     """
+    if len(query) > MAX_QUERY_CHARACTERS:
+        raise BadSearchQuery(f"the query is longer than {MAX_QUERY_CHARACTERS} characters")
     if not query.strip() or "\x00" in query:
         raise BadSearchQuery("the query is empty" if "\x00" not in query else "the query contains a NUL")
     sql, parameters = _SELECT, [query]
@@ -55,6 +59,8 @@ def search(
         parameters.append(tag)
     try:
         rows = connection.execute(sql + _ORDER, (*parameters, limit)).fetchall()
+    except UnicodeEncodeError as e:
+        raise BadSearchQuery("the query is not valid Unicode") from e
     except sqlite3.OperationalError as e:
         # The statement is ours and fixed: a plain SQLITE_ERROR can only come from parsing the MATCH operand.
         if getattr(e, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:

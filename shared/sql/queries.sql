@@ -16,6 +16,10 @@ UPDATE tenants
 SET generation = %(generation)s, schema_version = %(schema_version)s, updated_at = clock_timestamp()
 WHERE tenant_id = %(tenant_id)s;
 
+-- name: tenant_set_active_generation
+UPDATE tenants SET generation = %(generation)s, updated_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND generation <> %(generation)s;
+
 -- name: tenant_get
 SELECT tenant_id, plan_id, state, schema_version, generation, machine_id, created_at
 FROM tenants WHERE tenant_id = %(tenant_id)s;
@@ -76,6 +80,12 @@ UPDATE maintenance_locks SET holder = NULL, reason = NULL, expires_at = clock_ti
 WHERE tenant_id = %(tenant_id)s AND epoch = %(epoch)s AND holder = %(holder)s
 RETURNING epoch;
 
+-- name: lease_release_dead
+-- Whoever calls this holds the tenant's restore mutex, so the holder of the lease is gone.
+UPDATE maintenance_locks SET holder = NULL, reason = NULL, expires_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND holder IS NOT NULL
+RETURNING epoch;
+
 -- name: lease_get
 SELECT tenant_id, epoch, holder, reason, acquired_at, expires_at, expires_at < clock_timestamp() AS expired
 FROM maintenance_locks WHERE tenant_id = %(tenant_id)s;
@@ -91,10 +101,37 @@ VALUES (%(restore_id)s, %(tenant_id)s, %(backup_id)s, %(kind)s, 'running', %(req
 -- name: restore_fenced
 UPDATE restores SET fence_epoch = %(epoch)s WHERE restore_id = %(restore_id)s;
 
+-- name: restore_swapping
+-- Written under the fence, with the proof that the lease still holds: what a sweep needs to close the row.
+UPDATE restores SET from_generation = %(from_generation)s, to_generation = %(to_generation)s
+WHERE restore_id = %(restore_id)s;
+
+-- name: restores_left_open
+-- Restores of this machine that hold a lease, or say running for longer than a lease lasts.
+SELECT t.tenant_id, r.restore_id, r.to_generation
+FROM tenants t
+LEFT JOIN maintenance_locks l ON l.tenant_id = t.tenant_id AND l.holder IS NOT NULL
+LEFT JOIN restores r ON r.tenant_id = t.tenant_id AND r.state = 'running'
+WHERE t.machine_id = %(machine_id)s
+  AND (l.tenant_id IS NOT NULL
+       OR r.created_at < clock_timestamp() - make_interval(secs => %(older_than_seconds)s))
+ORDER BY t.tenant_id, r.created_at;
+
+-- name: restore_last
+-- The last restore or undo of a tenant that made another database active.
+SELECT restore_id, kind, finished_at FROM restores
+WHERE tenant_id = %(tenant_id)s AND state = 'restored' ORDER BY finished_at DESC LIMIT 1;
+
+-- name: restore_window
+-- The median of how long the last restores of this fleet held writes, in ms; null before the first.
+SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY locked_ms) AS locked_ms
+FROM (SELECT locked_ms FROM restores WHERE locked_ms IS NOT NULL ORDER BY created_at DESC LIMIT 50) AS last_ones;
+
 -- name: restore_finish
 UPDATE restores
-SET state = %(state)s, error = %(error)s, locked_ms = %(locked_ms)s, from_generation = %(from_generation)s,
-    to_generation = %(to_generation)s, finished_at = clock_timestamp()
+SET state = %(state)s, error = %(error)s, locked_ms = %(locked_ms)s,
+    from_generation = coalesce(%(from_generation)s, from_generation),
+    to_generation = coalesce(%(to_generation)s, to_generation), finished_at = clock_timestamp()
 WHERE restore_id = %(restore_id)s AND state = 'running';
 
 -- name: restore_by_flow_run
@@ -129,8 +166,10 @@ SELECT
         SELECT coalesce(max(b.ts), min(t.created_at)) AS newest
         FROM tenants t LEFT JOIN backups b ON b.tenant_id = t.tenant_id AND b.status = 'available'
         WHERE t.state = 'active' GROUP BY t.tenant_id) AS last_backup) AS backup_age_seconds,
-    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - max(finished_at)) FROM restore_tests
-        WHERE outcome = 'pass') AS drill_age_seconds,
+    -- Before the first drill that passed: since the oldest tenant could have been drilled.
+    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - coalesce(
+        (SELECT max(finished_at) FROM restore_tests WHERE outcome = 'pass'),
+        (SELECT min(created_at) FROM tenants WHERE state = 'active')))) AS drill_age_seconds,
     (SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_locks;
 
 -- name: usage_insert

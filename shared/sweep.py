@@ -1,0 +1,109 @@
+"""Sweep: finish or undo whatever dead runs left on this machine, and say what was done.
+
+Two kinds of traces, looked at apart, so that the first needs no control plane:
+
+    disk      a maintenance mark whose owner is gone → `shared.repair` decides from the generations
+    records   a lease, or a `restores` row still running, whose owner is gone → the row is closed with what is
+              active now, the lease is freed
+
+"Gone" is not a guess: a restore holds the tenant's `RestoreMutex` from its first step to its last, and the kernel
+drops that lock with the process. So a dead run is repaired at once, not when its lease expires, and a run that is
+only slow or stopped is never touched. A row without a lease may be just about to take the mutex: it is left alone
+until it is older than a lease.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from shared import generation, lease
+from shared.control_plane import ControlPlane
+from shared.errors import EngramError, LeaseHeld
+from shared.fence import RestoreMutex
+from shared.log import get_logger
+from shared.receipt import Receipt
+from shared.repair import repair
+from shared.settings import Settings
+from shared.tenant import TenantPaths, is_tenant_id
+
+log = get_logger("sweep")
+
+
+class Swept(Receipt, frozen=True):
+    """One thing that was found and what was done; `ok` is False when it could not be put right."""
+
+    tenant_id: str
+    found: str
+    done: str
+    ok: bool = True
+
+
+def sweep_disk(settings: Settings) -> list[Swept]:
+    """Repair every tenant whose mark stands and whose restore is gone. Cheap when there is none."""
+    swept: list[Swept] = []
+    for mark in sorted(settings.tenants_dir.glob("*/maintenance")):
+        if not is_tenant_id(mark.parent.name):
+            continue
+        paths = TenantPaths.of(settings.tenants_dir, mark.parent.name)
+        try:
+            mutex = RestoreMutex(paths)
+        except LeaseHeld:
+            continue
+        try:
+            outcome = repair(paths)
+            if outcome is not None:
+                active = generation.active(paths)
+                swept.append(
+                    Swept(paths.tenant_id, "maintenance mark of a dead run", f"{outcome}, generation {active}")
+                )
+        except EngramError as e:
+            log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(e))
+            swept.append(Swept(paths.tenant_id, "maintenance mark of a dead run", f"stays locked: {e}", ok=False))
+        finally:
+            mutex.release()
+    return swept
+
+
+def sweep_records(settings: Settings, control_plane: ControlPlane) -> list[Swept]:
+    """Close what dead runs left open in the control plane. Raises `ControlPlaneUnavailable`."""
+    swept: list[Swept] = []
+    left = control_plane.rows(
+        "restores_left_open", machine_id=settings.machine_id, older_than_seconds=settings.lease_seconds
+    )
+    for row in left:
+        paths = TenantPaths.of(settings.tenants_dir, row["tenant_id"])
+        try:
+            mutex = RestoreMutex(paths)
+        except LeaseHeld:
+            continue
+        try:
+            repair(paths)
+            swept.append(_close(control_plane, paths, row["restore_id"], row["to_generation"]))
+        except EngramError as e:
+            log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(e))
+            swept.append(Swept(paths.tenant_id, "restore of a dead run", f"stays locked: {e}", ok=False))
+        finally:
+            mutex.release()
+    return swept
+
+
+def _close(
+    control_plane: ControlPlane, paths: TenantPaths, restore_id: UUID | None, to_generation: int | None
+) -> Swept:
+    active = generation.active(paths)
+    restored = to_generation is not None and active == to_generation
+    done = f"generation {active} is active"
+    if restore_id is not None:
+        control_plane.execute(
+            "restore_finish",
+            restore_id=restore_id,
+            state="restored" if restored else "failed",
+            error=f"the run died; {done}",
+            locked_ms=None,
+            from_generation=None,
+            to_generation=to_generation,
+        )
+    lease.release_dead(control_plane, paths.tenant_id)
+    control_plane.execute("tenant_set_active_generation", tenant_id=paths.tenant_id, generation=active)
+    log.warning("restore_closed", tenant_id=paths.tenant_id, restored=restored, generation=active)
+    return Swept(paths.tenant_id, "restore of a dead run", f"{'restored' if restored else 'undone'}, {done}")

@@ -1,0 +1,56 @@
+"""Segments, drains, and what PostgreSQL must then say."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from uuid import UUID
+
+from shared import metering, spool
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from shared.usage import UsageEvent
+
+COUNTERS = ("api_calls", "search_queries", "memories_created")
+
+
+def segment(settings: Settings, events: list[UsageEvent]) -> Path:
+    settings.spool_dir.mkdir(parents=True, exist_ok=True)
+    path = settings.spool_dir / f"{secrets.token_hex(8)}-1-{secrets.token_hex(4)}.seg"
+    path.write_bytes(spool.MAGIC + b"".join(map(spool.frame, events)))
+    return path
+
+
+def query(control_plane: ControlPlane, sql: str, *parameters: object) -> list[tuple[object, ...]]:
+    with control_plane.transaction() as connection:
+        return [tuple(row.values()) for row in connection.execute(sql, parameters).fetchall()]  # type: ignore[arg-type]
+
+
+def totals(control_plane: ControlPlane, table: str, tenant_id: str) -> tuple[int, ...]:
+    sums = ", ".join(f"coalesce(sum({c}), 0)::int AS {c}" for c in COUNTERS)
+    [row] = query(control_plane, f"SELECT {sums} FROM {table} WHERE tenant_id = %s", tenant_id)
+    return row  # type: ignore[return-value]
+
+
+def check_counted(control_plane: ControlPlane, tenant_id: str, events: list[UsageEvent]) -> None:
+    """PostgreSQL holds exactly these events, and every rollup says what they say, bucket by bucket."""
+    stored = query(control_plane, "SELECT request_id FROM usage_events WHERE tenant_id = %s", tenant_id)
+    unique = {UUID(bytes=e.request_id): e for e in events}
+    assert {row[0] for row in stored} == unique.keys()
+    expected = tuple(sum(getattr(e, c) for e in unique.values()) for c in COUNTERS)
+    for table, unit in (("usage_hourly", "hour"), ("usage_daily", "day")):
+        assert totals(control_plane, table, tenant_id) == expected
+        differing = query(
+            control_plane,
+            f"SELECT date_trunc('{unit}', ts, 'UTC') AS bucket, sum(api_calls)::int, sum(search_queries)::int AS s,"
+            " sum(memories_created)::int AS m FROM usage_events WHERE tenant_id = %s GROUP BY 1 EXCEPT"
+            f" SELECT bucket, api_calls::int, search_queries::int, memories_created::int FROM {table}"
+            " WHERE tenant_id = %s",
+            tenant_id,
+            tenant_id,
+        )
+        assert differing == []
+
+
+def drain(control_plane: ControlPlane, settings: Settings) -> list[metering.Drained]:
+    return list(metering.drain_all(control_plane, settings))

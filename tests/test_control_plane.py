@@ -1,0 +1,198 @@
+"""The control plane on a real PostgreSQL: migrations, named queries, failure."""
+
+from __future__ import annotations
+
+import re
+import string
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from shared import control_plane as module
+from shared.control_plane import ControlPlane, queries
+from shared.errors import ControlPlaneUnavailable, Permanent
+from tests.core_fixtures import settings_in
+
+pytest_plugins = ("tests.core_fixtures",)
+
+EXAMPLES = {
+    "backup_id": uuid4(),
+    "restore_id": uuid4(),
+    "test_id": uuid4(),
+    "flow_run_id": "run",
+    "from": datetime.now(UTC),
+    "to": datetime.now(UTC),
+    "at": datetime.now(UTC),
+    "started_at": datetime.now(UTC),
+    "now": datetime.now(UTC),
+    "from_states": ["active"],
+    "manifest": Jsonb({}),
+    "checks": Jsonb([]),
+    "event": Jsonb({}),
+    **dict.fromkeys(("epoch", "limit", "generation", "schema_version", "size_bytes", "stored_bytes"), 1),
+    **dict.fromkeys(("from_generation", "to_generation", "events", "inserted", "duplicates"), 1),
+    **dict.fromkeys(("quarantined", "corrupt_bytes", "days"), 1),
+    **dict.fromkeys(("lease_seconds", "locked_ms", "rto_ms", "rpo_seconds", "seconds"), 1.5),
+}
+OF_QUERY = {  # where a name is an array, or another type, in one query
+    "usage_insert": {
+        "request_id": [uuid4()],
+        "tenant_id": ["acme"],
+        "route": ["/r"],
+        "ts": [datetime.now(UTC)],
+        **{name: [1] for name in ("status", "api_calls", "search_queries", "memories_created")},
+    },
+    "usage_quarantine_insert": {"request_id": uuid4()},
+    "backup_insert": {"ts": datetime.now(UTC)},
+}
+
+
+def example(query: str, name: str) -> object:
+    return OF_QUERY.get(query, {}).get(name, EXAMPLES.get(name, "text"))
+
+
+@pytest.mark.parametrize("name", sorted(queries()))
+def test_every_named_query_is_understood_by_postgresql(core_control_plane: ControlPlane, name: str) -> None:
+    """A column renamed in the schema fails here, not at three in the morning."""
+    sql = queries()[name]
+    parameters = {found: example(name, found) for found in re.findall(r"%\((\w+)\)s", sql)}
+    with core_control_plane.transaction() as connection:
+        plan = connection.execute(f"EXPLAIN {sql}", parameters).fetchall()  # type: ignore[arg-type]
+    assert plan
+
+
+def test_every_query_in_the_file_is_loaded_under_its_own_name() -> None:
+    """A name with a typo in its marker line would vanish into the query above it."""
+    text = (resources.files("shared") / "sql" / "queries.sql").read_text()
+    names = re.findall(r"^-- name: (\w+)$", text, re.MULTILINE)
+    assert sorted(names) == sorted(queries())
+    assert all(set(name) <= set(string.ascii_lowercase + "_") for name in names)
+
+
+def test_loading_two_queries_of_one_name_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The loader itself refuses."""
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "queries.sql").write_text("-- name: a\nSELECT 1;\n-- name: a\nSELECT 2;\n")
+    monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
+    with pytest.raises(ValueError, match="a"):
+        queries.__wrapped__()
+
+
+@pytest.fixture
+def empty(new_database: Callable[[], str], tmp_path: Path) -> ControlPlane:
+    return ControlPlane(settings_in(tmp_path, new_database()))
+
+
+def test_migrating_twice_applies_once(empty: ControlPlane) -> None:
+    """Every start may migrate."""
+    with empty:
+        first = empty.migrate()
+        assert first == sorted(first)
+        assert first
+        assert empty.migrate() == []
+
+
+def test_migrating_at_once_from_many_processes_applies_each_file_once(
+    new_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """Several machines deploy at the same moment."""
+    url, applied, failed = new_database(), [], []
+
+    def run() -> None:
+        try:
+            with ControlPlane(settings_in(tmp_path, url)) as control_plane:
+                applied.extend(control_plane.migrate())
+        except Exception as e:  # noqa: BLE001
+            failed.append(e)
+
+    threads = [threading.Thread(target=run) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert applied == sorted(set(applied))
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("UPDATE schema_migrations SET sha256 = 'other'", "changed"),
+        ("INSERT INTO schema_migrations (name, sha256) VALUES ('9999_future.sql', 'x')", "9999_future.sql"),
+    ],
+)
+def test_a_changed_or_unknown_migration_is_refused(empty: ControlPlane, statement: str, says: str) -> None:
+    """An edited history or a newer build's database must stop an older build."""
+    with empty:
+        empty.migrate()
+        with empty.transaction() as connection:
+            connection.execute(statement)  # type: ignore[arg-type]
+        with pytest.raises(Permanent, match=says):
+            empty.migrate()
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(
+    empty: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All files are one transaction: a half-migrated control plane does not exist."""
+    (tmp_path / "sql" / "schema").mkdir(parents=True)
+    (tmp_path / "sql" / "schema" / "0001_a.sql").write_text("CREATE TABLE a (x int); CREATE TABLE b (x int);")
+    (tmp_path / "sql" / "schema" / "0002_b.sql").write_text("CREATE TABLE b (x int);")
+    monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
+    with empty:
+        with pytest.raises(psycopg.errors.DuplicateTable):
+            empty.migrate()
+        with empty.transaction() as connection:
+            tables = connection.execute("SELECT 1 FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        assert tables == []
+
+
+def test_a_transaction_rolls_back_on_an_exception(empty: ControlPlane) -> None:
+    """Half of a drain must not stay."""
+    with empty:
+        empty.migrate()
+        with pytest.raises(KeyError), empty.transaction() as connection:
+            module.rows(connection, "tenant_insert", tenant_id="t", plan_id="p", schema_version=1, machine_id="m")
+            raise KeyError
+        assert empty.rows("tenant_list") == []
+
+
+def test_a_server_that_is_down_is_unavailable(tmp_path: Path) -> None:
+    """Transient by name: flows retry, the gateway answers 503."""
+    settings = settings_in(tmp_path, "postgresql://u:hunter2@127.0.0.1:1/d", control_plane_connect_timeout_seconds=0.3)
+    with ControlPlane(settings) as control_plane:
+        for call in (control_plane.ping, control_plane.migrate, lambda: control_plane.rows("tenant_list")):
+            with pytest.raises(ControlPlaneUnavailable) as caught:
+                call()
+            assert "hunter2" not in str(caught.value)
+
+
+def test_a_connection_that_dies_is_unavailable_and_the_next_call_works(empty: ControlPlane) -> None:
+    """A failover of PostgreSQL costs one try, not the process."""
+    with empty:
+        empty.ping()
+        with pytest.raises(ControlPlaneUnavailable), empty.transaction() as connection:
+            connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        empty.ping()
+
+
+def test_a_statement_that_runs_too_long_is_cut(new_database: Callable[[], str], tmp_path: Path) -> None:
+    """One stuck query must not hold the pool for ever."""
+    settings = settings_in(tmp_path, new_database(), control_plane_statement_timeout_seconds=0.1)
+    with ControlPlane(settings) as control_plane:
+        with pytest.raises(ControlPlaneUnavailable), control_plane.transaction() as connection:
+            connection.execute("SELECT pg_sleep(30)")
+        control_plane.ping()
+
+
+def test_a_wrong_statement_stays_psycopgs_error(empty: ControlPlane) -> None:
+    """A bug must not look like a server that is away: it would be retried for ever."""
+    with empty, pytest.raises(psycopg.errors.UndefinedTable):
+        empty.rows("tenant_list")
