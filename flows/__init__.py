@@ -3,7 +3,9 @@
 | flow         | deployment                | steps                                                      |
 |--------------|---------------------------|------------------------------------------------------------|
 | backup       | daily, all tenants        | snapshot → upload → register, tenant by tenant             |
-| restore      | on demand (form in the UI) | plan → download → lock → swap → verify → release           |
+| restore      | on demand (form in the UI) | plan → download → safety-backup → lock → swap → verify → release |
+| restore-undo | on demand                 | plan → copy → lock → swap → verify → release               |
+| sweep        | every minute              | disk → records → runs                                      |
 | restore-test | weekly                    | pick → download → smoke → record                           |
 | metering     | resident drain, on demand | collect → drain → report                                   |
 

@@ -1,4 +1,6 @@
-"""The resident drain: watches the spool and runs the `metering` flow in this process when something waits.
+"""The resident process of a machine: the drain, and beside it the sweep of dead restores.
+
+It watches the spool and runs the `metering` flow in this process when something waits.
 
 A run through the process worker takes about ten seconds to start here, one in process about one: so this process
 stays. It is a visible run when Prefect answers. When Prefect does not, usage must not wait for it: the core drains
@@ -16,7 +18,8 @@ from flows.core import control_plane
 from flows.metering import metering
 from shared import log as logs
 from shared import metering as core
-from shared.errors import ControlPlaneUnavailable
+from shared import sweep as core_sweep
+from shared.errors import ControlPlaneUnavailable, EngramError
 from shared.log import get_logger
 from shared.settings import Settings
 
@@ -35,6 +38,8 @@ def main(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     wait = settings.drain_poll_seconds
+    sweeper = threading.Thread(target=_sweep, args=(settings, stop), name="sweep", daemon=True)
+    sweeper.start()
     log.info("drain_started", spool=str(settings.spool_dir))
     while not stop.wait(wait):
         wait = _next_wait(settings, wait)
@@ -43,6 +48,18 @@ def main(settings: Settings) -> None:
     except ControlPlaneUnavailable as e:
         log.error("drain_stopped_with_segments_left", segments=len(core.pending(settings)), cause=str(e))
     log.info("drain_stopped")
+
+
+def _sweep(settings: Settings, stop: threading.Event) -> None:
+    """Look for dead restores from the start on, in a thread: a long drain must not keep a tenant waiting."""
+    while True:
+        try:
+            if core_sweep.sweep_disk(settings):
+                core_sweep.sweep_records(settings, control_plane())
+        except EngramError as e:
+            log.error("sweep_failed", cause=str(e))
+        if stop.wait(settings.sweep_seconds):
+            return
 
 
 def _next_wait(settings: Settings, wait: float) -> float:

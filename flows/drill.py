@@ -8,7 +8,7 @@ from prefect import flow, task
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
 from shared import drill as core
-from shared.drill import Fetched, Picked, Tested
+from shared.drill import Fetched, Picked, Drilled
 from shared.errors import CorruptBackup, ObjectStoreUnavailable
 
 
@@ -23,13 +23,13 @@ def download(picked: Picked, sandbox: Path) -> Fetched:
 
 
 @task(name="smoke", **policy.ONCE)
-def smoke(fetched: Fetched) -> Tested:
-    return core.test(fetched)
+def smoke(fetched: Fetched) -> Drilled:
+    return core.run(fetched)
 
 
 @task(name="record", **policy.READ)
-def record(tested: Tested) -> Tested:
-    return core.record(control_plane(), tested, flow_run_id=artifact.flow_run_id())
+def record(drilled: Drilled) -> Drilled:
+    return core.record(control_plane(), drilled, flow_run_id=artifact.flow_run_id())
 
 
 @flow(name="restore-test", flow_run_name="restore-test", **policy.FLOW)
@@ -45,40 +45,40 @@ def restore_test(
     artifact.rename_run(f"restore-test-{picked.tenant_id}")
     with core.sandbox(configuration()) as sandbox:
         fetched = download(picked, sandbox)
-        tested = record(smoke(fetched))
-    _report(tested)
-    if tested.outcome == "fail":
-        raise CorruptBackup(f"restore test of {picked.tenant_id} failed: {_first_failure(tested)}")
-    if tested.outcome == "inconclusive":
-        raise ObjectStoreUnavailable(f"restore test of {picked.tenant_id} is inconclusive: {_first_failure(tested)}")
+        drilled = record(smoke(fetched))
+    _report(drilled)
+    if drilled.outcome == "fail":
+        raise CorruptBackup(f"restore test of {picked.tenant_id} failed: {_first_failure(drilled)}")
+    if drilled.outcome == "inconclusive":
+        raise ObjectStoreUnavailable(f"restore test of {picked.tenant_id} is inconclusive: {_first_failure(drilled)}")
     return {
         "test_id": str(picked.test_id),
         "tenant_id": picked.tenant_id,
         "backup_id": str(picked.backup.backup_id),
-        "outcome": tested.outcome,
-        "rto_ms": tested.rto_ms,
-        "rpo_seconds": tested.rpo_seconds,
-        "checks": [check.as_dict() for check in tested.checks],
+        "outcome": drilled.outcome,
+        "rto_ms": drilled.rto_ms,
+        "rpo_seconds": drilled.rpo_seconds,
+        "checks": [check.as_dict() for check in drilled.checks],
     }
 
 
-def _first_failure(tested: Tested) -> str:
-    return next(f"{check.name}: {check.seen}" for check in tested.checks if not check.passed)
+def _first_failure(drilled: Drilled) -> str:
+    return next(f"{check.name}: {check.seen}" for check in drilled.checks if not check.passed)
 
 
-def _report(tested: Tested) -> None:
-    picked = tested.picked
+def _report(drilled: Drilled) -> None:
+    picked = drilled.picked
     artifact.report(
         artifact.key("restore-test", picked.tenant_id),
-        f"Restore test of {picked.tenant_id}: {tested.outcome}",
-        f"{tested.outcome}: {sum(c.passed for c in tested.checks)} of {len(tested.checks)} checks held",
+        f"Restore test of {picked.tenant_id}: {drilled.outcome}",
+        f"{drilled.outcome}: {sum(c.passed for c in drilled.checks)} of {len(drilled.checks)} checks held",
         {
             "tenant": picked.tenant_id,
             "why this one": picked.reason,
             "backup": picked.backup.backup_id,
             "taken at": picked.backup.ts,
-            "RTO in ms": tested.rto_ms,
-            "RPO in seconds": tested.rpo_seconds,
+            "RTO in ms": drilled.rto_ms,
+            "RPO in seconds": drilled.rpo_seconds,
         },
-        artifact.table(("check", "held", "seen", "ms"), ((c.name, c.passed, c.seen, c.ms) for c in tested.checks)),
+        artifact.table(("check", "held", "seen", "ms"), ((c.name, c.passed, c.seen, c.ms) for c in drilled.checks)),
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -74,21 +73,6 @@ class AccessLog:
                 os.write(self._fd, b"".join(lines))
         except OSError:  # the log's disk is full or its reader is gone: requests matter more
             self._dropped += len(lines)
-
-
-class UnfailingStderr:
-    """stderr for `shared.log.configure`, where a full disk under the log costs lines and not the request.
-
-    Without it the line that reports "the spool's disk is full" raises, in the middle of keeping the event.
-    """
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            os.write(2, text.encode("utf-8", "backslashreplace"))
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
 
 
 def _encode(event: dict[str, Any], **_: Any) -> bytes:

@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TextIO, cast
 
 import httpx
 from litestar import Litestar
@@ -26,7 +25,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from gateway import health, v1
-from gateway.access_log import FLUSH_SECONDS, AccessLog, UnfailingStderr
+from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.edge import Edge
 from gateway.jwks import Jwks
@@ -43,6 +42,7 @@ from shared.log import configure, get_logger
 from shared.registry import KnownTenants
 from shared.settings import Settings
 from shared.settings import settings as settings_from_environment
+from shared.sweep import sweep_disk
 
 FLEET_SECONDS = 15.0
 BACKLOG_SECONDS = 1.0
@@ -69,7 +69,7 @@ def create() -> Edge:
 def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
     """One worker's ASGI application. With `parent_pid` it ends itself when that process is gone."""
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
-    configure(settings.log_level, cast(TextIO, UnfailingStderr()))
+    configure(settings.log_level)
     metrics.initialise()
     _reserve_metrics_files()
     usage_spool = spool.Spool(settings)
@@ -97,6 +97,7 @@ async def _running(
     app: Litestar, settings: Settings, usage_spool: spool.Spool, access_log: AccessLog, parent_pid: int | None
 ) -> AsyncIterator[None]:
     _raise_file_limit()
+    await asyncio.to_thread(sweep_disk, settings)  # what a restore that died with the machine left is settled first
     control_plane = ControlPlane(settings, pool_size=2)
     jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))
     services = app.state.services = Services(

@@ -38,7 +38,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 class Picked(Receipt, frozen=True):
-    """What is tested and why this one."""
+    """What is drilled and why this one."""
 
     test_id: UUID
     tenant_id: str
@@ -58,7 +58,7 @@ class Fetched(Receipt, frozen=True):
     clock: float
 
 
-class Tested(Receipt, frozen=True):
+class Drilled(Receipt, frozen=True):
     picked: Picked
     checks: tuple[Check, ...]
     outcome: Outcome
@@ -107,21 +107,21 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path) -> Fetched:
     return Fetched(picked, directory, None if failure else file, check, inconclusive, clock)
 
 
-def test(fetched: Fetched) -> Tested:
+def run(fetched: Fetched) -> Drilled:
     """Run every smoke test on the copy."""
     picked, checks = fetched.picked, [fetched.check]
     if fetched.file is not None:
         manifest = picked.backup.manifest
         checks += smoke.check_file(fetched.file, picked.tenant_id, manifest)
         if all(check.passed for check in checks):
-            checks.append(smoke.check_schema(fetched.file))
+            checks.append(smoke.check_schema(fetched.file, picked.tenant_id))
             paths = TenantPaths.of(fetched.sandbox / "tenants", picked.tenant_id)
             generation.activate(paths, generation.prepare(paths, fetched.file, previous=0))
             paths.lock.touch(mode=0o600)
             checks += smoke.check_engine(paths, manifest)
     passed = all(check.passed for check in checks)
     outcome: Outcome = "pass" if passed else "inconclusive" if fetched.inconclusive else "fail"
-    return Tested(
+    return Drilled(
         picked,
         tuple(checks),
         outcome,
@@ -130,27 +130,27 @@ def test(fetched: Fetched) -> Tested:
     )
 
 
-def record(control_plane: ControlPlane, tested: Tested, *, flow_run_id: str | None = None) -> Tested:
+def record(control_plane: ControlPlane, drilled: Drilled, *, flow_run_id: str | None = None) -> Drilled:
     """Write the `restore_tests` row.
 
     A backup whose file failed is marked corrupt, so nothing chooses it again. One that is whole but does not
     work with this build is reported and kept: the fault may be the build's.
     """
-    picked = tested.picked
+    picked = drilled.picked
     control_plane.execute(
         "drill_insert",
         test_id=picked.test_id,
         tenant_id=picked.tenant_id,
         backup_id=picked.backup.backup_id,
-        outcome=tested.outcome,
-        checks=Jsonb([check.as_dict() for check in tested.checks]),
-        rto_ms=tested.rto_ms,
-        rpo_seconds=tested.rpo_seconds,
+        outcome=drilled.outcome,
+        checks=Jsonb([check.as_dict() for check in drilled.checks]),
+        rto_ms=drilled.rto_ms,
+        rpo_seconds=drilled.rpo_seconds,
         flow_run_id=flow_run_id,
         started_at=picked.started_at,
     )
-    if any(check.name in smoke.FILE_CHECKS and not check.passed for check in tested.checks) and (
-        tested.outcome == "fail"
+    if any(check.name in smoke.FILE_CHECKS and not check.passed for check in drilled.checks) and (
+        drilled.outcome == "fail"
     ):
         control_plane.execute("backup_mark_corrupt", backup_id=picked.backup.backup_id)
-    return tested
+    return drilled

@@ -83,6 +83,10 @@ class ObjectStoreRefused(Permanent):
     """The object store refused: credentials, permissions or an object that must not be overwritten."""
 
 
+class NoSpace(Transient):
+    """A disk of this machine is full."""
+
+
 class LeaseHeld(Transient):
     """Another holder has the tenant's maintenance lease."""
 

@@ -1,6 +1,6 @@
 """The local half of a maintenance lease: who may touch a tenant's files right now, held by the kernel.
 
-    restore.lock  exclusive for a whole restore: one at a time on this machine (`RestoreMutex`)
+    restore.lock  exclusive for a whole restore: one at a time on this machine (`RestoreMutex`); not empty meanwhile
     maintenance   the mark: gateways answer writes with 503 while it exists, without asking PostgreSQL
     lock          shared by every use of the database, exclusive while a restore swaps (`Fence`)
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from shared.durable import unlink, write_file
-from shared.errors import DrainTimeout, InMaintenance, LeaseHeld, TenantDatabaseUnavailable
+from shared.errors import DrainTimeout, InMaintenance, LeaseHeld, Permanent, TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
 
 _POLL_SECONDS = 0.001
@@ -36,13 +36,17 @@ class Mark(msgspec.Struct, frozen=True):
     to_generation: int
     set_at: float
     putting_back: bool = False  # the new database did not verify: the old one must, before anybody gets in
+    from_unsettled: bool = False  # the tenant was already locked: the old one must verify too
 
 
 def read_mark(paths: TenantPaths) -> Mark | None:
+    """Raises `Permanent` for a mark that no restore wrote (somebody made it by hand): it is theirs to remove."""
     try:
         return msgspec.json.decode(paths.mark.read_bytes(), type=Mark)
     except FileNotFoundError:
         return None
+    except msgspec.MsgspecError as e:
+        raise Permanent(f"{paths.mark} was not written by a restore; remove it by hand to let writes in") from e
 
 
 @contextmanager
@@ -61,16 +65,23 @@ def in_use(paths: TenantPaths, *, wait_seconds: float) -> Iterator[None]:
 
 
 class RestoreMutex:
-    """One restore of a tenant at a time on this machine, from download to release."""
+    """One restore of a tenant at a time on this machine, from download to release.
+
+    While it is held the file is not empty; a file that is not empty and not locked was left by a dead run.
+    """
 
     def __init__(self, paths: TenantPaths) -> None:
         self._fd = _open_lock(paths.restore_lock)
         if not _flock(self._fd, fcntl.LOCK_EX, 0):
-            self.release()
+            os.close(self._fd)
+            self._fd = -1
             raise LeaseHeld(f"another restore of tenant {paths.tenant_id} is running on this machine")
+        self.left_by_dead_run = os.fstat(self._fd).st_size > 0
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
 

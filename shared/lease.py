@@ -47,6 +47,9 @@ def release_dead(control_plane: ControlPlane, tenant_id: str) -> bool:
     return bool(control_plane.rows("lease_release_dead", tenant_id=tenant_id))
 
 
-def release(control_plane: ControlPlane, lease: Lease) -> bool:
-    """Free the lease if it is still ours; False when it was already somebody else's or free."""
-    return bool(control_plane.rows("lease_release", tenant_id=lease.tenant_id, epoch=lease.epoch, holder=lease.holder))
+def release(control_plane: ControlPlane, tenant_id: str, holder: str) -> bool:
+    """Free the tenant's lease if `holder` has it; False when it is free or somebody else's.
+
+    By holder, not by epoch: a grant whose reply was lost has an epoch nobody knows.
+    """
+    return bool(control_plane.rows("lease_release", tenant_id=tenant_id, holder=holder))

@@ -11,6 +11,7 @@ permanent: 404 is the builtin FileNotFoundError; refused credentials are permane
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -32,7 +33,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, S3Store
 
 from shared.durable import fsync_path
-from shared.errors import CorruptBackup, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.errors import CorruptBackup, NoSpace, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ class ObjectStore:
         url = urlsplit(settings.object_store_url)
         if url.scheme == "file":
             self._local_root = Path(unquote(url.path))
-            self._local_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self._local_root.is_relative_to(settings.data_dir):
+                self._local_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            elif not self._local_root.is_dir():  # a mount that is missing must not look like an empty store
+                raise ObjectStoreRefused(f"the object store {self._local_root} does not exist")
             self._store: LocalStore | S3Store = LocalStore(self._local_root)
         elif url.scheme == "s3":
             self._store = _s3(settings, url.netloc, url.path.strip("/"))
@@ -105,7 +109,7 @@ class ObjectStore:
         """
         digest, size = hashlib.sha256(), 0
         try:
-            with destination.open("wb") as file:
+            with _disk_errors(destination), destination.open("wb") as file:
                 for chunk in self._chunks(key):
                     file.write(chunk)
                     digest.update(chunk)
@@ -172,6 +176,16 @@ class ObjectStore:
             fsync_path(directory)
             if directory == self._local_root:
                 return
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space left for {path}") from e
+        raise
 
 
 class _Exists(Exception):

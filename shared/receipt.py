@@ -9,5 +9,5 @@ from __future__ import annotations
 import msgspec
 
 
-class Receipt(msgspec.Struct, frozen=True, weakref=True, eq=False):
-    """Base of all receipts; compared by identity."""
+class Receipt(msgspec.Struct, frozen=True, weakref=True):
+    """Base of all receipts."""

@@ -1,7 +1,8 @@
 """Finish or undo what a restore left, from its mark alone, and the checks that decide which.
 
     no mark                       nothing was begun, or all was finished
-    mark, current = from          not swapped: undo (drop the mark); being put back: only if it verifies
+    mark, current = from          not swapped: undo (drop the mark); when it was being put back, or the tenant was
+                                  locked before, only if it verifies
     mark, current = to, verifies  swapped: finish (drop the mark)
     mark, current = to, does not  put back, verify that, drop the mark; if even that fails the tenant stays locked
 
@@ -55,7 +56,7 @@ def repair(paths: TenantPaths, fence: Fence | None = None) -> Outcome | None:
             except CorruptDatabase:
                 own.note_put_back()
                 _put_back(paths, mark)
-        elif mark.putting_back:
+        elif mark.putting_back or mark.from_unsettled:
             _put_back(paths, mark)
     except BaseException:
         own.leave_locked()

@@ -7,81 +7,30 @@
     verify    open the new active database through its public name, read and write-and-roll-back    → `Verified`
     release   let everybody in, free the lease, write the result                                    → `Released`
 
-A run keeps what it must give back in a `Hold`: mutex, fence, lease. Leaving the `with` block settles whatever a
-failure or a cancellation left there, by the decision `shared.repair` makes for a run that died.
+An undo differs in its first step alone: it copies `engram.db.bak` instead of downloading. What a run holds, and how
+it is given back, is `shared.hold`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 from shared import generation, lease, previous, snapshot
-from shared.control_plane import ControlPlane
 from shared.engine import schema
 from shared.engine.database import connect
-from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, Permanent, SchemaTooNew
-from shared.fence import Fence, Mark, RestoreMutex, read_mark
+from shared.errors import CorruptBackup, CorruptDatabase, Permanent
+from shared.fence import Fence, Mark, read_mark
+from shared.hold import Hold, finish, holding, running
 from shared.lease import Lease
-from shared.log import get_logger
 from shared.objects import ObjectStore, Progress
 from shared.plan import Plan
 from shared.receipt import Receipt
-from shared.repair import Outcome, check_active, repair
-from shared.settings import Settings
+from shared.repair import Outcome, check_active
 from shared.snapshot import Manifest
-from shared.tenant import TenantPaths
 
-log = get_logger("restore")
-
-
-class Hold:
-    """What one run holds of a tenant and must give back."""
-
-    def __init__(self, settings: Settings, control_plane: ControlPlane, tenant_id: str) -> None:
-        self.settings = settings
-        self.control_plane = control_plane
-        self.paths = TenantPaths.of(settings.tenants_dir, tenant_id)
-        self.mutex = RestoreMutex(self.paths)
-        self.fence: Fence | None = None
-        self.lease: Lease | None = None
-        self.locked_ms = 0.0
-
-    def settle(self) -> None:
-        """Give everything back; when the fence is up, first finish or undo. Doing it twice is fine.
-
-        A control plane that is away is left to the sweep, which frees the lease of a holder that is gone.
-        """
-        try:
-            if self.fence is not None:
-                repair(self.paths, self.fence)
-            self.paths.restore_file.unlink(missing_ok=True)
-            if read_mark(self.paths) is None:  # what was prepared and never activated
-                generation.collect(self.paths, keep_previous=self.settings.restore_generations_kept)
-            if self.lease is not None:
-                lease.release(self.control_plane, self.lease)
-                self.lease = None
-        except ControlPlaneUnavailable as e:
-            log.error("lease_left_to_the_sweep", tenant_id=self.paths.tenant_id, cause=str(e))
-        finally:
-            self.mutex.release()
-
-
-@contextmanager
-def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> Iterator[Hold]:
-    """The block inside which a restore runs. Raises `LeaseHeld` when another one runs on this machine.
-
-    On entry, what a dead run left on disk is finished or undone.
-    """
-    hold = Hold(settings, control_plane, tenant_id)
-    try:
-        repair(hold.paths)
-        yield hold
-    finally:
-        hold.settle()
+__all__ = ["Hold", "holding", "running"]
 
 
 class Staged(Receipt, frozen=True):
@@ -123,41 +72,6 @@ class Released(Receipt, frozen=True):
     locked_ms: float
     generation: int
     previous: Path | None
-
-
-def begin(
-    control_plane: ControlPlane, chosen: Plan, *, requested_by: str, reason: str, flow_run_id: str | None
-) -> None:
-    """Write the `restores` row, state running."""
-    control_plane.execute(
-        "restore_insert",
-        restore_id=chosen.restore_id,
-        tenant_id=chosen.tenant_id,
-        backup_id=chosen.backup.backup_id if chosen.backup else None,
-        kind=chosen.kind,
-        requested_by=requested_by,
-        reason=reason,
-        flow_run_id=flow_run_id,
-    )
-
-
-def fail(settings: Settings, control_plane: ControlPlane, chosen: Plan, error: BaseException) -> str:
-    """Write how a run ended that did not end well, and return it: the cause, and which database is active.
-
-    State `refused` for a bad snapshot, else `failed`. When the control plane is away the row is left to the sweep.
-    """
-    active = generation.active(TenantPaths.of(settings.tenants_dir, chosen.tenant_id))
-    said = f"{type(error).__name__}: {error}"[:400] + f"; generation {active} is active"
-    try:
-        _finish(
-            control_plane,
-            chosen.restore_id,
-            state="refused" if isinstance(error, (CorruptBackup, SchemaTooNew)) else "failed",
-            error=said,
-        )
-    except ControlPlaneUnavailable as e:
-        log.error("restore_row_left_to_the_sweep", tenant_id=chosen.tenant_id, cause=str(e))
-    return said
 
 
 def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progress | None = None) -> Staged:
@@ -222,6 +136,7 @@ def _bring_up_to_date(file: Path, tenant_id: str, found: Manifest) -> Manifest:
 def lock(staged: Staged, *, holder: str, reason: str) -> Lease:
     """Take the tenant's lease; writes still flow. Raises `LeaseHeld`."""
     hold = staged.hold
+    hold.holder = holder
     taken = lease.acquire(
         hold.control_plane,
         staged.plan.tenant_id,
@@ -229,7 +144,6 @@ def lock(staged: Staged, *, holder: str, reason: str) -> Lease:
         reason=reason,
         seconds=hold.settings.lease_seconds,
     )
-    hold.lease = taken
     hold.control_plane.execute("restore_fenced", restore_id=staged.plan.restore_id, epoch=taken.epoch)
     return taken
 
@@ -242,12 +156,12 @@ def swap(staged: Staged, taken: Lease) -> Swapped:
     hold, paths = staged.hold, staged.hold.paths
     before = generation.active(paths)
     after = generation.prepare(paths, staged.file, previous=before)
-    mark = Mark(taken.tenant_id, taken.holder, taken.epoch, before, after, time.time())
+    unsettled = read_mark(paths) is not None
+    mark = Mark(taken.tenant_id, taken.holder, taken.epoch, before, after, time.time(), from_unsettled=unsettled)
     fence = Fence(paths, mark)
     hold.fence = fence  # before raising it: a failure or a cancellation in there must be settled too
-    fence.raise_(hold.settings.restore_drain_timeout_seconds)
+    fence.raise_(hold.settings.restore_drain_timeout_seconds, keep_mark=unsettled)
     taken = lease.renew(hold.control_plane, taken, seconds=hold.settings.lease_seconds)
-    hold.lease = taken
     hold.control_plane.execute(
         "restore_swapping", restore_id=staged.plan.restore_id, from_generation=before, to_generation=after
     )
@@ -287,6 +201,7 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
     if hold.fence is not None:
         hold.locked_ms = hold.fence.lower()
         hold.fence = None
+        hold.outcome = swapped.outcome
     control_plane = hold.control_plane
     control_plane.execute(
         "tenant_set_generation",
@@ -294,7 +209,7 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
         generation=swapped.to_generation,
         schema_version=schema.SCHEMA_VERSION,
     )
-    _finish(
+    finish(
         control_plane,
         chosen.restore_id,
         state=swapped.outcome,
@@ -302,8 +217,8 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
         from_generation=swapped.from_generation,
         to_generation=swapped.to_generation,
     )
-    lease.release(control_plane, taken)
-    hold.lease = None
+    lease.release(control_plane, swapped.tenant_id, taken.holder)
+    hold.holder = ""
     generation.collect(hold.paths, keep_previous=hold.settings.restore_generations_kept)
     previous.seal(hold.paths)
     return Released(
@@ -314,25 +229,4 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
         round(hold.locked_ms, 3),
         swapped.to_generation,
         hold.paths.backup if hold.paths.backup.exists() else None,
-    )
-
-
-def _finish(
-    control_plane: ControlPlane,
-    restore_id: UUID,
-    *,
-    state: str,
-    error: str | None = None,
-    locked_ms: float | None = None,
-    from_generation: int | None = None,
-    to_generation: int | None = None,
-) -> None:
-    control_plane.execute(
-        "restore_finish",
-        restore_id=restore_id,
-        state=state,
-        error=error,
-        locked_ms=locked_ms,
-        from_generation=from_generation,
-        to_generation=to_generation,
     )

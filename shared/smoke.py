@@ -115,14 +115,15 @@ def check_engine(paths: TenantPaths, manifest: dict[str, Any]) -> list[Check]:
         database.close()
 
 
-def check_schema(file: Path) -> Check:
-    """The tables and their columns are this build's, compared with a database made fresh in memory."""
+def check_schema(file: Path, tenant_id: str) -> Check:
+    """Brought up to date, the tables and their columns are this build's: compared with a database made in memory."""
 
     def body() -> str:
         fresh = sqlite3.connect(":memory:", isolation_level=None)
         schema.migrate(fresh, "drill", new=True)
         stored = connect(file)
         try:
+            found = schema.migrate(stored, tenant_id)
             want, have = _columns(fresh), _columns(stored)
         finally:
             stored.close()
@@ -130,7 +131,7 @@ def check_schema(file: Path) -> Check:
         if want != have:
             differing = sorted(t for t in want.keys() | have.keys() if want.get(t) != have.get(t))
             raise CorruptDatabase(f"tables differ from this build's: {', '.join(differing)}")
-        return f"{len(have)} tables as this build makes them"
+        return f"{len(have)} tables as this build makes them, stored as v{found}"
 
     return run_check("schema", body)
 

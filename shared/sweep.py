@@ -2,7 +2,8 @@
 
 Two kinds of traces, looked at apart, so that the first needs no control plane:
 
-    disk      a maintenance mark whose owner is gone → `shared.repair` decides from the generations
+    disk      a maintenance mark, or a `restore.lock` that is not empty, whose owner is gone → `shared.repair` decides
+              from the generations
     records   a lease, or a `restores` row still running, whose owner is gone → the row is closed with what is
               active now, the lease is freed
 
@@ -14,6 +15,9 @@ until it is older than a lease.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from uuid import UUID
 
 from shared import generation, lease
@@ -39,29 +43,36 @@ class Swept(Receipt, frozen=True):
 
 
 def sweep_disk(settings: Settings) -> list[Swept]:
-    """Repair every tenant whose mark stands and whose restore is gone. Cheap when there is none."""
+    """Repair every tenant whose restore is gone. Cheap when there is none: two stats a tenant."""
     swept: list[Swept] = []
-    for mark in sorted(settings.tenants_dir.glob("*/maintenance")):
-        if not is_tenant_id(mark.parent.name):
-            continue
-        paths = TenantPaths.of(settings.tenants_dir, mark.parent.name)
+    for paths in _suspects(settings):
         try:
             mutex = RestoreMutex(paths)
         except LeaseHeld:
             continue
         try:
             outcome = repair(paths)
-            if outcome is not None:
-                active = generation.active(paths)
-                swept.append(
-                    Swept(paths.tenant_id, "maintenance mark of a dead run", f"{outcome}, generation {active}")
-                )
+            if outcome is not None or mutex.left_by_dead_run:
+                done = f"{outcome or 'nothing to undo'}, generation {generation.active(paths)} is active"
+                swept.append(Swept(paths.tenant_id, "traces of a dead restore", done))
         except EngramError as e:
             log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(e))
-            swept.append(Swept(paths.tenant_id, "maintenance mark of a dead run", f"stays locked: {e}", ok=False))
+            swept.append(Swept(paths.tenant_id, "traces of a dead restore", f"stays locked: {e}", ok=False))
         finally:
             mutex.release()
     return swept
+
+
+def _suspects(settings: Settings) -> Iterator[TenantPaths]:
+    try:
+        tenants = sorted(entry.name for entry in os.scandir(settings.tenants_dir) if is_tenant_id(entry.name))
+    except FileNotFoundError:
+        return
+    for tenant_id in tenants:
+        paths = TenantPaths.of(settings.tenants_dir, tenant_id)
+        with suppress(OSError):
+            if paths.mark.exists() or paths.restore_lock.stat().st_size > 0:
+                yield paths
 
 
 def sweep_records(settings: Settings, control_plane: ControlPlane) -> list[Swept]:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
 from shared import plan as planning
 from shared import restore
@@ -18,27 +18,33 @@ from tests.core_fixtures import World, contents_of, sha256_of
 
 
 def begun(world: World, made: Backup | None = None) -> Plan:
-    """The plan, with its `restores` row."""
+    """The plan of a restore."""
     backup_id = str(made.backup_id) if made else None
-    chosen = planning.plan(world.settings, world.control_plane, world.tenant_id, backup_id=backup_id)
-    restore.begin(world.control_plane, chosen, requested_by="test", reason="test", flow_run_id=str(chosen.restore_id))
-    return chosen
+    return planning.plan(world.settings, world.control_plane, world.tenant_id, backup_id=backup_id)
+
+
+def running(world: World, chosen: Plan) -> AbstractContextManager[Hold]:
+    """The run's block and its `restores` row, found again by `state_of`."""
+    return restore.running(
+        world.settings,
+        world.control_plane,
+        chosen,
+        requested_by="test",
+        reason="test",
+        flow_run_id=str(chosen.restore_id),
+    )
 
 
 def run(world: World, chosen: Plan) -> Released:
-    """download → lock → swap → verify → release, as `flows.restore` does, the end of a failure written down."""
-    try:
-        with restore.holding(world.settings, world.control_plane, world.tenant_id) as hold:
-            swapped = swap(world, hold, chosen)
-            try:
-                verified = restore.verify(swapped)
-            except CorruptDatabase:
-                restore.release(chosen, swapped.lease, restore.verify(restore.put_back(swapped)))
-                raise
-            return restore.release(chosen, swapped.lease, verified)
-    except BaseException as e:
-        restore.fail(world.control_plane, chosen, e)
-        raise
+    """download → lock → swap → verify → release, as `flows.restore` does."""
+    with running(world, chosen) as hold:
+        swapped = swap(world, hold, chosen)
+        try:
+            verified = restore.verify(swapped)
+        except CorruptDatabase:
+            restore.release(chosen, swapped.lease, restore.verify(restore.put_back(swapped)))
+            raise
+        return restore.release(chosen, swapped.lease, verified)
 
 
 def perform(world: World, made: Backup | None = None) -> Released:
@@ -55,7 +61,7 @@ def swap(world: World, hold: Hold, chosen: Plan) -> Swapped:
 def swapped(world: World, made: Backup | None = None) -> Iterator[tuple[Plan, Swapped]]:
     """Inside: after the swap, before the verification."""
     chosen = begun(world, made)
-    with restore.holding(world.settings, world.control_plane, world.tenant_id) as hold:
+    with running(world, chosen) as hold:
         yield chosen, swap(world, hold, chosen)
 
 

@@ -39,7 +39,7 @@ EXAMPLES = {
     **dict.fromkeys(("epoch", "limit", "generation", "schema_version", "size_bytes", "stored_bytes"), 1),
     **dict.fromkeys(("from_generation", "to_generation", "events", "inserted", "duplicates"), 1),
     **dict.fromkeys(("quarantined", "corrupt_bytes", "days"), 1),
-    **dict.fromkeys(("lease_seconds", "locked_ms", "rto_ms", "rpo_seconds", "seconds"), 1.5),
+    **dict.fromkeys(("lease_seconds", "older_than_seconds", "locked_ms", "rto_ms", "rpo_seconds", "seconds"), 1.5),
 }
 OF_QUERY = {  # where a name is an array, or another type, in one query
     "usage_insert": {

@@ -13,7 +13,7 @@ import pytest
 from shared import catalogue, drill, registry, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
-from shared.drill import Tested
+from shared.drill import Drilled
 from shared.engine import memories, schema
 from shared.errors import ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
@@ -34,10 +34,10 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.lstat().st_ino, p.lstat().st_mtime_ns) for p in sorted(root.rglob("*"))}
 
 
-def run(world: World, objects: ObjectStore | None = None) -> Tested:
+def run(world: World, objects: ObjectStore | None = None) -> Drilled:
     picked = drill.pick(world.control_plane, world.tenant_id)
     with drill.sandbox(world.settings) as directory:
-        tested = drill.test(drill.fetch(objects or world.objects, picked, directory))
+        tested = drill.run(drill.fetch(objects or world.objects, picked, directory))
     return drill.record(world.control_plane, tested)
 
 
@@ -45,7 +45,7 @@ def status(world: World) -> str:
     return catalogue.list_of(world.control_plane, world.tenant_id)[0].status
 
 
-def failed(tested: Tested) -> list[str]:
+def failed(tested: Drilled) -> list[str]:
     return [check.name for check in tested.checks if not check.passed]
 
 
@@ -221,5 +221,5 @@ def test_an_inconclusive_test_does_not_use_up_a_tenants_turn(new_database: Calla
             world.back_up()
         picked = drill.pick(control_plane)
         check = smoke.Check("sha256", False, "unreachable", 1.0)
-        drill.record(control_plane, Tested(picked, (check,), "inconclusive", 1.0, 1.0))
+        drill.record(control_plane, Drilled(picked, (check,), "inconclusive", 1.0, 1.0))
         assert drill.pick(control_plane).tenant_id == picked.tenant_id == one.tenant_id

@@ -31,8 +31,8 @@ def test_a_held_lease_is_refused_with_its_holder_and_a_released_one_is_granted(
     first = acquire("a")
     with pytest.raises(LeaseHeld, match="held by a until"):
         acquire("b")
-    assert lease.release(world.control_plane, first)
-    assert not lease.release(world.control_plane, first)
+    assert lease.release(world.control_plane, world.tenant_id, first.holder)
+    assert not lease.release(world.control_plane, world.tenant_id, first.holder)
     assert acquire("b").epoch == first.epoch + 1
 
 
@@ -48,7 +48,7 @@ def test_an_expired_lease_goes_to_the_next_and_is_lost_to_its_holder(
     assert second.epoch > first.epoch
     with pytest.raises(LeaseLost):
         lease.renew(world.control_plane, first, seconds=30)
-    assert not lease.release(world.control_plane, first)
+    assert not lease.release(world.control_plane, world.tenant_id, first.holder)
     assert lease.renew(world.control_plane, second, seconds=60).expires_at > second.expires_at
 
 
@@ -77,7 +77,7 @@ def test_epochs_are_unique_and_rise_under_concurrent_holders(world: World) -> No
                 grants.append(held.epoch)
             with guard:
                 inside -= 1
-            assert lease.release(world.control_plane, held)
+            assert lease.release(world.control_plane, world.tenant_id, held.holder)
 
     threads = [threading.Thread(target=work, args=(f"holder {n}",)) for n in range(4)]
     for thread in threads:

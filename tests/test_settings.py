@@ -31,6 +31,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "tenant_pool_size",
     "rate_limit_burst",
     "prefect_worker_limit",
+    "restore_generations_kept",
 }
 
 

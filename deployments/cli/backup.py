@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from deployments.cli import beside
@@ -57,7 +57,7 @@ def backups(
         registry.get(control_plane, tenant_id)
         found = catalogue.list_of(control_plane, tenant_id, limit=limit)
     if as_json:
-        print_json([asdict(b) for b in found])
+        print_json([msgspec.structs.asdict(b) for b in found])
         return
     print_table(
         ("backup", "taken at (UTC)", "kind", "status", "memories", "bytes", "sha256"),

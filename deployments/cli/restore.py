@@ -1,4 +1,7 @@
-"""`engram restore`: starts the Prefect deployment and follows it, so the restore survives this terminal."""
+"""`engram restore`, `engram restore-undo`, `engram sweep`.
+
+A restore starts the Prefect deployment and follows it, so it survives this terminal.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,15 @@ from shared.errors import Permanent, Refused
 
 if TYPE_CHECKING:
     from deployments.prefect_api import PrefectApi, Run
+    from shared.control_plane import ControlPlane
     from shared.plan import Plan
+    from shared.settings import Settings
 
 
 def register(app: typer.Typer) -> None:
     app.command()(restore)
+    app.command("restore-undo")(restore_undo)
+    app.command()(sweep)
 
 
 def restore(
@@ -28,6 +35,7 @@ def restore(
         str | None, typer.Option("--at", metavar="TIME", help="Newest verified backup not after it; ISO 8601, UTC.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
+    safety_backup: Annotated[bool, typer.Option(help="Store a backup of the live database first.")] = True,
     reason: Annotated[str, typer.Option(help="Written into the lease and the restores table.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -40,27 +48,73 @@ def restore(
         if dry_run:
             _show_plan(chosen, as_json)
             return
-        from deployments.prefect_api import PrefectApi
+        parameters = {"backup_id": _backup_id(chosen), "with_safety_backup": safety_backup}
+        _run(settings, control_plane, chosen, "restore/restore", parameters, reason, as_json)
 
-        api = PrefectApi(settings)
-        run = api.start(
-            "restore/restore",
-            {
-                "tenant_id": tenant_id,
-                "backup_id": str(chosen.backup.backup_id),
-                "reason": reason,
-                "requested_by": f"cli {getpass.getuser()}",
-            },
-        )
-        note(f"restoring {tenant_id} from {chosen.backup.ts:%F %T} UTC: {run.url}")
-        ended = _follow(api, run)
-        row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
-        previous = settings.tenants_dir / tenant_id / "engram.db.bak"
+
+def restore_undo(
+    tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
+    reason: Annotated[str, typer.Option(help="Written into the lease and the restores table.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Take the last restore back: engram.db.bak becomes the live database. Twice is an undo of the undo."""
+    from shared import plan as planning
+
+    with beside.control_plane() as (settings, control_plane):
+        chosen = planning.plan_undo(settings, control_plane, tenant_id)
+        if dry_run:
+            _show_plan(chosen, as_json)
+            return
+        _run(settings, control_plane, chosen, "restore-undo/restore-undo", {}, reason, as_json)
+
+
+def sweep(as_json: Json = False) -> None:
+    """Finish or undo whatever dead restores left on this machine, now."""
+
+    def load() -> Any:
+        from flows.sweep import sweep as flow
+
+        return flow
+
+    result, error = beside.run_flow(load)
+    if error:
+        raise Permanent(error)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(("tenant or run", "found", "done"), [(s["what"], s["found"], s["done"]) for s in result["swept"]])
+        note(f"{len(result['swept'])} traces of dead runs")
+
+
+def _run(
+    settings: Settings,
+    control_plane: ControlPlane,
+    chosen: Plan,
+    deployment: str,
+    parameters: dict[str, Any],
+    reason: str,
+    as_json: bool,
+) -> None:
+    """Start the deployment, follow it, and print what its row says."""
+    from deployments.prefect_api import PrefectApi
+
+    api = PrefectApi(settings)
+    parameters |= {
+        "tenant_id": chosen.tenant_id,
+        "reason": reason,
+        "requested_by": f"cli {getpass.getuser()}",
+    }
+    run = api.start(deployment, parameters)
+    note(f"{chosen.kind} of {chosen.tenant_id} to {chosen.source_at:%F %T} UTC: {run.url}")
+    ended = _follow(api, run)
+    row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
     if ended.state != "COMPLETED":
         raise (Refused if row.get("state") == "refused" else Permanent)(row.get("error") or ended.message)
+    previous = settings.tenants_dir / chosen.tenant_id / "engram.db.bak"
     result = {
         "restore_id": row["restore_id"],
-        "tenant_id": tenant_id,
+        "tenant_id": chosen.tenant_id,
         "backup_id": row["backup_id"],
         "outcome": row["state"],
         "locked_ms": row["locked_ms"],
@@ -71,7 +125,7 @@ def restore(
     if as_json:
         print_json(result)
     else:
-        note(f"restored; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
+        note(f"done; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
 
 
 def _follow(api: PrefectApi, run: Run) -> Run:
@@ -86,19 +140,27 @@ def _follow(api: PrefectApi, run: Run) -> Run:
     return seen
 
 
+def _backup_id(chosen: Plan) -> str | None:
+    return str(chosen.backup.backup_id) if chosen.backup else None
+
+
 def _show_plan(chosen: Plan, as_json: bool) -> None:
+    from shared.plan import schema_change
+
     plan: dict[str, Any] = {
         "tenant_id": chosen.tenant_id,
-        "backup_id": chosen.backup.backup_id,
+        "backup_id": _backup_id(chosen),
         "outcome": "dry_run",
-        "taken_at": chosen.backup.ts,
+        "source": chosen.backup.key if chosen.backup else "engram.db.bak",
+        "source_at": chosen.source_at,
         "age_seconds": round(chosen.age_seconds, 1),
-        "size_bytes": chosen.backup.size_bytes,
-        "schema_version": chosen.backup.schema_version,
-        "backup_memories": chosen.backup.manifest.get("memories"),
+        "size_bytes": chosen.size_bytes,
+        "schema": schema_change(chosen.source_schema_version),
+        "backup_memories": chosen.source_memories,
         "live_memories": chosen.live_memories,
         "writes_lost": chosen.writes_lost,
         "live_error": chosen.live_error,
+        "window_ms": chosen.window_ms,
     }
     if as_json:
         print_json(plan)

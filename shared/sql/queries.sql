@@ -77,7 +77,7 @@ RETURNING expires_at;
 
 -- name: lease_release
 UPDATE maintenance_locks SET holder = NULL, reason = NULL, expires_at = clock_timestamp()
-WHERE tenant_id = %(tenant_id)s AND epoch = %(epoch)s AND holder = %(holder)s
+WHERE tenant_id = %(tenant_id)s AND holder = %(holder)s
 RETURNING epoch;
 
 -- name: lease_release_dead

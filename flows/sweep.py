@@ -1,0 +1,82 @@
+"""sweep: disk → records → runs. What dead restores left is finished or undone; their Prefect runs are marked.
+
+The resident drain looks at the disk every `ENGRAM_SWEEP_SECONDS`, so a dead restore is repaired within seconds; this
+flow is the same, every minute, where an operator sees it, and the only part that may correct Prefect's own records.
+"""
+
+import os
+from typing import Any
+
+import psutil
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.runtime import flow_run
+from prefect.states import Crashed
+
+from flows import artifact, policy
+from flows.core import configuration, control_plane
+from shared import sweep as core
+from shared.errors import Permanent
+from shared.sweep import Swept
+
+
+@task(name="disk", **policy.READ)
+def disk() -> list[Swept]:
+    return core.sweep_disk(configuration())
+
+
+@task(name="records", **policy.READ)
+def records(found: list[Swept]) -> list[Swept]:
+    return [*found, *core.sweep_records(configuration(), control_plane())]
+
+
+@task(name="runs", **policy.READ)
+def runs(found: list[Swept]) -> list[Swept]:
+    """Mark runs Crashed whose process, on this machine, is gone: they would say Running for ever."""
+    marked: list[Swept] = []
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=running, limit=200):
+            if str(run.id) != flow_run.get_id() and _process_is_gone(run):
+                client.set_flow_run_state(run.id, Crashed(message="its process is gone (sweep)"), force=True)
+                marked.append(Swept(run.name, "run of a dead process", "marked Crashed"))
+    return [*found, *marked]
+
+
+def _process_is_gone(run: FlowRun) -> bool:
+    """Only for runs of this machine's own worker: a pid says nothing about another machine's."""
+    pid = run.infrastructure_pid or ""
+    if (run.labels or {}).get("prefect.worker.name") != f"engram-{configuration().machine_id}" or not pid.isdigit():
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        # A pid used again belongs to something younger than the run's start.
+        reused = run.start_time is not None and process.create_time() > run.start_time.timestamp() + 5
+        return bool(reused or process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@flow(name="sweep", flow_run_name="sweep", **policy.FLOW)
+def sweep() -> dict[str, Any]:
+    """Finish or undo whatever dead restores left on this machine; mark runs whose process is gone."""
+    found = runs(records(disk()))
+    if found:
+        artifact.report(
+            "sweep",
+            "Sweep",
+            f"{len(found)} traces of dead runs, {sum(s.ok for s in found)} put right",
+            {"machine": configuration().machine_id, "pid": os.getpid()},
+            artifact.table(
+                ("tenant or run", "found", "done", "ok"), ((s.tenant_id, s.found, s.done, s.ok) for s in found)
+            ),
+        )
+    if stuck := [s for s in found if not s.ok]:
+        raise Permanent("; ".join(f"{s.tenant_id} {s.done}" for s in stuck))
+    return {"swept": [{"what": s.tenant_id, "found": s.found, "done": s.done} for s in found]}
