@@ -62,7 +62,7 @@ def test_a_restore_through_the_deployment_is_a_connected_graph_with_an_artifact(
     nodes = dict(stack.prefect("GET", f"flow_runs/{result['flow_run_id']}/graph-v2")["nodes"])
     label = {key: node["label"].rpartition("-")[0] for key, node in nodes.items()}
     parents = {label[key]: {label[p["id"]] for p in node["parents"]} for key, node in nodes.items()}
-    steps = ["plan", "download", "lock", "swap", "verify", "release"]
+    steps = ["plan", "download", "safety-backup", "lock", "swap", "verify", "release"]
     assert list(parents) == steps
     assert all(before in parents[after] for before, after in itertools.pairwise(steps))
 
@@ -78,7 +78,7 @@ def test_the_restore_form_is_typed_and_described(stack: Stack) -> None:
     """The form in the UI is made from this schema: a field without a description is a guess at 3 a.m."""
     schema = stack.prefect("GET", "deployments/name/restore/restore")["parameter_openapi_schema"]
     fields = schema["properties"]
-    assert list(fields) == ["tenant_id", "backup_id", "at", "dry_run", "reason", "requested_by"]
+    assert list(fields) == ["tenant_id", "backup_id", "at", "dry_run", "with_safety_backup", "reason", "requested_by"]
     assert all(field.get("description") for field in fields.values())
     assert schema["required"] == ["tenant_id"]
     assert fields["dry_run"]["type"] == "boolean"
