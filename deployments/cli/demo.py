@@ -85,12 +85,13 @@ def _show(checks: Checks) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "what", "expected", "seen", "in the Prefect UI", header_style="bold")
+    table = Table("", "what", "expected", "seen", header_style="bold")
+    table.add_column("in the Prefect UI", overflow="fold")
     for row in checks.rows:
         mark, style = ("ok", None) if row.holds else ("WRONG", "bold red")
         table.add_row(mark, row.what, row.expected, row.seen, row.link, style=style)
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    console.print(table) if console.is_terminal else Console(width=240).print(table)
 
 
 @contextmanager
