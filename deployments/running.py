@@ -174,7 +174,7 @@ def status(settings: Settings) -> dict[str, Any]:
             shown |= {name: "" for name in ("jwks_url", "prefect_api_url") if not settings.is_set(name)}
         processes: list[dict[str, Any]] = []
     else:
-        shown = state.settings
+        shown = resolved_values(settings) | state.settings  # an older build's file may lack what is new
         processes = [_process(p) for p in [ProcessState("up", holder, 0.0, "running"), *state.processes]]
         overall = state.state
         if overall == "running" and any(p["state"] != "running" for p in processes):

@@ -9,8 +9,11 @@ from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
+from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
 
@@ -45,13 +48,16 @@ class Progress:
 
 
 def report(key_: str, title: str, sentence: str, facts: Mapping[str, Any], *tables: str) -> None:
-    """Write the artifact of the current run."""
+    """Write the artifact of the current run. A Prefect server that is away costs the report, never the run."""
     lines = [f"# {title}", "", sentence, ""]
     if facts:
         lines += ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
     for table_ in tables:
         lines += [table_, ""]
-    create_markdown_artifact("\n".join(lines), key=key_, description=sentence)
+    try:
+        create_markdown_artifact("\n".join(lines), key=key_, description=sentence)
+    except (httpx.HTTPError, PrefectException) as e:  # the work is done and recorded; the report is not the work
+        get_run_logger().error("the report could not be written: %s", e)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

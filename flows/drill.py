@@ -8,7 +8,7 @@ from prefect import flow, task
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
 from shared import drill as core
-from shared.drill import Fetched, Picked, Drilled
+from shared.drill import Drilled, Fetched, Picked
 from shared.errors import CorruptBackup, ObjectStoreUnavailable
 
 
