@@ -5,6 +5,7 @@ Title, one sentence that says what happened, then a table of facts. Artifact key
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
@@ -34,17 +35,20 @@ def rename_run(name: str) -> None:
 
 
 class Progress:
-    """A progress bar in the run's artifacts; written at most every ten percent."""
+    """A progress bar in the run's artifacts, moved at most every ten percent. Without a server there is none."""
 
     def __init__(self, key_: str, description: str) -> None:
-        self._id = cast(UUID, create_progress_artifact(0.0, key=key_, description=description))
+        self._id: UUID | None = None
         self._shown = 0
+        with suppress(httpx.HTTPError, PrefectException):
+            self._id = cast(UUID, create_progress_artifact(0.0, key=key_, description=description))
 
     def show(self, done: int, total: int) -> None:
         percent = min(100, 100 * done // max(1, total))
-        if percent >= self._shown + 10 or percent == 100 > self._shown:
+        if self._id is not None and (percent >= self._shown + 10 or percent == 100 > self._shown):
             self._shown = percent
-            update_progress_artifact(self._id, float(percent))
+            with suppress(httpx.HTTPError, PrefectException):
+                update_progress_artifact(self._id, float(percent))
 
 
 def report(key_: str, title: str, sentence: str, facts: Mapping[str, Any], *tables: str) -> None:
