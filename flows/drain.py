@@ -13,6 +13,7 @@ import time
 from types import FrameType
 
 import httpx
+import psycopg
 
 from flows.core import control_plane
 from flows.metering import metering
@@ -51,12 +52,20 @@ def main(settings: Settings) -> None:
 
 
 def _sweep(settings: Settings, stop: threading.Event) -> None:
-    """Look for dead restores from the start on, in a thread: a long drain must not keep a tenant waiting."""
+    """Look for dead restores from the start on, in a thread: a long drain must not keep a tenant waiting.
+
+    The control plane is asked when the disk shows a trace, and once in a lease time: a restore that could not
+    reach it at its end leaves a lease and no trace.
+    """
+    asked_at = float("-inf")
     while True:
         try:
             if core_sweep.sweep_disk(settings):
+                asked_at = float("-inf")
+            if time.monotonic() - asked_at >= settings.lease_seconds:
                 core_sweep.sweep_records(settings, control_plane())
-        except EngramError as e:
+                asked_at = time.monotonic()
+        except (EngramError, OSError, psycopg.Error) as e:
             log.error("sweep_failed", cause=str(e))
         if stop.wait(settings.sweep_seconds):
             return

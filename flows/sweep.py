@@ -9,21 +9,23 @@ from typing import Any
 
 import psutil
 from prefect import flow, task
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runtime import flow_run
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane
 from shared import sweep as core
 from shared.errors import Permanent
 from shared.sweep import Swept
+
+_UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 @task(name="disk", **policy.READ)
@@ -38,21 +40,36 @@ def records(found: list[Swept]) -> list[Swept]:
 
 @task(name="runs", **policy.READ)
 def runs(found: list[Swept]) -> list[Swept]:
-    """Mark runs Crashed whose process, on this machine, is gone: they would say Running for ever."""
+    """End runs whose process, on this machine, is gone: they would say Running, or Cancelling, for ever."""
     marked: list[Swept] = []
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=running, limit=200):
-            if str(run.id) != flow_run.get_id() and _process_is_gone(run):
-                client.set_flow_run_state(run.id, Crashed(message="its process is gone (sweep)"), force=True)
-                marked.append(Swept(run.name, "run of a dead process", "marked Crashed"))
+        for run in client.read_flow_runs(flow_run_filter=unfinished, limit=200):
+            if str(run.id) != flow_run.get_id() and _process_is_gone(run) and (end := _end(client, run)):
+                client.set_flow_run_state(run.id, end, force=True)
+                marked.append(Swept(run.name, "run of a dead process", f"marked {end.name}"))
     return [*found, *marked]
 
 
+def _end(client: SyncPrefectClient, run: FlowRun) -> State[Any] | None:
+    """How a run without a process ended; None when it said so itself after it was listed."""
+    match client.read_flow_run(run.id).state_type:
+        case StateType.CANCELLING:
+            return Cancelled(message="its process is gone (sweep)")
+        case state if state in _UNFINISHED:
+            return Crashed(message="its process is gone (sweep)")
+    return None
+
+
 def _process_is_gone(run: FlowRun) -> bool:
-    """Only for runs of this machine's own worker: a pid says nothing about another machine's."""
-    pid = run.infrastructure_pid or ""
-    if (run.labels or {}).get("prefect.worker.name") != f"engram-{configuration().machine_id}" or not pid.isdigit():
+    """Only for a process this one can see: a pid says nothing about another machine's or container's."""
+    if run.labels.get("prefect.worker.name") == f"engram-{configuration().machine_id}":
+        pid = run.infrastructure_pid or ""
+    elif run.labels.get(policy.PROCESSES_LABEL) == policy.visible_processes():
+        pid = str(run.labels.get(policy.PID_LABEL))
+    else:
+        return False
+    if not pid.isdigit():
         return False
     try:
         process = psutil.Process(int(pid))

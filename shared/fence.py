@@ -72,18 +72,23 @@ class RestoreMutex:
 
     def __init__(self, paths: TenantPaths) -> None:
         self._fd = _open_lock(paths.restore_lock)
-        if not _flock(self._fd, fcntl.LOCK_EX, 0):
+        try:
+            if not _flock(self._fd, fcntl.LOCK_EX, 0):
+                raise LeaseHeld(f"another restore of tenant {paths.tenant_id} is running on this machine")
+            self.left_by_dead_run = os.fstat(self._fd).st_size > 0
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+            os.fsync(self._fd)  # after a power loss too, the sweep finds it and clears what the run left
+        except BaseException:  # a full disk too: a process that lives on must not go on holding it
             os.close(self._fd)
-            self._fd = -1
-            raise LeaseHeld(f"another restore of tenant {paths.tenant_id} is running on this machine")
-        self.left_by_dead_run = os.fstat(self._fd).st_size > 0
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+            raise
 
     def release(self) -> None:
-        if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
 
 
 class Fence:
@@ -101,7 +106,8 @@ class Fence:
         With `keep_mark` a mark that stood before (a dead run's, not yet settled) still stands after that.
         """
         self._raised_at = time.monotonic()
-        write_file(self._paths.mark, msgspec.json.encode(self._mark))
+        if not keep_mark or read_mark(self._paths) != self._mark:  # a repair needs no space on a full disk
+            write_file(self._paths.mark, msgspec.json.encode(self._mark))
         if not _flock(self._fd, fcntl.LOCK_EX, drain_timeout_seconds):
             if keep_mark:
                 self.leave_locked()

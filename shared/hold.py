@@ -15,10 +15,10 @@ from uuid import UUID
 from shared import generation, lease
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, LeaseHeld, SchemaTooNew
-from shared.fence import Fence, RestoreMutex, read_mark
+from shared.fence import Fence, RestoreMutex
 from shared.log import get_logger
 from shared.plan import Plan
-from shared.repair import Outcome, repair
+from shared.repair import Outcome, clear, repair
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 
@@ -47,16 +47,21 @@ class Hold:
             if self.fence is not None:
                 self.outcome = repair(self.paths, self.fence) or self.outcome
                 self.fence = None
-            self.paths.restore_file.unlink(missing_ok=True)
-            if read_mark(self.paths) is None:  # what was prepared and never activated
-                generation.collect(self.paths, keep_previous=self.settings.restore_generations_kept)
+            clear(self.paths, keep_previous=self.settings.restore_generations_kept)
+        finally:
+            try:
+                self._free_lease()
+            finally:
+                self.mutex.release()
+
+    def _free_lease(self) -> None:
+        """Also of a tenant that stays locked: its mark locks it, and the restore that is its way out must not wait."""
+        try:
             if self.holder:
                 lease.release(self.control_plane, self.paths.tenant_id, self.holder)
                 self.holder = ""
         except ControlPlaneUnavailable as e:
             log.error("lease_left_to_the_sweep", tenant_id=self.paths.tenant_id, cause=str(e))
-        finally:
-            self.mutex.release()
 
 
 @contextmanager

@@ -41,14 +41,14 @@ def repair(paths: TenantPaths, fence: Fence | None = None) -> Outcome | None:
     mark = read_mark(paths)
     if mark is None:
         if fence is not None:
-            fence.lower()
+            _lower(fence)
         return None
     own = fence or Fence(paths, mark)
-    if fence is None:
-        own.raise_(_DRAIN_TIMEOUT_SECONDS, keep_mark=True)
-    active = generation.active(paths)
     outcome: Outcome = "put_back"
     try:
+        if fence is None:
+            own.raise_(_DRAIN_TIMEOUT_SECONDS, keep_mark=True)
+        active = generation.active(paths)
         if active == mark.to_generation and not mark.putting_back:
             try:
                 check_active(paths, active, None)
@@ -62,9 +62,26 @@ def repair(paths: TenantPaths, fence: Fence | None = None) -> Outcome | None:
         own.leave_locked()
         log.critical("tenant_left_locked", tenant_id=mark.tenant_id, holder=mark.holder, epoch=mark.epoch)
         raise
-    own.lower()
+    _lower(own)
     log.warning("restore_repaired", tenant_id=mark.tenant_id, holder=mark.holder, outcome=outcome)
     return outcome
+
+
+def _lower(fence: Fence) -> None:
+    """A disk that fails here leaves the mark for the next repair, never the lock with a process that lives on."""
+    try:
+        fence.lower()
+    except BaseException:
+        fence.leave_locked()
+        raise
+
+
+def clear(paths: TenantPaths, *, keep_previous: int) -> None:
+    """Remove a snapshot on its way in, and what was prepared and never activated. The caller holds the mutex."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        paths.restore_file.with_name(paths.restore_file.name + suffix).unlink(missing_ok=True)
+    if read_mark(paths) is None:
+        generation.collect(paths, keep_previous=keep_previous)
 
 
 def _put_back(paths: TenantPaths, mark: Mark) -> None:

@@ -199,9 +199,9 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
     if taken.epoch != swapped.lease.epoch:
         raise Permanent("the lease and the verified swap are not of the same run")
     if hold.fence is not None:
+        hold.outcome = swapped.outcome  # before: what is verified is served, even if a disk fails in the next line
         hold.locked_ms = hold.fence.lower()
         hold.fence = None
-        hold.outcome = swapped.outcome
     control_plane = hold.control_plane
     control_plane.execute(
         "tenant_set_generation",

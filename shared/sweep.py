@@ -26,7 +26,7 @@ from shared.errors import EngramError, LeaseHeld
 from shared.fence import RestoreMutex
 from shared.log import get_logger
 from shared.receipt import Receipt
-from shared.repair import repair
+from shared.repair import clear, repair
 from shared.settings import Settings
 from shared.tenant import TenantPaths, is_tenant_id
 
@@ -50,17 +50,27 @@ def sweep_disk(settings: Settings) -> list[Swept]:
             mutex = RestoreMutex(paths)
         except LeaseHeld:
             continue
+        except OSError as e:
+            swept.append(_left(paths, "traces of a dead restore", e))
+            continue
         try:
             outcome = repair(paths)
+            clear(paths, keep_previous=settings.restore_generations_kept)
             if outcome is not None or mutex.left_by_dead_run:
                 done = f"{outcome or 'nothing to undo'}, generation {generation.active(paths)} is active"
                 swept.append(Swept(paths.tenant_id, "traces of a dead restore", done))
-        except EngramError as e:
-            log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(e))
-            swept.append(Swept(paths.tenant_id, "traces of a dead restore", f"stays locked: {e}", ok=False))
+        except (EngramError, OSError) as e:
+            swept.append(_left(paths, "traces of a dead restore", e))
         finally:
-            mutex.release()
+            with suppress(OSError):  # the next sweep finds it not empty
+                mutex.release()
     return swept
+
+
+def _left(paths: TenantPaths, found: str, cause: Exception) -> Swept:
+    """One tenant, or its disk, that cannot be put right now must not keep the sweep from the others."""
+    log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(cause))
+    return Swept(paths.tenant_id, found, f"stays locked: {cause}", ok=False)
 
 
 def _suspects(settings: Settings) -> Iterator[TenantPaths]:
@@ -87,14 +97,18 @@ def sweep_records(settings: Settings, control_plane: ControlPlane) -> list[Swept
             mutex = RestoreMutex(paths)
         except LeaseHeld:
             continue
+        except OSError as e:
+            swept.append(_left(paths, "restore of a dead run", e))
+            continue
         try:
             repair(paths)
+            clear(paths, keep_previous=settings.restore_generations_kept)
             swept.append(_close(control_plane, paths, row["restore_id"], row["to_generation"]))
-        except EngramError as e:
-            log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(e))
-            swept.append(Swept(paths.tenant_id, "restore of a dead run", f"stays locked: {e}", ok=False))
+        except (EngramError, OSError) as e:
+            swept.append(_left(paths, "restore of a dead run", e))
         finally:
-            mutex.release()
+            with suppress(OSError):
+                mutex.release()
     return swept
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +17,7 @@ from flows.backup import backup
 from flows.drill import restore_test
 from flows.metering import metering
 from flows.restore import restore
-from shared import catalogue, fence, generation, lease, registry
-from shared import restore as core
-from shared.errors import (
-    ControlPlaneUnavailable,
-    CorruptDatabase,
-    EngramError,
-    LeaseHeld,
-    LeaseLost,
-    ObjectStoreUnavailable,
-)
+from shared import catalogue, registry
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
 from tests.core_fixtures import World, event
@@ -109,88 +100,6 @@ def test_a_dry_run_changes_nothing(flow_world: World) -> None:
     assert state.is_completed()
     assert "2 live writes would be lost" in artifact_of(state)
     assert flow_world.rows() == ["one", "two", "three"]
-
-
-FAULTS: dict[str, tuple[object, str, EngramError]] = {
-    "download": (core, "download", ObjectStoreUnavailable("fault: store")),
-    "lease taken": (lease, "acquire", LeaseHeld("fault: held")),
-    "lease unreachable": (lease, "acquire", ControlPlaneUnavailable("fault: control plane")),
-    "prepare": (generation, "prepare", CorruptDatabase("fault: prepare")),
-    "drain": (fence.Fence, "raise_", LeaseLost("fault: drain")),
-    "lease lost": (lease, "renew", LeaseLost("fault: lost")),
-    "activate": (generation, "activate", CorruptDatabase("fault: rename")),
-}
-
-
-@pytest.mark.parametrize("step", FAULTS)
-def test_a_restore_that_fails_before_the_swap_leaves_the_old_database(
-    flow_world: World, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    """At every step: the run is Failed with its cause, the old rows are served, nothing is held."""
-    flow_world.write("old")
-    flow_world.back_up()
-    flow_world.write("newer")
-    where, name, error = FAULTS[step]
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(where, name, fail)
-    monkeypatch.setattr("flows.restore.download.retries", 0)
-    state = restore(flow_world.tenant_id, return_state=True)
-    monkeypatch.undo()
-    assert state.is_failed() and str(error) in str(state.message)
-    assert flow_world.rows() == ["old", "newer"]
-    flow_world.write("still writable")
-    assert flow_world.lease_holder() is None
-    assert str(error) in artifact_of(state)
-
-
-def test_a_restore_that_does_not_verify_puts_the_old_database_back(
-    flow_world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last line of defence: a swap that went in and is not right goes out again before anybody writes."""
-    flow_world.write("old")
-    flow_world.back_up()
-    flow_world.write("newer")
-    check = core.check_active
-    seen: list[int] = []
-
-    def first_fails(*arguments: Any) -> tuple[str, ...]:
-        seen.append(1)
-        if len(seen) == 1:
-            raise CorruptDatabase("fault: does not verify")
-        return check(*arguments)
-
-    monkeypatch.setattr(core, "check_active", first_fails)
-    state = restore(flow_world.tenant_id, return_state=True)
-    assert state.is_failed() and "does not verify" in str(state.message)
-    assert flow_world.rows() == ["old", "newer"]
-    row = flow_world.control_plane.row("restore_by_flow_run", flow_run_id=str(state.state_details.flow_run_id))
-    assert row is not None and row["state"] == "put_back"
-    flow_world.write("still writable")
-    assert flow_world.lease_holder() is None
-
-
-def test_a_release_whose_control_plane_is_away_is_finished_when_it_comes_back(
-    flow_world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The data is safe and served; only the record waits, so the last step is tried again."""
-    flow_world.write("old")
-    flow_world.back_up()
-    give_back: Callable[..., bool] = lease.release
-    failures: list[int] = []
-
-    def away_twice(*arguments: Any) -> bool:
-        if len(failures) < 2:
-            failures.append(1)
-            raise ControlPlaneUnavailable("fault: away")
-        return give_back(*arguments)
-
-    monkeypatch.setattr(lease, "release", away_twice)
-    state = restore(flow_world.tenant_id, return_state=True)
-    assert state.is_completed() and len(failures) == 2
-    assert flow_world.lease_holder() is None
 
 
 def test_a_restore_test_that_fails_is_a_failed_run_with_its_report(flow_world: World) -> None:
