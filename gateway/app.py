@@ -1,7 +1,7 @@
 """Wiring: the parts of one gateway worker, in the order they start and, backwards, stop.
 
-    Granian worker → Edge → Litestar → guard → handler → TenantPool → SQLite
-                       └→ Spool, metrics, access log
+    Granian worker → Edge → Heads → Litestar → guard → handler → TenantPool → SQLite
+                       └→ Spool, metrics, access log     └→ Authenticator, RateLimiter, Quotas, Gate
 
 `create_app` imports and wires; nothing is opened before the ASGI lifespan starts.
 """
@@ -28,16 +28,23 @@ from gateway import health, v1
 from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.edge import Edge
+from gateway.headers import Heads
 from gateway.jwks import Jwks
+from gateway.mcp import route as mcp
 from gateway.periodic import Periodic
 from gateway.pool import TenantPool
 from gateway.problems import answer
+from gateway.quota import CountingSpool, Quotas
+from gateway.ratelimit import RateLimiter
 from gateway.services import Services
+from gateway.shed import Gate
+from gateway.shortcut import Shortcut
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
 from shared import metrics, spool
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, SpoolUnavailable
+from shared.limits import Limits, Watch
 from shared.log import configure, get_logger
 from shared.registry import KnownTenants
 from shared.settings import Settings
@@ -72,7 +79,7 @@ def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
     configure(settings.log_level)
     metrics.initialise()
     _reserve_metrics_files()
-    usage_spool = spool.Spool(settings)
+    usage_spool = CountingSpool(settings)
     access_log = AccessLog()
 
     @contextlib.asynccontextmanager
@@ -81,24 +88,26 @@ def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
             yield
 
     app = Litestar(
-        route_handlers=[v1.router(), health.health, health.ready, health.prometheus],
-        lifespan=[lifespan],
+        route_handlers=[v1.router(), mcp.router(), health.health, health.ready, health.prometheus],
+        lifespan=[lifespan, mcp.lifespan],
         exception_handlers={Exception: answer},
         openapi_config=OPENAPI,
         logging_config=None,  # Litestar would log headers and bodies
         debug=False,
         request_max_body_size=settings.body_limit_bytes,
     )
-    return Edge(app, usage_spool, access_log)
+    return Edge(Heads(Shortcut(app), settings), usage_spool, access_log)
 
 
 @contextlib.asynccontextmanager
 async def _running(
-    app: Litestar, settings: Settings, usage_spool: spool.Spool, access_log: AccessLog, parent_pid: int | None
+    app: Litestar, settings: Settings, usage_spool: CountingSpool, access_log: AccessLog, parent_pid: int | None
 ) -> AsyncIterator[None]:
     _raise_file_limit()
     await asyncio.to_thread(sweep_disk, settings)  # what a restore that died with the machine left is settled first
     control_plane = ControlPlane(settings, pool_size=2)
+    limits = Watch(settings)
+    await asyncio.to_thread(limits.poll)
     jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))
     services = app.state.services = Services(
         settings=settings,
@@ -108,13 +117,20 @@ async def _running(
         tenants=Tenants(KnownTenants.of(control_plane), settings.tenant_refresh_seconds),
         pool=TenantPool(settings),
         usage=UsageReport(control_plane, settings),
+        rates=RateLimiter(settings, limits),
+        quotas=Quotas(control_plane, settings),
+        gate=Gate(settings, limits),
     )
+    usage_spool.quotas = services.quotas
+    limits.listen(_appliance(services))
     services.tenants.start()
     tick_seconds = min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
         Periodic("spool", tick_seconds, usage_spool.tick).start(),
         Periodic("spool-age", BACKLOG_SECONDS, lambda: _observe_backlog(usage_spool)).start(),
+        Periodic("limits", settings.limits_poll_seconds, limits.poll).start(),
+        Periodic("quota", settings.quota_refresh_seconds, services.quotas.refresh, at_once=True).start(),
         Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane)).start(),
     ]
     if parent_pid is not None:
@@ -135,8 +151,28 @@ async def _running(
         except SpoolUnavailable as e:
             log.error("usage_events_unwritten", cause=str(e))
         await asyncio.to_thread(control_plane.close)
+        services.rates.close()
         log.info("worker_stopped", pid=os.getpid())
         access_log.drain()
+
+
+def _appliance(services: Services) -> Callable[[Limits], None]:
+    """What takes a changed limit to the parts that do not look it up themselves. Called in a thread."""
+    loop = asyncio.get_running_loop()
+    refreshed = ""
+
+    def apply(limits: Limits) -> None:
+        nonlocal refreshed
+        services.pool.resize(limits.pool_size or services.settings.tenant_pool_size)
+        if limits.jwks_refresh not in ("", refreshed):
+            services.jwks.refresh()
+            log.info("jwks_refresh_forced")
+        refreshed = limits.jwks_refresh
+
+    def listener(limits: Limits) -> None:
+        loop.call_soon_threadsafe(apply, limits)
+
+    return listener
 
 
 def _observe_backlog(usage_spool: spool.Spool) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,11 +36,12 @@ _SEGMENT = re.compile(rb"[A-Za-z0-9_-]+\Z")
 
 
 class Unauthenticated(Exception):
-    """`reason` is one of `shared.metrics.AUTH_FAILURES`."""
+    """`reason` is one of `shared.metrics.AUTH_FAILURES`; `tenant_id` whose token it would be, were it signed."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, tenant_id: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.tenant_id = tenant_id
 
 
 class Caller(NamedTuple):
@@ -61,15 +63,21 @@ class Authenticator:
         self._max_callers = settings.jwt_cache_entries
         self._generation = -1
 
-    async def caller(self, authorization: list[bytes]) -> Caller:
-        """Raises `Unauthenticated` or `JwksUnavailable`."""
+    async def caller(
+        self, authorization: list[bytes], before_signature: Callable[[str | None], None] = lambda _: None
+    ) -> Caller:
+        """Raises `Unauthenticated` or `JwksUnavailable`.
+
+        `before_signature` is called before the one check that costs something, and may raise to save that; with
+        the tenant when everything but the signature is good, else with None.
+        """
         token = _bearer(authorization)
         digest = hashlib.sha256(token).digest()
         if self._jwks.usable() and self._generation == self._jwks.generation:
             known = self._callers.get(digest)
             if known is not None and time.time() < known.expires_at:
                 return known
-        caller = await self._verify(token)
+        caller = await self._verify(token, before_signature)
         self._remember(digest, caller)
         return caller
 
@@ -83,7 +91,7 @@ class Authenticator:
             del self._callers[next(iter(self._callers))]  # the oldest entry: dicts keep their order
         self._callers[digest] = caller
 
-    async def _verify(self, token: bytes) -> Caller:
+    async def _verify(self, token: bytes, before_signature: Callable[[str | None], None]) -> Caller:
         parts = token.split(b".")
         if len(parts) != 3:
             raise Unauthenticated("malformed")
@@ -103,9 +111,20 @@ class Authenticator:
             raise Unauthenticated("unknown_kid")
         if key.algorithm != algorithm:
             raise Unauthenticated("algorithm")
+        caller, refusal = self._judged(parts[1])
+        tenant_id = caller.tenant_id if caller is not None else None
+        before_signature(tenant_id)
         if not key.verifies(parts[0] + b"." + parts[1], signature):
-            raise Unauthenticated("signature")
-        return self._judge(_json_object(parts[1]))
+            raise Unauthenticated("signature", tenant_id)
+        if caller is None:
+            raise refusal
+        return caller
+
+    def _judged(self, payload: bytes) -> tuple[Caller | None, Unauthenticated]:
+        try:
+            return self._judge(_json_object(payload)), Unauthenticated("claims")
+        except Unauthenticated as e:
+            return None, e
 
     def _judge(self, claims: dict[str, Any]) -> Caller:
         now = time.time()

@@ -17,7 +17,6 @@ from litestar.types.empty import Empty
 from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request
 from gateway.services import services_of
 
-BODY_SECONDS = 30.0
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
@@ -26,11 +25,13 @@ class JsonRequest(Request[Any, Any, Any]):
         """The raw body. Refuses with 415, 413 or 408."""
         if self._body is Empty:
             self._check_content_type()
+            settings = services_of(self).settings
             try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    self._body = await self._read(services_of(self).settings.body_limit_bytes)
+                async with asyncio.timeout(settings.body_timeout_seconds):
+                    self._body = await self._read(settings.body_limit_bytes)
             except TimeoutError:
-                raise Refusal(Problem(408, f"The body did not arrive within {BODY_SECONDS:.0f} s.")) from None
+                problem = Problem(408, f"The body did not arrive within {settings.body_timeout_seconds:g} s.")
+                raise Refusal(problem) from None
             if not self._body:
                 raise bad_request("The body is empty.")
         return self._body

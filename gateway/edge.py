@@ -29,6 +29,7 @@ ROUTE_OF_TEMPLATE = {
     "/v1/memories/{memory_id}": "/v1/memories/{id}",
     "/v1/search": "/v1/search",
     "/v1/usage": "/v1/usage",
+    "/v1/mcp": "/v1/mcp",
     "/health": "/health",
     "/ready": "/ready",
     "/metrics": "/metrics",
@@ -74,11 +75,12 @@ class Edge:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._record(exchange, scope, message["status"])
+                self._record(exchange, scope, exchange.outcome or message["status"])
                 if message["status"] >= 400 and message["status"] != 408 and not exchange.whole:
                     await _drop_body(scope["headers"], read, exchange)
                 message["headers"] = [
                     *message.get("headers", ()),
+                    *exchange.headers,
                     (b"x-request-id", exchange.request_id.encode("ascii")),
                 ]
             await send(message)
@@ -103,7 +105,7 @@ class Edge:
         route = ROUTE_OF_TEMPLATE.get(scope.get("path_template", ""), "unmatched")
         tenant_id = exchange.tenant_id
         if exchange.reached and tenant_id is not None:
-            counters = usage.count(route, status, exchange.created)
+            counters = usage.count(route, status, exchange.created, exchange.searches)
             self._spool.append(UsageEvent(exchange.key, tenant_id, route, status, *counters, exchange.ts_us))
         self._count(route, exchange, status)
         self._timed[route].observe(elapsed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 SCOPE_KEY = "engram.exchange"
@@ -26,10 +26,15 @@ class Exchange:
         "auth_failure",
         "client_request_id",
         "created",
+        "headers",
         "key",
+        "leave",
         "method",
+        "outcome",
         "reached",
         "request_id",
+        "scopes",
+        "searches",
         "shed",
         "started",
         "status",
@@ -48,11 +53,16 @@ class Exchange:
         self.client_request_id = client_request_id
         self.tenant_id: str | None = None
         self.reached = False  # the token was accepted and named an active tenant: this request is an event
+        self.scopes: frozenset[str] = frozenset()  # the token's
         self.created = 0
+        self.searches = 0  # by MCP tools; of a route the path says it
+        self.outcome = 0  # the status of a tool error's problem, which MCP sends as a 200
         self.shed = False
         self.auth_failure: str | None = None
         self.status = 0
         self.whole = False  # the request was read to its end
+        self.headers: list[tuple[bytes, bytes]] = []  # of the answer, whatever it will be
+        self.leave: Callable[[], None] | None = None  # gives back the place this request took (`gateway.shed`)
 
 
 def exchange_of(scope: Mapping[str, Any]) -> Exchange:

@@ -1,9 +1,14 @@
 """What every request under /v1 must pass before its handler runs; the order is the meaning.
 
 1. Can we record usage?  no → 503, before anything is done that would have to be billed
-2. A good token?         no → 401, one body for every cause; the reason goes to a metric and the access line
+2. A good token?         no → 401, one body for every cause; the reason goes to a metric and the access line.
+                         Too many bad ones from an address → 429, and no signature is verified for them
 3. Its tenant active?    no → 403. From here on the request is a usage event, whatever becomes of it
-4. X-Engram-Tenant agrees, the scope is there?  no → 403
+4. Is its class of routes shed by an operator?  yes → 503
+5. Within its rate?      no → 429
+6. X-Engram-Tenant agrees, the scope is there?  no → 403
+7. Within its quota?     no → 402
+8. A place to work?      none in time → 503
 """
 
 from __future__ import annotations
@@ -13,13 +18,18 @@ from typing import Any
 from litestar import Request
 
 from gateway.auth import Unauthenticated
-from gateway.exchange import exchange_of
+from gateway.exchange import Exchange, exchange_of
 from gateway.jwks import JwksUnavailable
+from gateway.limits import cost_of
 from gateway.problems import INACTIVE_TENANT, SPOOL_FULL, Problem, Refusal, forbidden
-from gateway.services import services_of
+from gateway.quota import WARNING_HEADER
+from gateway.ratelimit import too_many
+from gateway.services import Services, services_of
 
 UNAUTHENTICATED = Problem(401, "A valid bearer token is required.", headers={"WWW-Authenticate": "Bearer"})
 NO_KEYS = Problem(503, "Tokens cannot be verified at the moment.", reason="jwks unavailable", retry_after=5)
+TOO_MANY_FAILURES = "Too many requests without a valid token came from this address."
+TOO_MANY_REQUESTS = "The tenant's rate limit is reached."
 
 
 async def guard(request: Request[Any, Any, Any]) -> None:
@@ -29,25 +39,55 @@ async def guard(request: Request[Any, Any, Any]) -> None:
     the route handler with its 66 attributes for each request, an eighth of a lookup's time. async on purpose: a
     synchronous one would run in the thread pool.
     """
-    services = services_of(request)
-    exchange = exchange_of(request.scope)
+    await admit(services_of(request), request.scope, request.route_handler.opt.get("scope"))
+
+
+async def admit(services: Services, scope: Any, needed_scope: str | None) -> None:
+    """The eight steps for one ASGI scope. What was found out is in its exchange."""
+    exchange = exchange_of(scope)
     if not services.spool.available:
         raise Refusal(SPOOL_FULL)
-    headers = request.scope["headers"]
+    headers = scope["headers"]
+    tenant_id, scopes = await _caller(services, exchange, scope)
+    if await services.tenants.state(tenant_id) != "active":
+        raise Refusal(INACTIVE_TENANT)
+    exchange.reached = True
+    cost = cost_of(scope["method"], scope.get("path_template", ""))
+    services.gate.check(cost.route_class)
+    decision = services.rates.tenant(tenant_id, cost.rate)
+    if decision is not None:
+        exchange.headers.extend(decision.headers())
+        if not decision.allowed:
+            raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
+    if any(k == b"x-engram-tenant" and v.decode("latin-1") != tenant_id for k, v in headers):
+        raise forbidden("X-Engram-Tenant is not the token's tenant.")
+    if needed_scope is not None and needed_scope not in scopes:
+        raise forbidden(f"The token lacks the scope {needed_scope}.")
+    warning = services.quotas.check(tenant_id, cost.counters)
+    if warning is not None:
+        exchange.headers.append((WARNING_HEADER, warning))
+    exchange.leave = await services.gate.enter(tenant_id, cost.route_class)
+
+
+async def _caller(services: Services, exchange: Exchange, scope: Any) -> tuple[str, frozenset[str]]:
+    """Whose token it is and what it may; from here on the exchange knows the tenant."""
+    headers, rates = scope["headers"], services.rates
+
+    def before_signature(tenant_id: str | None) -> None:
+        decision = rates.may_verify(rates.address(scope.get("client"), headers), tenant_id)
+        if decision is not None:
+            raise Refusal(too_many(decision, TOO_MANY_FAILURES))
+
     try:
-        caller = await services.authenticator.caller([v for k, v in headers if k == b"authorization"])
+        caller = await services.authenticator.caller([v for k, v in headers if k == b"authorization"], before_signature)
     except Unauthenticated as e:
         exchange.auth_failure = e.reason
+        decision = rates.bad_token(rates.address(scope.get("client"), headers), e.tenant_id)
+        if decision is not None:
+            raise Refusal(too_many(decision, TOO_MANY_FAILURES)) from None
         raise Refusal(UNAUTHENTICATED) from None
     except JwksUnavailable as e:
         exchange.auth_failure = "jwks_unavailable"
         raise Refusal(NO_KEYS) from e
-    exchange.tenant_id = caller.tenant_id
-    if await services.tenants.state(caller.tenant_id) != "active":
-        raise Refusal(INACTIVE_TENANT)
-    exchange.reached = True
-    if any(k == b"x-engram-tenant" and v.decode("latin-1") != caller.tenant_id for k, v in headers):
-        raise forbidden("X-Engram-Tenant is not the token's tenant.")
-    scope = request.route_handler.opt.get("scope")
-    if scope is not None and scope not in caller.scopes:
-        raise forbidden(f"The token lacks the scope {scope}.")
+    exchange.tenant_id, exchange.scopes = caller.tenant_id, caller.scopes
+    return caller.tenant_id, caller.scopes

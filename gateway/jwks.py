@@ -100,6 +100,10 @@ class Jwks:
                 key = self._find(kid)
         return key
 
+    def refresh(self) -> None:
+        """Fetch now, whatever the TTL and the cool-down say: an operator knows that the keys changed."""
+        self._fetch_once()
+
     def _find(self, kid: str | None) -> VerificationKey | None:
         if kid is not None:
             return self._keys.get(kid)

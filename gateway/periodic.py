@@ -14,12 +14,16 @@ log = get_logger("gateway")
 
 
 class Periodic:
-    """Calls `job` every `seconds` until `stop`; a failure is logged and the next turn tries again."""
+    """Calls `job` every `seconds` until `stop`; a failure is logged and the next turn tries again.
 
-    def __init__(self, name: str, seconds: float, job: Callable[[], None]) -> None:
+    The first turn is after `seconds` too, or at once.
+    """
+
+    def __init__(self, name: str, seconds: float, job: Callable[[], None], *, at_once: bool = False) -> None:
         self._name = name
         self._seconds = seconds
         self._job = job
+        self._at_once = at_once
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -34,7 +38,8 @@ class Periodic:
 
     def _run(self) -> None:
         failing = False
-        while not self._stop.wait(self._seconds):
+        while not self._stop.wait(0 if self._at_once else self._seconds):
+            self._at_once = False
             try:
                 self._job()
                 failing = False

@@ -1,9 +1,12 @@
 """A worker's open tenant databases: at most `tenant_pool_size`, the least recently used closed first.
 
-Each open tenant has two fenced connections. `reader` serves a lookup by id on the event loop, in microseconds
-and without waiting for anything: when it would have to wait (a swap, a busy file, a new generation to open) the
-lookup takes the slow path instead. `worker` does everything else in a few threads: search, lists, writes (they
-fsync), opening, closing (the last close of a database checkpoints it).
+Each open tenant has a fenced connection or two. `reader`, opened by the second lookup, serves lookups by id on the
+event loop, in microseconds and without waiting for anything: when one would have to wait (a swap, a busy file, a new
+generation to open) it takes the slow path instead. `worker` does everything else in a few threads: search, lists,
+writes (they fsync), opening, closing (the last close of a database checkpoints it).
+
+Writes that arrive while a tenant's last transaction is being fsynced wait together and become the next one
+(`shared.engine.batch`): the busier a tenant, the fewer fsyncs a write costs it. Nobody is made to wait for company.
 
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
@@ -13,48 +16,26 @@ lock, not in the threads, so it cannot take them from the others.
 from __future__ import annotations
 
 import asyncio
-import os
-import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
 
+from gateway.handles import Job, OpenTenant, Result, close, open_worker, read, read_and_renew, write
 from gateway.problems import shed
+from gateway.shed import bounded
+from gateway.writes import again
 from shared import metrics
-from shared.engine.database import TenantDatabase
 from shared.errors import CorruptDatabase, InMaintenance, SchemaTooNew, TenantDatabaseUnavailable
-from shared.log import get_logger
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 
 QUEUE_PER_THREAD = 64
 PER_TENANT_QUEUE = 64
+BATCH = 64  # writes in one transaction: no more than may wait anyway
 ROOM_WAIT_SECONDS = 0.5
 _ROOM_POLL_SECONDS = 0.01
-Result = TypeVar("Result")
-Job = Callable[[sqlite3.Connection], Result]
-log = get_logger("pool")
-
-
-class OpenTenant:
-    """One tenant's two handles. Only the event loop touches the fields; threads get the handles."""
-
-    __slots__ = ("closing", "current", "inline", "link", "lock", "opening", "paths", "reader", "users", "worker")
-
-    def __init__(self, paths: TenantPaths) -> None:
-        self.paths = paths
-        self.current = str(paths.current)
-        self.worker: TenantDatabase | None = None
-        self.reader: TenantDatabase | None = None
-        self.link = ""  # what `current` said when the reader was opened
-        self.inline = False  # the loop may use the reader: no thread is opening or closing it
-        self.users = 0
-        self.lock = asyncio.Lock()
-        self.opening: asyncio.Task[None] | None = None
-        self.closing = False
 
 
 class TenantPool:
@@ -65,6 +46,7 @@ class TenantPool:
         self._size = settings.tenant_pool_size
         self._lock_wait_seconds = settings.tenant_lock_wait_seconds
         self._busy_timeout_seconds = settings.sqlite_busy_timeout_seconds
+        self._query_timeout_seconds = settings.query_timeout_seconds
         self._executor = ThreadPoolExecutor(settings.gateway_threads, thread_name_prefix="sqlite")
         self._queue_limit = settings.gateway_threads * QUEUE_PER_THREAD
         self._queued = 0
@@ -76,24 +58,39 @@ class TenantPool:
         if tenant is not None and tenant.inline and tenant.reader is not None:
             self._open.move_to_end(tenant_id)
             try:
-                if os.readlink(tenant.current) == tenant.link:
-                    with tenant.reader.read() as connection:
-                        return job(connection)
-            except (InMaintenance, TenantDatabaseUnavailable, OSError):
+                return tenant.reader.look_up(job)
+            except (InMaintenance, TenantDatabaseUnavailable):
                 pass  # it would have to wait, and a thread may
             except CorruptDatabase:
                 metrics.db_open_failures_total.inc()
                 self._discard(tenant)
                 raise
-        return await self._run(tenant_id, self._read_and_renew, job)
+        if tenant is None:
+            return await self._run(tenant_id, read, job)
+        return await self._run(tenant_id, read_and_renew, job)
 
     async def read(self, tenant_id: str, job: Job[Result]) -> Result:
         """Run `job` on a fenced connection in a thread. Raises what `TenantDatabase.read` raises."""
-        return await self._run(tenant_id, _read, job)
+        return await self._run(tenant_id, read, bounded(job, self._query_timeout_seconds))
 
     async def write(self, tenant_id: str, job: Job[Result]) -> Result:
-        """Run `job` in a transaction in a thread; when this returns it is committed and fsynced."""
-        return await self._run(tenant_id, _write, job)
+        """Run `job` in a transaction in a thread; when this returns it is committed and fsynced.
+
+        The transaction may hold other callers' jobs, and `job` may be run a second time after a rollback. A caller
+        that is cancelled before its transaction began leaves no trace; after that its job is stored all the same.
+        """
+        tenant = await self._admit(tenant_id)
+        waiting = tenant.writes.put(job)
+        if tenant.writing is None:
+            tenant.writing = asyncio.get_running_loop().create_task(self._write_waiting(tenant))
+        result: Result = await waiting
+        return result
+
+    def resize(self, size: int) -> None:
+        """Keep at most so many open from now on; those in use stay until they are not."""
+        self._size = size
+        while len(self._open) > size and self._evict():
+            pass
 
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
@@ -103,10 +100,55 @@ class TenantPool:
                 await asyncio.wait({tenant.opening})
         self._open.clear()
         loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self._executor, _close, t) for t in tenants if not t.closing))
+        await asyncio.gather(*(loop.run_in_executor(self._executor, close, t) for t in tenants if not t.closing))
         self._executor.shutdown(wait=True)
 
     async def _run(self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result]) -> Result:
+        tenant = await self._admit(tenant_id)
+        try:
+            await tenant.lock.acquire()
+        except BaseException:
+            self._released(tenant)
+            raise
+        # From here the thread owns the handle: it is given back when the thread is done with it, not when this
+        # coroutine is cancelled.
+        if step is read_and_renew:
+            tenant.inline = False
+        future = asyncio.get_running_loop().run_in_executor(self._executor, step, tenant, job)
+        future.add_done_callback(partial(self._finished, tenant))
+        return await asyncio.shield(future)
+
+    async def _write_waiting(self, tenant: OpenTenant) -> None:
+        """Write what waits, one transaction after the other, until nothing does. One such task a tenant."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await tenant.lock.acquire()
+            members, left = tenant.writes.take(BATCH)
+            error: BaseException | None = None
+            try:
+                if members:
+                    jobs = [job for job, _ in members]
+                    outcomes = await loop.run_in_executor(self._executor, write, tenant, jobs)
+            except BaseException as e:  # noqa: BLE001  it is the members' to raise
+                error = e
+                self._note(tenant, e)
+            tenant.lock.release()
+            for n, (_, waiting) in enumerate(members):
+                if not waiting.done():  # its caller may have been cancelled
+                    failed = error or outcomes[n].error
+                    if failed is None:
+                        waiting.set_result(outcomes[n].value)
+                    else:
+                        waiting.set_exception(again(failed))
+            if not members:
+                tenant.writing = None
+            for _ in range(len(members) + left):
+                self._released(tenant)
+            if not members:
+                return
+
+    async def _admit(self, tenant_id: str) -> OpenTenant:
+        """The open tenant with one user more, within the bounds on what may wait."""
         if self._queued >= self._queue_limit:
             raise shed("The server is busy.")
         self._queued += 1
@@ -115,29 +157,21 @@ class TenantPool:
         except BaseException:
             self._queued -= 1
             raise
-        try:
-            if tenant.users > PER_TENANT_QUEUE:
-                raise shed("The tenant has too many requests waiting.")
-            await tenant.lock.acquire()
-        except BaseException:
+        if tenant.users > PER_TENANT_QUEUE:
             self._released(tenant)
-            raise
-        # From here the thread owns the handle: it is given back when the thread is done with it, not when this
-        # coroutine is cancelled.
-        if step == self._read_and_renew:
-            tenant.inline = False
-        future = asyncio.get_running_loop().run_in_executor(self._executor, step, tenant, job)
-        future.add_done_callback(partial(self._finished, tenant))
-        return await asyncio.shield(future)
+            raise shed("The tenant has too many requests waiting.")
+        return tenant
 
     def _finished(self, tenant: OpenTenant, future: asyncio.Future[Result]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if isinstance(error, CorruptDatabase):
-            metrics.db_open_failures_total.inc()
-            self._discard(tenant)
+        self._note(tenant, None if future.cancelled() else future.exception())
         tenant.inline = tenant.link != ""
         tenant.lock.release()
         self._released(tenant)
+
+    def _note(self, tenant: OpenTenant, error: BaseException | None) -> None:
+        if isinstance(error, CorruptDatabase):
+            metrics.db_open_failures_total.inc()
+            self._discard(tenant)
 
     def _released(self, tenant: OpenTenant) -> None:
         self._queued -= 1
@@ -169,38 +203,16 @@ class TenantPool:
     async def _open_in_thread(self, tenant: OpenTenant) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._executor, self._open_handles, tenant)
+            await loop.run_in_executor(
+                self._executor, open_worker, tenant, self._busy_timeout_seconds, self._lock_wait_seconds
+            )
         except BaseException as e:
             if isinstance(e, (TenantDatabaseUnavailable, CorruptDatabase, SchemaTooNew)):
                 metrics.db_open_failures_total.inc()
             tenant.closing = True
             self._forget(tenant)
             raise
-        tenant.inline = True
         tenant.opening = None
-
-    def _open_handles(self, tenant: OpenTenant) -> None:
-        """In a thread. The worker first: it may have to migrate, and may wait for that."""
-        worker = TenantDatabase(
-            tenant.paths,
-            busy_timeout_seconds=self._busy_timeout_seconds,
-            lock_wait_seconds=self._lock_wait_seconds,
-        )
-        try:
-            with worker.read():
-                pass
-            tenant.worker = worker
-            _renew_reader(tenant)
-        except BaseException:
-            _close(tenant)
-            worker.close()
-            raise
-
-    def _read_and_renew(self, tenant: OpenTenant, job: Job[Result]) -> Result:
-        """In a thread. The slow path of `look_up`: also opens the new generation for the reader."""
-        result = _read(tenant, job)
-        _renew_reader(tenant)
-        return result
 
     def _evict(self) -> bool:
         for tenant in self._open.values():
@@ -225,38 +237,4 @@ class TenantPool:
 
     def _close_in_thread(self, tenant: OpenTenant) -> None:
         tenant.inline = False
-        self._executor.submit(_close, tenant)
-
-
-def _read(tenant: OpenTenant, job: Job[Result]) -> Result:
-    assert tenant.worker is not None
-    with tenant.worker.read() as connection:
-        return job(connection)
-
-
-def _write(tenant: OpenTenant, job: Job[Result]) -> Result:
-    assert tenant.worker is not None
-    with tenant.worker.write() as connection:
-        return job(connection)
-
-
-def _renew_reader(tenant: OpenTenant) -> None:
-    """In a thread. Leaves `link` empty, so that the loop keeps off, unless the reader is open and current."""
-    tenant.link = ""
-    if tenant.reader is None:
-        tenant.reader = TenantDatabase(tenant.paths, busy_timeout_seconds=0, lock_wait_seconds=0)
-    link = os.readlink(tenant.current)
-    try:
-        with tenant.reader.read():
-            tenant.link = link
-    except (InMaintenance, TenantDatabaseUnavailable):
-        pass  # busy just now; the next lookup tries again
-
-
-def _close(tenant: OpenTenant) -> None:
-    for handle in (tenant.worker, tenant.reader):
-        try:
-            if handle is not None:
-                handle.close()
-        except sqlite3.Error as e:
-            log.error("tenant_database_close_failed", tenant_id=tenant.paths.tenant_id, cause=str(e))
+        self._executor.submit(close, tenant)

@@ -45,7 +45,7 @@ class UpdateMemory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     importance: Importance | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        if all(getattr(self, name) is UNSET for name in self.__struct_fields__):
+        if all(getattr(self, name) is UNSET for name in UpdateMemory.__struct_fields__):
             raise ValueError("nothing to change")
         _no_nul(*(text for text in (self.content, self.memory_type) if isinstance(text, str)))
         if self.tags is not UNSET:
@@ -105,7 +105,7 @@ class UsageView(msgspec.Struct, rename={"from_": "from"}):
 
 
 class ProblemView(msgspec.Struct):
-    """RFC 9457. `reason` and `retry_after` come with a 503."""
+    """RFC 9457. `reason` and `retry_after` come with a 429 and a 503, `metric`, `current` and `limit` with a 402."""
 
     type: str
     title: str
@@ -114,6 +114,9 @@ class ProblemView(msgspec.Struct):
     request_id: str
     reason: str | UnsetType = UNSET
     retry_after: int | UnsetType = UNSET
+    metric: str | UnsetType = UNSET
+    current: int | UnsetType = UNSET
+    limit: int | UnsetType = UNSET
 
 
 def _no_nul(*texts: str) -> None:

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from granian.constants import Interfaces
+from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server import Server
 
@@ -75,6 +76,7 @@ def serve(settings: Settings) -> None:
         workers=settings.gateway_workers,
         backlog=settings.gateway_backlog,
         websockets=False,
+        http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout_seconds * 1_000)),
         log_level=LogLevels(settings.log_level),
         log_dictconfig=_LOGGING,
         log_access=False,

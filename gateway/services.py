@@ -10,6 +10,9 @@ from litestar.connection import ASGIConnection
 from gateway.auth import Authenticator
 from gateway.jwks import Jwks
 from gateway.pool import TenantPool
+from gateway.quota import Quotas
+from gateway.ratelimit import RateLimiter
+from gateway.shed import Gate
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
 from shared.settings import Settings
@@ -25,6 +28,9 @@ class Services:
     tenants: Tenants
     pool: TenantPool
     usage: UsageReport
+    rates: RateLimiter
+    quotas: Quotas
+    gate: Gate
 
 
 def services_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Services:

@@ -45,11 +45,13 @@ _encode = msgspec.json.Encoder().encode
 _PROBLEMS = {
     400: "The request is not valid.",
     401: "No valid token; the body is the same whatever the cause.",
+    402: "A hard quota of the plan is used up: `metric`, `current`, `limit`.",
     403: "The token lacks the scope, or its tenant is suspended, unknown, or not the one in X-Engram-Tenant.",
     404: "There is no such memory.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    429: "The tenant's rate limit is reached, or too many bad tokens came from this address.",
     500: "The request failed.",
     503: "Maintenance, overload, an unavailable database, control plane or usage spool; see `reason`.",
     507: "There is no space left.",
@@ -61,7 +63,7 @@ def _answers(status: int, view: type[msgspec.Struct] | None, *problems: int) -> 
     specs: dict[int, ResponseSpec] = {}
     if view is not None:
         specs[status] = ResponseSpec(view, generate_examples=False, description="Success.")
-    for problem in sorted({400, 401, 403, 500, 503, *problems}):
+    for problem in sorted({400, 401, 402, 403, 429, 500, 503, *problems}):
         specs[problem] = ResponseSpec(
             ProblemView, media_type=MEDIA_TYPE, generate_examples=False, description=_PROBLEMS[problem]
         )
@@ -78,7 +80,7 @@ def _answer(body: bytes, status: int = 200) -> Response[bytes]:
     return Response(body, status_code=status, media_type=_JSON)
 
 
-def _memory_id(text: str) -> str:
+def known_form(text: str) -> str:
     """A malformed id is an id nobody has: 404, and nothing strange reaches SQLite."""
     if not _MEMORY_ID.match(text):
         raise UnknownMemory("malformed id")
@@ -104,11 +106,11 @@ async def list_memories(
 ) -> Response[bytes]:
     """The newest memories first, all of them or those with a tag."""
     services, tenant_id = _tenancy(request)
-    before = _seq_of(cursor, tenant_id, tag) if cursor is not None else None
+    before = seq_of(cursor, tenant_id, tag) if cursor is not None else None
 
     def job(connection: sqlite3.Connection) -> bytes:
         page = memories.page(connection, limit=limit, before_seq=before, tag=tag)
-        following = _cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
+        following = cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
         return _encode({"memories": page.memories, "next_cursor": following})
 
     return _answer(await services.pool.read(tenant_id, job))
@@ -117,7 +119,7 @@ async def list_memories(
 @get("/memories/{memory_id:str}", opt={"scope": "memories:read"}, responses=_answers(200, MemoryView, 404))
 async def get_memory(request: JsonRequest, memory_id: str) -> Response[bytes]:
     services, tenant_id = _tenancy(request)
-    key = _memory_id(memory_id)
+    key = known_form(memory_id)
     memory = await services.pool.look_up(tenant_id, lambda connection: memories.get(connection, key))
     return _answer(_encode(memory))
 
@@ -130,7 +132,7 @@ async def get_memory(request: JsonRequest, memory_id: str) -> Response[bytes]:
 async def update_memory(request: JsonRequest, memory_id: str, data: UpdateMemory) -> Response[bytes]:
     """Change the given fields; the earlier version is kept."""
     services, tenant_id = _tenancy(request)
-    key = _memory_id(memory_id)
+    key = known_form(memory_id)
     changes = Changes(data.content, data.memory_type, data.tags, data.metadata, data.importance)
     memory = await services.pool.write(tenant_id, lambda connection: memories.update(connection, key, changes))
     return _answer(_encode(memory))
@@ -140,7 +142,7 @@ async def update_memory(request: JsonRequest, memory_id: str, data: UpdateMemory
 async def delete_memory(request: JsonRequest, memory_id: str) -> None:
     """Remove a memory with all its versions."""
     services, tenant_id = _tenancy(request)
-    key = _memory_id(memory_id)
+    key = known_form(memory_id)
     await services.pool.write(tenant_id, lambda connection: memories.delete(connection, key))
 
 
@@ -184,18 +186,18 @@ def _time(text: str, name: str) -> datetime:
     raise bad_request(f"`{name}` must be a time in ISO 8601.")
 
 
-def _cursor_of(seq: int, tenant_id: str, tag: str | None) -> str:
+def cursor_of(seq: int, tenant_id: str, tag: str | None) -> str:
     """A position in one tenant's list for one tag. The checksum catches accidents and tampering alike; there is
     nothing to keep secret: a position opens nothing that the token does not open."""
     position = seq.to_bytes(8, "big")
     return base64.urlsafe_b64encode(position + _checksum(position, tenant_id, tag)).rstrip(b"=").decode()
 
 
-def _seq_of(cursor: str, tenant_id: str, tag: str | None) -> int:
+def seq_of(cursor: str, tenant_id: str, tag: str | None) -> int:
     if _CURSOR.match(cursor):
         raw = base64.urlsafe_b64decode(cursor + "==")
         seq = int.from_bytes(raw[:8], "big")
-        if raw[8:] == _checksum(raw[:8], tenant_id, tag) and _cursor_of(seq, tenant_id, tag) == cursor:
+        if raw[8:] == _checksum(raw[:8], tenant_id, tag) and cursor_of(seq, tenant_id, tag) == cursor:
             return seq
     raise bad_request("The cursor is not one of this list.")
 

@@ -16,6 +16,7 @@ ROUTES = (
     "/v1/memories/{id}",
     "/v1/search",
     "/v1/usage",
+    "/v1/mcp",
     "/health",
     "/ready",
     "/metrics",
@@ -69,6 +70,22 @@ auth_failures_total = Counter(
     "engram_auth_failures_total", "Requests refused with 401.", ["reason"], registry=_registry
 )
 rate_limited_total = Counter("engram_rate_limited_total", "Requests refused with 429.", ["scope"], registry=_registry)
+rate_limit_shadowed_total = Counter(
+    "engram_rate_limit_shadowed_total",
+    "Requests served that enforcing would have refused with 429.",
+    ["scope"],
+    registry=_registry,
+)
+rate_limit_unlocked_total = Counter(
+    "engram_rate_limit_unlocked_total",
+    "Rate limit decisions taken without the machine-wide lock, because another process kept it.",
+    registry=_registry,
+)
+quota_unchecked_total = Counter(
+    "engram_quota_unchecked_total",
+    "Requests let through unchecked because the quota snapshot was missing or stale.",
+    registry=_registry,
+)
 quota_exceeded_total = Counter(
     "engram_quota_exceeded_total", "Requests refused with 402.", ["counter"], registry=_registry
 )
@@ -119,6 +136,7 @@ def initialise() -> None:
         auth_failures_total.labels(reason)
     for scope in ("tenant", "unauthenticated"):
         rate_limited_total.labels(scope)
+        rate_limit_shadowed_total.labels(scope)
     for counter in ("api_calls", "search_queries", "memories_created", "storage_bytes"):
         quota_exceeded_total.labels(counter)
     for outcome in ("ok", "error"):

@@ -73,8 +73,36 @@ class Settings(BaseSettings):
     tenant_refresh_seconds: float = Field(default=2.0, gt=0)
     tenant_lock_wait_seconds: float = Field(default=2.0, ge=0)
     sqlite_busy_timeout_seconds: float = Field(default=5.0, ge=0)
+    query_timeout_seconds: float = Field(default=5.0, ge=0, description="of a list or a search; 0 is no limit")
+
+    # What a client may send and how slowly
+    url_limit_bytes: int = Field(default=8_192, ge=256)
+    header_limit_bytes: int = Field(default=32_768, ge=1_024)
+    header_timeout_seconds: float = Field(default=30.0, gt=0, description="also how long an idle connection is kept")
+    body_timeout_seconds: float = Field(default=30.0, gt=0)
+
+    # How much a client may ask for. Some can be overridden while running: `shared.limits`.
+    rate_limit_mode: Literal["off", "shadow", "enforce"] = "enforce"
     rate_limit_rps: float = Field(default=0.0, ge=0, description="per tenant and machine; 0 is off")
-    rate_limit_burst: int = Field(default=0, ge=0)
+    rate_limit_burst: int = Field(default=0, ge=0, description="0 is one second's worth")
+    rate_limit_read_rps: float = Field(default=0.0, ge=0, description="reads only, within the tenant's; 0 is off")
+    rate_limit_write_rps: float = Field(default=0.0, ge=0, description="writes only, within the tenant's; 0 is off")
+    rate_limit_search_rps: float = Field(default=0.0, ge=0, description="searches only, within the tenant's; 0 is off")
+    unauthenticated_rps: float = Field(
+        default=0.0, ge=0, description="refused tokens per client address; 0 is off; 20 outside dev when not set"
+    )
+    unauthenticated_burst: int = Field(default=200, ge=1)
+    client_address_header: str = Field(default="", description="set by a trusted proxy; empty: the connection's peer")
+    inflight_requests: int = Field(default=256, ge=1, description="at work per worker; more wait, then are shed")
+    inflight_tenant_requests: int = Field(default=64, ge=1, description="at work per worker and tenant")
+    inflight_wait_seconds: float = Field(default=0.5, ge=0, description="longest wait for a place")
+    quota_refresh_seconds: float = Field(default=5.0, gt=0)
+    quota_stale_seconds: float = Field(default=60.0, gt=0, description="an older snapshot refuses nobody")
+    limits_poll_seconds: float = Field(default=0.25, gt=0, description="how soon a worker sees a run-time limit")
+
+    # Browsers
+    cors_allowed_origins: str = Field(default="", description="comma-separated; in dev also any port of localhost")
+    hsts_seconds: int = Field(default=31_536_000, ge=0, description="staging and prod only; 0 is off")
 
     # Usage
     usage_flush_seconds: float = Field(default=1.0, gt=0)
@@ -111,6 +139,8 @@ class Settings(BaseSettings):
         self.data_dir = self.data_dir.expanduser().absolute()
         if not self.object_store_url and self.env == "dev":
             self.object_store_url = (self.data_dir / "objects").as_uri()
+        if "unauthenticated_rps" not in set_by_person and self.env != "dev":
+            self.unauthenticated_rps = 20.0
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
@@ -132,6 +162,11 @@ class Settings(BaseSettings):
     @property
     def tenants_dir(self) -> Path:
         return self.data_dir / "tenants"
+
+    @property
+    def run_dir(self) -> Path:
+        """What the processes of this machine share while they run; nothing in it is worth a backup."""
+        return self.data_dir / "run"
 
     @property
     def sandbox_dir(self) -> Path:

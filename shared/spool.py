@@ -55,6 +55,7 @@ class _Segment:
     """An open segment: its descriptor holds the flock that says "the owner lives"."""
 
     path: Path
+    name: str
     fd: int
     opened_at: float
     size_bytes: int
@@ -96,21 +97,23 @@ class Spool:
         """False while events wait in memory because the disk refused them: refuse billable requests then."""
         return not self._backlog
 
-    def append(self, event: UsageEvent) -> None:
-        """Make the event safe against the death of this process.
+    def append(self, event: UsageEvent) -> str:
+        """Make the event safe against the death of this process; the name of the segment that holds it.
 
         When the disk refuses it is kept in memory and retried by `tick`; beyond `usage_backlog_events` it is
-        dropped, counted in `engram_usage_lost_total` and logged.
+        dropped, counted in `engram_usage_lost_total` and logged; there is no segment then ("").
         """
         data = frame(event)
+        segment = ""
         with self._lock:
             try:
                 if self._backlog:
                     raise SpoolUnavailable("events are waiting")
-                self._write(data)
+                segment = self._write(data)
             except (OSError, SpoolUnavailable) as e:
                 self._keep(data, e)
         metrics.usage_events_total.inc()
+        return segment
 
     def tick(self) -> None:
         """fsync what was written, seal what is due, retry what was refused. Blocking."""
@@ -150,7 +153,7 @@ class Spool:
             or time.monotonic() - segment.opened_at >= self._flush_seconds
         )
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> str:
         segment = self._segment
         if segment is None:
             segment = self._segment = _open_segment(self.dir)
@@ -171,6 +174,7 @@ class Spool:
         segment.size_bytes += written
         segment.events += 1
         segment.dirty = True
+        return segment.name
 
     def _keep(self, data: bytes, cause: Exception) -> None:
         if isinstance(cause, OSError):
@@ -216,7 +220,7 @@ def _open_segment(directory: Path) -> _Segment:
         os.close(fd)
         tmp.unlink(missing_ok=True)
         raise
-    return _Segment(path, fd, time.monotonic(), len(MAGIC))
+    return _Segment(path, name, fd, time.monotonic(), len(MAGIC))
 
 
 def _seal(path: Path, fd: int) -> Path:

@@ -8,6 +8,11 @@
 | the caller's mistake (4xx except 429)          | 1         | 0              | 0                |
 | refused or failed by us (429, 5xx)             | 0         | 0              | 0                |
 
+An MCP tool call is a request to /v1/mcp and counts as what it did: a `memory_search` as one search, a
+`memory_create_batch` as its memories. Its status is the one of the problem that its tool error carries (MCP answers
+those with HTTP 200), so a tool refused by us counts as little as a route refused by us. Everything else sent there
+(`initialize`, `tools/list`, a notification) is one api_call.
+
 Every such request is still an event with its route and status, so usage can be checked against the access log.
 `storage_bytes` is a gauge measured apart: deltas break at the first restore.
 """
@@ -43,12 +48,12 @@ CALL = Counters(1, 0, 0)
 SEARCH = Counters(1, 1, 0)
 
 
-def count(route: str, status: int, created: int = 0) -> Counters:
-    """The counters of one request. `created` is how many memories it made (only 2xx count)."""
+def count(route: str, status: int, created: int = 0, searches: int = 0) -> Counters:
+    """The counters of one request. `created` and `searches` are what an MCP tool or a route did (only 2xx count)."""
     if status >= 500 or status == 429:
         return NOTHING
     if status >= 400:
         return CALL
     if route == "/v1/search":
         return SEARCH
-    return Counters(1, 0, created) if created else CALL
+    return Counters(1, searches, created) if created or searches else CALL

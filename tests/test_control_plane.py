@@ -51,6 +51,7 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     },
     "usage_quarantine_insert": {"request_id": uuid4()},
     "backup_insert": {"ts": datetime.now(UTC)},
+    "quota_usage": {"segments": ["a-segment"]},
 }
 
 

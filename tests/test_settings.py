@@ -30,6 +30,9 @@ COUNTS = {  # a bare number whose noun is the unit
     "gateway_backlog",
     "tenant_pool_size",
     "rate_limit_burst",
+    "unauthenticated_burst",
+    "inflight_requests",
+    "inflight_tenant_requests",
     "prefect_worker_limit",
     "restore_generations_kept",
 }

@@ -65,6 +65,8 @@ def _play(settings: Settings, conversations: list[Conversation]) -> Checks:
         steps.write(stage, lambda: progress.advance(writing))
         using = progress.add_task("searches, reads, updates, deletes", total=len(actors))
         steps.use(stage, lambda: progress.advance(using))
+        agents = progress.add_task("tenants store, search and read over MCP", total=len(actors))
+        steps.use_mcp(stage, lambda: progress.advance(agents))
         for title, step in (
             ("backups (Prefect deployment)", steps.back_up),
             ("damage: rows deleted, file overwritten", steps.damage),

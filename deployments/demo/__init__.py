@@ -1,6 +1,6 @@
 """The main job, end to end, on real parts: what `engram demo` does and checks.
 
-`client` (a REST client that counts what it sends) · `corpus` (the memories) · `steps` (traffic, backup, damage,
+`client` (of REST and MCP, counting what it sends) · `corpus` (the memories) · `steps` (traffic, backup, damage,
 restore, drill, usage) · `checks` (expected against seen). Every number in the table is read from outside: over
 HTTP, from PostgreSQL, from the object store, from the files. Nothing is taken from what a step says of itself.
 """

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from deployments.demo.checks import Checks
-from deployments.demo.client import Counted, TenantClient
+from deployments.demo.client import Counted, TenantClient, mcp_session
 from deployments.demo.corpus import Conversation
 from deployments.issuer import mint
 from deployments.parts import gateway_url
@@ -126,6 +126,34 @@ def use(stage: Stage, advance: Advance) -> None:
 
     found = asyncio.run(everyone())
     stage.checks.equal("tenants whose search finds the one right memory", len(stage.actors), sum(found))
+
+
+def use_mcp(stage: Stage, advance: Advance) -> None:
+    """Each tenant as an agent would: store, search and read with the official MCP client; REST sees the same."""
+
+    async def one(actor: Actor) -> bool:
+        url = gateway_url(stage.settings)
+        async with mcp_session(url, actor.token, actor.counted) as mcp, _client(stage, actor) as client:
+            made = await mcp.call("memory_create", content=f"stored by {actor.tenant_id} over MCP", tags=["mcp"])
+            batch = [{"content": f"one of several, number {n}", "tags": ["mcp"]} for n in range(3)]
+            several = await mcp.call("memory_create_batch", memories=batch)
+            for memory in (made, *several["memories"]):
+                actor.acknowledged[memory["id"]] = memory
+            found = await mcp.call("memory_search", query=f'"{actor.tenant_id}"', tags=["mcp"])
+            read = await mcp.call("memory_get", id=made["id"])
+            stats = await mcp.call("memory_stats")
+            path = f"/v1/memories/{made['id']}"
+            same = await client.call("GET", path, expect=200, route="/v1/memories/{id}")
+            advance()
+            return [hit["memory"] for hit in found["results"]] == [made] == [read] == [same] and stats[
+                "memories"
+            ] == len(actor.acknowledged)
+
+    async def everyone() -> list[bool]:
+        return [await one(actor) for actor in stage.actors]
+
+    served = asyncio.run(everyone())
+    stage.checks.equal("tenants served over MCP, with what REST reads", len(stage.actors), sum(served))
 
 
 def run_deployment(stage: Stage, deployment: str, parameters: dict[str, Any]) -> tuple[Run, str]:

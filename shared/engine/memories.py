@@ -156,6 +156,12 @@ def count(connection: sqlite3.Connection) -> int:
     return rows
 
 
+def count_by_type(connection: sqlite3.Connection) -> dict[str, int]:
+    """How many memories there are of each type, the most frequent first. Reads the whole table."""
+    rows = connection.execute("SELECT memory_type, count(*) FROM memories GROUP BY 1 ORDER BY 2 DESC, 1")
+    return dict(rows.fetchall())
+
+
 def memory_from_row(row: Sequence[Any]) -> Memory:
     """A row selected as `COLUMNS` as a `Memory`."""
     return Memory(

@@ -227,3 +227,26 @@ ORDER BY bucket;
 
 -- name: usage_event_count
 SELECT count(*) FROM usage_events WHERE tenant_id = %(tenant_id)s;
+
+-- name: quota_usage
+-- Active tenants whose plan limits anything: the limits, and this month's counts until now. In one snapshot with
+-- which of the named segments these counts hold: what is in the others comes on top.
+WITH limited AS (
+    SELECT * FROM plans
+    WHERE num_nonnulls(api_calls_soft, api_calls_hard, search_queries_soft, search_queries_hard,
+                       memories_created_soft, memories_created_hard, storage_bytes_soft, storage_bytes_hard) > 0
+), used AS (
+    SELECT t.tenant_id, t.plan_id, coalesce(sum(d.api_calls), 0)::bigint AS api_calls,
+           coalesce(sum(d.search_queries), 0)::bigint AS search_queries,
+           coalesce(sum(d.memories_created), 0)::bigint AS memories_created
+    FROM tenants t
+    JOIN limited USING (plan_id)
+    LEFT JOIN usage_daily d ON d.tenant_id = t.tenant_id AND d.bucket >= date_trunc('month', now(), 'UTC')
+    WHERE t.state = 'active'
+    GROUP BY t.tenant_id
+), drained AS (
+    SELECT coalesce(array_agg(segment), '{}') AS segments
+    FROM usage_segments WHERE segment = ANY (%(segments)s::text[])
+)
+SELECT used.tenant_id, used.api_calls, used.search_queries, used.memories_created, limited.*, drained.segments
+FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON true;

@@ -1,0 +1,125 @@
+"""What every request's head must look like, and what every answer's head carries.
+
+A thin ASGI layer around the application, inside the edge: a head that is too large or names no host is refused
+here before anything is routed (Granian itself refuses more than 100 fields, and far larger heads, with an empty
+body). Answers get their fields through the exchange, so that the edge adds them to errors too.
+
+CORS: a browser may call from the configured origins, in dev from any port of localhost too; a preflight is
+answered here, without a token. Tokens travel in a header, never in a cookie: credentials are not allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gateway.edge import ASGIApp, Receive, Scope, Send
+from gateway.exchange import exchange_of
+from gateway.problems import MEDIA_TYPE, Problem
+from shared.settings import Settings
+
+MAX_FIELDS = 100
+PREFLIGHT_SECONDS = 600
+_LOCALHOST = re.compile(rb"http://(localhost|127\.0\.0\.1)(:\d{1,5})?\Z")
+_METHODS = b"GET, POST, PATCH, DELETE"
+_REQUEST_FIELDS = b"Authorization, Content-Type, X-Request-Id, X-Engram-Tenant, Mcp-Session-Id, Mcp-Protocol-Version"
+_ANSWER_FIELDS = (
+    b"X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, RateLimit-Policy, "
+    b"X-Engram-Quota-Warning, WWW-Authenticate, Mcp-Session-Id"
+)
+NO_HOST = Problem(400, "A request must name exactly one Host.")
+FOREIGN_ORIGIN = Problem(403, "This origin may not call from a browser.")
+
+
+class Heads:
+    """The ASGI application `app`, with heads checked and completed."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._url_limit = settings.url_limit_bytes
+        self._header_limit = settings.header_limit_bytes
+        self._origins = frozenset(
+            origin.strip().rstrip("/").encode() for origin in settings.cors_allowed_origins.split(",") if origin.strip()
+        )
+        self._localhost = settings.env == "dev"
+        self._always = [
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"no-referrer"),
+            (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+        ]
+        if settings.env != "dev" and settings.hsts_seconds:
+            hsts = b"max-age=%d; includeSubDomains" % settings.hsts_seconds
+            self._always.append((b"strict-transport-security", hsts))
+        if self._localhost or self._origins:
+            self._always.append((b"vary", b"Origin"))
+        self._under_v1 = [*self._always, (b"cache-control", b"no-store")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = exchange_of(scope)
+        path: str = scope["path"]
+        exchange.headers.extend(self._under_v1 if path.startswith("/v1/") else self._always)
+        size = hosts = 0
+        host = b""
+        origin = asked = None
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            if name == b"host":
+                hosts += 1
+                host = value
+            elif name == b"origin":
+                origin = value
+            elif name == b"access-control-request-method":
+                asked = value
+        problem = self._problem(scope, size, hosts, host)
+        allowed = origin is not None and self._allows(origin)
+        if allowed and origin is not None:
+            exchange.headers.append((b"access-control-allow-origin", origin))
+            exchange.headers.append((b"access-control-expose-headers", _ANSWER_FIELDS))
+        if problem is None and origin is not None and asked is not None and scope["method"] == "OPTIONS":
+            if allowed:
+                await _preflight(send)
+                return
+            problem = FOREIGN_ORIGIN
+        if problem is not None:
+            await _refuse(problem, exchange.request_id, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if exchange.leave is not None:
+                exchange.leave()
+
+    def _problem(self, scope: Scope, size: int, hosts: int, host: bytes) -> Problem | None:
+        if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > self._url_limit:
+            return Problem(414, f"The URL is longer than {self._url_limit} bytes.")
+        if size > self._header_limit:
+            return Problem(431, f"The header fields are larger than {self._header_limit} bytes.")
+        if len(scope["headers"]) > MAX_FIELDS:
+            return Problem(431, f"There are more than {MAX_FIELDS} header fields.")
+        # Granian gives a request without a Host an empty one. HTTP/2 names it in :authority.
+        if hosts > 1 or (not host and scope["http_version"] == "1.1"):
+            return NO_HOST
+        return None
+
+    def _allows(self, origin: bytes) -> bool:
+        return origin in self._origins or (self._localhost and _LOCALHOST.match(origin) is not None)
+
+
+async def _preflight(send: Send) -> None:
+    headers = [
+        (b"access-control-allow-methods", _METHODS),
+        (b"access-control-allow-headers", _REQUEST_FIELDS),
+        (b"access-control-max-age", b"%d" % PREFLIGHT_SECONDS),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _refuse(problem: Problem, request_id: str, send: Send) -> None:
+    body = problem.body(request_id)
+    headers: list[Any] = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,301 @@
+"""The tools: what each takes, gives, needs and does. Nothing here knows of MCP's wire.
+
+A tool takes what its REST route takes, by the same structs, draws on the same pool and is refused for the same
+reasons: its scope, an operator's shedding of its class of routes, the quotas of its counters. What it made or searched
+goes into the exchange, and from there into the request's one usage event.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from gateway import v1
+from gateway.exchange import Exchange
+from gateway.guard import TOO_MANY_REQUESTS
+from gateway.limits import Cost, cost_of
+from gateway.problems import Problem, Refusal, bad_request, forbidden
+from gateway.quota import WARNING_HEADER
+from gateway.ratelimit import too_many
+from gateway.schemas import (
+    CreateMemory,
+    MemoryPage,
+    MemoryView,
+    Search,
+    SearchResults,
+    Tag,
+    UpdateMemory,
+)
+from gateway.services import Services
+from gateway.usage import storage_bytes
+from shared.engine import memories
+from shared.engine.memories import Changes, NewMemory
+from shared.engine.schema import schema_version
+from shared.engine.search import search
+from shared.tenant import TenantPaths
+
+BATCH = 100
+RESULT_BYTES = 2_097_152  # an answer is built on the event loop: a larger one would hold up everybody
+TOO_LARGE = Problem(413, f"The result is larger than {RESULT_BYTES} bytes; ask for fewer with `limit`.")
+_encode = msgspec.json.Encoder().encode
+MemoryId = Annotated[str, Meta(min_length=1, max_length=64, description="the `id` of a memory")]
+
+
+class MemoryById(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    id: MemoryId
+
+
+class CreateMemories(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    memories: Annotated[list[CreateMemory], Meta(min_length=1, max_length=BATCH)]
+
+
+class UpdateMemoryById(UpdateMemory, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """At least one field beside the id; a field that is absent stays as it is."""
+
+    id: MemoryId
+
+
+class ListMemories(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Annotated[str, Meta(max_length=64, description="`next_cursor` of the page before")] | None = None
+    tag: Tag | None = None
+
+
+class NoArguments(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    pass
+
+
+class Created(msgspec.Struct):
+    memories: list[MemoryView]
+    count: int
+
+
+class Deleted(msgspec.Struct):
+    id: str
+    deleted: bool
+
+
+class Stats(msgspec.Struct):
+    """`by_type` counts the memories of each `memory_type`; `storage_bytes` is the size on disk now."""
+
+    memories: int
+    by_type: dict[str, int]
+    schema_version: int
+    storage_bytes: int
+
+
+class Call(NamedTuple):
+    """Who calls, and what the call may reach for."""
+
+    services: Services
+    exchange: Exchange
+
+    @property
+    def tenant_id(self) -> str:
+        assert self.exchange.tenant_id is not None  # the guard set it
+        return self.exchange.tenant_id
+
+
+class Result(NamedTuple):
+    """The JSON document, and the same as Python values: MCP sends both."""
+
+    text: str
+    document: dict[str, Any]
+
+
+class Tool(NamedTuple):
+    """`cost` is the one of the REST route that does the same."""
+
+    name: str
+    description: str
+    scope: str
+    cost: Cost
+    takes: type[msgspec.Struct]
+    gives: type[msgspec.Struct]
+    run: Callable[[Call, Any], Awaitable[Result]]
+
+
+async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
+    """Raises what a REST handler raises; `gateway.problems.problem_of` says what the caller is told."""
+    if tool.scope not in call.exchange.scopes:
+        raise forbidden(f"The token lacks the scope {tool.scope}.")
+    _check_limits(tool.cost, call)
+    try:
+        taken = msgspec.convert(arguments, tool.takes)
+    except (msgspec.ValidationError, RecursionError) as e:
+        raise bad_request(f"The arguments are not valid: {str(e)[:300]}") from None
+    return await tool.run(call, taken)
+
+
+def _check_limits(cost: Cost, call: Call) -> None:
+    """What the guard could not know: of which class the request is. Its place, the tenant's rate and the quota of
+    api_calls were the guard's."""
+    services, tenant_id = call.services, call.tenant_id
+    services.gate.check(cost.route_class)
+    decision = services.rates.within(tenant_id, cost.rate)
+    if decision is not None and not decision.allowed:
+        raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
+    counters = [counter for counter in cost.counters if counter != "api_calls"]
+    warning = services.quotas.check(tenant_id, counters) if counters else None
+    if warning is not None:
+        call.exchange.headers.append((WARNING_HEADER, warning))
+
+
+def _result(document: object) -> Result:
+    """In a thread, where the rows were read: this is most of the work of a long list."""
+    text = _encode(document)
+    if len(text) > RESULT_BYTES:
+        raise Refusal(TOO_LARGE)
+    return Result(text.decode(), msgspec.json.decode(text))
+
+
+def _new(data: CreateMemory) -> NewMemory:
+    return NewMemory(data.content, data.memory_type, data.tags, data.metadata, data.importance)
+
+
+async def _create(call: Call, data: CreateMemory) -> Result:
+    new = _new(data)
+    made = await call.services.pool.write(call.tenant_id, lambda c: _result(memories.create(c, new)))
+    call.exchange.created = 1
+    return made
+
+
+async def _create_batch(call: Call, data: CreateMemories) -> Result:
+    """One job is one transaction: all or nothing."""
+    new = [_new(each) for each in data.memories]
+
+    def job(connection: sqlite3.Connection) -> Result:
+        return _result({"memories": [memories.create(connection, each) for each in new], "count": len(new)})
+
+    made = await call.services.pool.write(call.tenant_id, job)
+    call.exchange.created = len(new)
+    return made
+
+
+async def _get(call: Call, data: MemoryById) -> Result:
+    key = v1.known_form(data.id)
+    return await call.services.pool.look_up(call.tenant_id, lambda c: _result(memories.get(c, key)))
+
+
+async def _update(call: Call, data: UpdateMemoryById) -> Result:
+    key = v1.known_form(data.id)
+    changes = Changes(data.content, data.memory_type, data.tags, data.metadata, data.importance)
+    return await call.services.pool.write(call.tenant_id, lambda c: _result(memories.update(c, key, changes)))
+
+
+async def _delete(call: Call, data: MemoryById) -> Result:
+    key = v1.known_form(data.id)
+    await call.services.pool.write(call.tenant_id, lambda c: memories.delete(c, key))
+    return _result({"id": key, "deleted": True})
+
+
+async def _list(call: Call, data: ListMemories) -> Result:
+    before = v1.seq_of(data.cursor, call.tenant_id, data.tag) if data.cursor is not None else None
+
+    def job(connection: sqlite3.Connection) -> Result:
+        page = memories.page(connection, limit=data.limit, before_seq=before, tag=data.tag)
+        following = v1.cursor_of(page.next_seq, call.tenant_id, data.tag) if page.next_seq is not None else None
+        return _result({"memories": page.memories, "next_cursor": following})
+
+    return await call.services.pool.read(call.tenant_id, job)
+
+
+async def _search(call: Call, data: Search) -> Result:
+    def job(connection: sqlite3.Connection) -> Result:
+        hits = search(connection, data.query, limit=data.limit, tags=data.tags, memory_type=data.memory_type)
+        return _result({"results": hits, "count": len(hits)})
+
+    found = await call.services.pool.read(call.tenant_id, job)
+    call.exchange.searches = 1
+    return found
+
+
+async def _stats(call: Call, _: NoArguments) -> Result:
+    paths = TenantPaths.of(call.services.settings.tenants_dir, call.tenant_id)
+
+    def job(connection: sqlite3.Connection) -> Result:
+        by_type = memories.count_by_type(connection)
+        total = sum(by_type.values())
+        return _result(Stats(total, by_type, schema_version(connection), storage_bytes(paths)))
+
+    return await call.services.pool.read(call.tenant_id, job)
+
+
+_READ, _WRITE = "memories:read", "memories:write"
+_CREATE_COST = cost_of("POST", "/v1/memories")
+_LIST_COST = cost_of("GET", "/v1/memories")
+_BY_ID = "/v1/memories/{memory_id}"
+
+TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool("memory_create", "Store a memory.", _WRITE, _CREATE_COST, CreateMemory, MemoryView, _create),
+        Tool(
+            "memory_create_batch",
+            f"Store 1 to {BATCH} memories in one transaction: all of them or, when one is not valid, none.",
+            _WRITE,
+            _CREATE_COST,
+            CreateMemories,
+            Created,
+            _create_batch,
+        ),
+        Tool("memory_get", "Read one memory.", _READ, cost_of("GET", _BY_ID), MemoryById, MemoryView, _get),
+        Tool(
+            "memory_update",
+            "Change the given fields of a memory; the others stay. The earlier version is kept.",
+            _WRITE,
+            cost_of("PATCH", _BY_ID),
+            UpdateMemoryById,
+            MemoryView,
+            _update,
+        ),
+        Tool(
+            "memory_delete",
+            "Remove a memory with all its versions.",
+            _WRITE,
+            cost_of("DELETE", _BY_ID),
+            MemoryById,
+            Deleted,
+            _delete,
+        ),
+        Tool(
+            "memory_list",
+            "The newest memories first, all of them or those with a tag; `next_cursor` continues the list.",
+            _READ,
+            _LIST_COST,
+            ListMemories,
+            MemoryPage,
+            _list,
+        ),
+        Tool(
+            "memory_search",
+            'Full-text search, best match first. Words are combined with AND; OR, NOT, NEAR, "a phrase" and'
+            " prefix* are understood (SQLite FTS5).",
+            "search",
+            cost_of("POST", "/v1/search"),
+            Search,
+            SearchResults,
+            _search,
+        ),
+        Tool(
+            "memory_stats",
+            "How many memories there are, how many of each type, and the size of their database.",
+            _READ,
+            _LIST_COST,
+            NoArguments,
+            Stats,
+            _stats,
+        ),
+    )
+}
+
+
+def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The JSON schema of an object, as MCP wants it: `type: object` at the top, what it refers to under `$defs`."""
+    (top,), components = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    schema = dict(components.pop(top["$ref"].rpartition("/")[2]))
+    return {**schema, "$defs": components} if components else schema

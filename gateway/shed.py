@@ -1,0 +1,149 @@
+"""How much is at work at once in one worker, who waits, and who is turned away first.
+
+A request of a tenant needs a place. Searches may take half of the places, lists three quarters, writes nine
+tenths, lookups by id all: under overload the expensive go first, and /health, /ready, /metrics and a bad token
+are answered without a place. One tenant has at most `inflight_tenant_requests` of them.
+
+Without a place a request waits, at most `inflight_wait_seconds`; as many may wait as may work, a tenant's share
+of them bounded alike. When all of that is taken, a waiting request of a cheaper class to lose makes room, else
+the new one is refused: 503, reason shed, Retry-After.
+
+An operator can refuse whole classes for a while (`shared.limits`, `shed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from gateway.problems import Problem, Refusal, shed
+from shared.limits import RouteClass, Watch
+from shared.settings import Settings
+
+ORDER: tuple[RouteClass, ...] = ("search", "list", "write", "get")  # the first is the first to go
+SHARE: dict[RouteClass, float] = {"search": 0.5, "list": 0.75, "write": 0.9, "get": 1.0}
+STEPS = 4_000  # of SQLite's machine between two looks at the clock: some 50 µs
+TOO_SLOW = Problem(503, "The query took too long; a narrower one may not.", reason="query too slow", retry_after=1)
+Result = TypeVar("Result")
+
+
+class Gate:
+    """For one event loop."""
+
+    def __init__(self, settings: Settings, limits: Watch) -> None:
+        self._limits = limits
+        self._places = {c: max(1, int(settings.inflight_requests * SHARE[c])) for c in ORDER}
+        self._of_tenant = settings.inflight_tenant_requests
+        self._wait_seconds = settings.inflight_wait_seconds
+        self._queue_size = settings.inflight_requests
+        self._at_work = 0
+        self._tenants: dict[str, int] = {}
+        self._queued = 0
+        self._queued_of_tenant: dict[str, int] = {}
+        self._queues: dict[RouteClass, deque[tuple[str, asyncio.Future[None]]]] = {c: deque() for c in ORDER}
+
+    async def enter(self, tenant_id: str, route_class: RouteClass) -> Callable[[], None]:
+        """A place; call what is returned, once, to give it back. Raises a `Refusal`."""
+        if not self._free(tenant_id, route_class):
+            await self._wait(tenant_id, route_class)
+        else:
+            self._take(tenant_id)
+        return partial(self._leave, tenant_id)
+
+    def check(self, route_class: RouteClass) -> None:
+        """Raises a `Refusal` when an operator sheds this class of routes."""
+        if route_class in self._limits.now.shed:
+            raise shed("This kind of request is not served at the moment.")
+
+    def _free(self, tenant_id: str, route_class: RouteClass) -> bool:
+        return self._at_work < self._places[route_class] and self._tenants.get(tenant_id, 0) < self._of_tenant
+
+    def _take(self, tenant_id: str) -> None:
+        self._at_work += 1
+        self._tenants[tenant_id] = self._tenants.get(tenant_id, 0) + 1
+
+    def _leave(self, tenant_id: str) -> None:
+        self._at_work -= 1
+        _count_down(self._tenants, tenant_id)
+        if self._queued:
+            self._admit()
+
+    def _admit(self) -> None:
+        """Let the most urgent of those who wait in, if there is a place for one."""
+        for route_class in reversed(ORDER):
+            if self._at_work >= self._places[route_class]:
+                return  # and the classes after it have fewer places
+            for tenant_id, turn in self._queues[route_class]:
+                if not turn.done() and self._free(tenant_id, route_class):
+                    self._take(tenant_id)
+                    turn.set_result(None)
+                    return
+
+    async def _wait(self, tenant_id: str, route_class: RouteClass) -> None:
+        if self._queued_of_tenant.get(tenant_id, 0) >= self._of_tenant:
+            raise shed("The tenant has too many requests waiting.")
+        if self._queued >= self._queue_size and not self._drop_below(route_class):
+            raise shed("The server is busy.")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = (tenant_id, turn)
+        queue = self._queues[route_class]
+        queue.append(waiting)
+        self._queued += 1
+        self._queued_of_tenant[tenant_id] = self._queued_of_tenant.get(tenant_id, 0) + 1
+        try:
+            await asyncio.wait({turn}, timeout=self._wait_seconds)
+        except asyncio.CancelledError:
+            if turn.done() and not turn.exception():
+                self._leave(tenant_id)
+            raise
+        finally:
+            queue.remove(waiting)
+            self._queued -= 1
+            _count_down(self._queued_of_tenant, tenant_id)
+        if not turn.done():
+            raise shed("The server is busy.")
+        turn.result()
+
+    def _drop_below(self, route_class: RouteClass) -> bool:
+        """Refuse the youngest who waits in the cheapest class to lose, if that is cheaper than this one."""
+        for cheaper in ORDER[: ORDER.index(route_class)]:
+            for _, turn in reversed(self._queues[cheaper]):
+                if not turn.done():
+                    turn.set_exception(shed("The server is busy."))
+                    return True
+        return False
+
+
+def bounded(
+    job: Callable[[sqlite3.Connection], Result], limit_seconds: float
+) -> Callable[[sqlite3.Connection], Result]:
+    """The job, interrupted when its statements run for longer than this; 0 is no limit."""
+    if limit_seconds == 0:
+        return job
+
+    def run(connection: sqlite3.Connection) -> Result:
+        ends_at = time.monotonic() + limit_seconds
+        connection.set_progress_handler(lambda: time.monotonic() >= ends_at, STEPS)
+        try:
+            return job(connection)
+        except sqlite3.OperationalError as e:
+            if getattr(e, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+                raise Refusal(TOO_SLOW) from e
+            raise
+        finally:
+            connection.set_progress_handler(None, 0)
+
+    return run
+
+
+def _count_down(counts: dict[str, int], key: str) -> None:
+    left = counts[key] - 1
+    if left:
+        counts[key] = left
+    else:
+        del counts[key]

@@ -1,0 +1,49 @@
+"""The writes of one tenant that wait for its next transaction. For one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import sqlite3
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+Job = Callable[[sqlite3.Connection], Any]
+Member = tuple[Job, asyncio.Future[Any]]
+
+
+class WriteQueue:
+    __slots__ = ("_waiting",)
+
+    def __init__(self) -> None:
+        self._waiting: deque[Member] = deque()
+
+    def put(self, job: Job) -> asyncio.Future[Any]:
+        """Queue a job; the future is its outcome. Cancelling it takes the job back if it has not begun."""
+        outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, outcome))
+        return outcome
+
+    def take(self, most: int) -> tuple[list[Member], int]:
+        """The next transaction, oldest first, and how many were met whose callers have left."""
+        members: list[Member] = []
+        left = 0
+        while self._waiting and len(members) < most:
+            member = self._waiting.popleft()
+            if member[1].done():
+                left += 1
+            else:
+                members.append(member)
+        return members, left
+
+
+def again(error: BaseException) -> BaseException:
+    """A copy for each member of a failed transaction: raised in many tasks, one object would gather all their
+    traces. The cause stays: it says whether the disk is full."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # noqa: BLE001  an exception that cannot be copied is shared
+        return error
+    copied.__cause__ = error.__cause__
+    return copied

@@ -1,0 +1,229 @@
+"""Limits that change while the gateway runs: one file of this machine, which every worker reads.
+
+    {data_dir}/run/limits.json     written whole (fsync, rename), under `limits.lock` when it is changed
+
+| name                | value                                   | what a worker does                              |
+|---------------------|-----------------------------------------|-------------------------------------------------|
+| `rate_limit_mode`   | "off", "shadow" or "enforce"            | replaces the setting                            |
+| `rate_limit`        | {"rps": 50, "burst": 100, …} (`Rate`)   | replaces the settings for all tenants           |
+| `rate_limit:TENANT` | the same                                | for one tenant                                  |
+| `shed`              | ["search", "list", "write", "get"]      | refuses these classes of routes with 503        |
+| `pool_size`         | 64                                      | keeps at most so many tenant databases open     |
+| `jwks_refresh`      | true                                    | fetches the issuer's keys, once for each change |
+
+Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
+the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.durable import write_file
+from shared.errors import Permanent, UnsafeTenantId
+from shared.log import get_logger
+from shared.settings import Settings
+from shared.tenant import check_tenant_id
+
+MAX_TTL_SECONDS = 7 * 86_400.0
+Mode = Literal["off", "shadow", "enforce"]
+RouteClass = Literal["search", "list", "write", "get"]
+Rps = Annotated[float, Meta(ge=0, le=1e6)]
+log = get_logger("limits")
+
+
+class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`rps` 0 is no limit, `burst` 0 one second's worth. A class without a rate keeps the one of the settings."""
+
+    rps: Rps
+    burst: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    read_rps: Rps | None = None
+    write_rps: Rps | None = None
+    search_rps: Rps | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """`id` is new with every change, times are seconds since 1970."""
+
+    value: Any
+    reason: str
+    set_at: float
+    expires_at: float
+    id: str
+
+
+class _File(msgspec.Struct, frozen=True):
+    entries: dict[str, Entry]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What holds now. None and empty: the settings hold."""
+
+    rate_limit_mode: Mode | None = None
+    rate_limit: Rate | None = None
+    tenant_rates: dict[str, Rate] = msgspec.field(default_factory=dict)
+    shed: frozenset[str] = frozenset()
+    pool_size: int | None = None
+    jwks_refresh: str = ""
+
+
+_TENANT_RATE = "rate_limit:"
+_TYPES: dict[str, Any] = {
+    "rate_limit_mode": Mode,
+    "rate_limit": Rate,
+    "shed": list[RouteClass],
+    "pool_size": Annotated[int, Meta(ge=1, le=100_000)],
+    "jwks_refresh": Literal[True],
+}
+
+
+def path_of(settings: Settings) -> Path:
+    return settings.run_dir / "limits.json"
+
+
+def set_limit(settings: Settings, name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
+    """Set a limit for every worker of this machine until it expires. Raises `Permanent` for what makes no sense."""
+    _checked(name, value)
+    if not 0 < ttl_seconds <= MAX_TTL_SECONDS:
+        raise Permanent(f"ttl_seconds must be above 0 and at most {MAX_TTL_SECONDS:.0f}")
+    if not reason.strip():
+        raise Permanent("a limit needs a reason")
+    now = time.time()
+    entry = Entry(value, reason.strip(), now, now + ttl_seconds, secrets.token_hex(8))
+    with _changing(settings) as entries:
+        entries[name] = entry
+    log.info("limit_set", limit=name, value=value, ttl_seconds=ttl_seconds, reason=reason)
+    return entry
+
+
+def clear(settings: Settings, name: str) -> bool:
+    """Remove a limit before it expires; False when it was not set."""
+    with _changing(settings) as entries:
+        cleared = entries.pop(name, None) is not None
+    if cleared:
+        log.info("limit_cleared", limit=name)
+    return cleared
+
+
+def active(settings: Settings) -> dict[str, Entry]:
+    """The limits that hold now, by name. Raises `Permanent` when the file is damaged."""
+    return _unexpired(_read(path_of(settings)), time.time())
+
+
+class Watch:
+    """A worker's view of the file. `poll` is for a thread, `now` for anybody."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = path_of(settings)
+        self._seen: tuple[int, int, int] | None = None
+        self._entries: dict[str, Entry] = {}
+        self._ends_at = float("inf")
+        self._listeners: list[Callable[[Limits], None]] = []
+        self.now = Limits()
+
+    def listen(self, listener: Callable[[Limits], None]) -> None:
+        """`listener` is called in the polling thread with every change; and now, when something is set."""
+        self._listeners.append(listener)
+        if self.now != Limits():
+            listener(self.now)
+
+    def poll(self) -> None:
+        """Read the file if it changed, drop what has expired. A damaged file changes nothing."""
+        seen = _signature(self._path)
+        wall = time.time()
+        if seen == self._seen and wall < self._ends_at:
+            return
+        if seen != self._seen:
+            self._seen = seen
+            try:
+                self._entries = _read(self._path)
+            except Permanent as e:
+                log.error("limits_unread", cause=str(e))
+        self._entries = _unexpired(self._entries, wall)
+        self._ends_at = min((e.expires_at for e in self._entries.values()), default=float("inf"))
+        found = _limits(self._entries)
+        if found == self.now:
+            return
+        self.now = found
+        log.info("limits_changed", limits=sorted(self._entries))
+        for listener in self._listeners:
+            listener(found)
+
+
+def _checked(name: str, value: object) -> Any:
+    kind = _TYPES.get(name)
+    if name.startswith(_TENANT_RATE):
+        kind = Rate
+        try:
+            check_tenant_id(name.removeprefix(_TENANT_RATE))
+        except UnsafeTenantId as e:
+            raise Permanent(str(e)) from e
+    if kind is None:
+        raise Permanent(f"no limit is called {name!r:.80}; there are {', '.join(sorted(_TYPES))}, {_TENANT_RATE}TENANT")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        raise Permanent(f"{name} cannot be {value!r:.200}: {e}") from e
+
+
+def _limits(entries: dict[str, Entry]) -> Limits:
+    values: dict[str, Any] = {}
+    rates: dict[str, Rate] = {}
+    for name, entry in entries.items():
+        try:
+            value = _checked(name, entry.value)
+        except Permanent as e:  # written by a newer build, or by hand: the others still hold
+            log.error("limit_not_understood", limit=name, cause=str(e))
+            continue
+        if name.startswith(_TENANT_RATE):
+            rates[name.removeprefix(_TENANT_RATE)] = value
+        elif name == "jwks_refresh":
+            values[name] = entry.id
+        else:
+            values[name] = frozenset(value) if name == "shed" else value
+    return Limits(tenant_rates=rates, **values)
+
+
+def _unexpired(entries: dict[str, Entry], wall: float) -> dict[str, Entry]:
+    return {name: entry for name, entry in entries.items() if wall < entry.expires_at}
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> dict[str, Entry]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_File).entries
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise Permanent(f"{path} cannot be read ({e}); remove it to start without limits") from e
+
+
+@contextmanager
+def _changing(settings: Settings) -> Iterator[dict[str, Entry]]:
+    """The entries that have not expired, to be changed; written when the block ends."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(settings.run_dir / "limits.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = active(settings)
+        yield entries
+        write_file(path_of(settings), msgspec.json.format(msgspec.json.encode(_File(entries))))
+    finally:
+        os.close(lock)

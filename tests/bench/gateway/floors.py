@@ -1,0 +1,68 @@
+"""The same SQL in a plain loop, without HTTP, fence or tenant: the floor a request stands on.
+
+Runs as `python -m tests.bench.gateway.floors search|create DATABASE SECONDS < requests.json`, pinned like a server;
+prints {rate, p95_ms}. It calls the functions the gateway calls, so "the same SQL" stays true when they change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared.engine import database, memories
+from shared.engine.memories import NewMemory
+from shared.engine.search import search
+from tests.bench.gateway.load import Result
+from tests.bench.gateway.world import SERVER_CORE
+
+
+def floor(kind: str, file: Path, bodies: list[dict[str, Any]], seconds: float) -> tuple[Result, float]:
+    """Measure in a process of its own on the servers' core; also the CPU µs a request."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.gateway.floors", kind, str(file), str(seconds)],
+        input=json.dumps(bodies).encode(),
+        stdout=subprocess.PIPE,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+    )
+    found = json.loads(done.stdout)
+    latencies = found["latencies"]
+    return Result(found["seconds"], latencies, {"200": len(latencies)}, 0.0), found["cpu"] / len(latencies) * 1e6
+
+
+def _main(kind: str, file: Path, seconds: float) -> None:
+    bodies = json.load(sys.stdin)
+    connection = database.connect(file)
+
+    def search_once(body: dict[str, Any]) -> None:
+        search(connection, **body)
+
+    def create_once(body: dict[str, Any]) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        memories.create(connection, NewMemory(**body))
+        connection.execute("COMMIT")
+
+    once: Callable[[dict[str, Any]], None] = {"search": search_once, "create": create_once}[kind]
+    for body in bodies[:100]:
+        once(body)
+    latencies = []
+    following = itertools.cycle(bodies)
+    cpu = time.process_time()
+    began = now = time.perf_counter()
+    while now - began < seconds:
+        once(next(following))
+        before, now = now, time.perf_counter()
+        latencies.append(now - before)
+    took = {"seconds": now - began, "latencies": latencies, "cpu": time.process_time() - cpu}
+    json.dump(took, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,175 @@
+"""Which requests go to which server, in which order.
+
+Cases take turns in short bursts, `rounds` times, and the table shows medians: on a machine with neighbours a slow
+minute then hits every case alike, and the ratios stand.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tests.bench.gateway.floors import floor
+from tests.bench.gateway.load import Requests, Result, closed_loop, open_loop, request
+from tests.bench.gateway.world import MAIN_MEMORIES, MAIN_TENANT, Server, World, fill
+
+CONNECTIONS = 32
+TENANTS = (1, 100, 1_000, 5_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`server` None: the same SQL in a plain loop on `file`."""
+
+    name: str
+    server: str | None
+    requests: Requests
+    file: Path | None = None
+    bodies: tuple[dict[str, object], ...] = ()
+
+
+@dataclass
+class Measured:
+    rate: float
+    rates: list[float]
+    cpu_us: float
+    p50_ms: float
+    p95_ms: float
+    bad: int
+    client_busy: float
+    half_p95_ms: float | None = None
+
+
+class Bench:
+    def __init__(self, world: World, seconds: float, rounds: int, only: set[str]) -> None:
+        self._world = world
+        self._seconds = seconds
+        self._rounds = rounds
+        self._only = only
+        self._stack = ExitStack()
+        self._servers: dict[str, Server] = {}
+        self._random = random.Random(2)
+        self.measured: dict[str, Measured] = {}
+        self.tenants: list[dict[str, float]] = []
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> None:
+        cases = [c for c in self._cases() if not self._only or any(c.name.startswith(o) for o in self._only)]
+        results: dict[str, list[tuple[Result, float]]] = {c.name: [] for c in cases}
+        for n in range(self._rounds):
+            for case in cases if n % 2 == 0 else reversed(cases):
+                results[case.name].append(self._saturate(case))
+        for case in cases:
+            self.measured[case.name] = _summary(results[case.name])
+        for case in cases:
+            if not case.name.endswith((" usual", " single")):
+                self.measured[case.name].half_p95_ms = self._half(case)
+        if not self._only or "tenants" in self._only:
+            self._stack.close()
+            self._servers.clear()
+            self.tenants = [self._with_tenants(n) for n in TENANTS]
+
+    def _saturate(self, case: Case) -> tuple[Result, float]:
+        """One burst; with the server's CPU time a request, which neighbours on the core hardly change."""
+        if case.server is None:
+            assert case.file is not None
+            return floor(case.name.partition(" ")[0], case.file, list(case.bodies), self._seconds)
+        server = self._server(case.server)
+        closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=0.3)
+        before = server.cpu_seconds()
+        result = closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=self._seconds)
+        return result, (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
+
+    def _half(self, case: Case) -> float:
+        """p95 at half of the rate the case saturates at; of a plain loop: as it runs. The median of three."""
+        found = []
+        for _ in range(3):
+            if case.server is None:
+                found.append(self._saturate(case)[0].percentile_ms(0.95))
+                continue
+            rate = self.measured[case.name].rate / 2
+            port = self._server(case.server).port
+            result = open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
+            found.append(result.percentile_ms(0.95))
+        return median(found)
+
+    def _server(self, name: str) -> Server:
+        if name not in self._servers:
+            self._servers[name] = self._stack.enter_context(self._world.server(name))
+        return self._servers[name]
+
+    def _cases(self) -> list[Case]:
+        world, main = self._world, self._world.headers(MAIN_TENANT)
+        ids = self._random.sample(world.ids, 1_000)
+        gets = [request("GET", f"/v1/memories/{i}", main) for i in ids]
+        queries = tuple(world.corpus.query() for _ in range(500))
+        searches = [request("POST", "/v1/search", main, json.dumps(q).encode()) for q in queries]
+        file = world.paths(MAIN_TENANT).database
+        cases = [
+            Case("bare", "bare", [request("GET", "/bare", main)]),
+            Case("edge", "edge", gets),
+            Case("get", "gateway", gets),
+            Case("get usual", "usual", gets),
+            Case("search", "gateway", searches),
+            Case("search sql", None, [], file, queries),
+            Case("search usual", "usual", searches),
+        ]
+        bodies = tuple(world.corpus.memory() for _ in range(1_000))
+        for name, server in (("", "gateway"), (" single", "single"), (" usual", "usual"), (" sql", None)):
+            tenant_id = "writes" + name.strip()
+            world.tenant(tenant_id)
+            fill(world.paths(tenant_id), world.corpus, MAIN_MEMORIES)
+            headers = world.headers(tenant_id)
+            creates = [request("POST", "/v1/memories", headers, json.dumps(b).encode()) for b in bodies]
+            cases.append(Case(f"create{name}", server, creates, world.paths(tenant_id).database, bodies))
+        return cases
+
+    def _with_tenants(self, count: int) -> dict[str, float]:
+        """Mixed load (60% search, 20% get, 20% create) spread evenly over `count` tenants, the pool's cap held."""
+        world = self._world
+        names = world.small_tenants(count)
+        ids, headers = world.small_ids(), {name: world.headers(name) for name in names}
+        requests = [self._mixed(headers[self._random.choice(names)], ids) for _ in range(20_000)]
+        with world.server("gateway") as server:
+            closed_loop(server.port, requests, connections=CONNECTIONS, seconds=1)
+            before = server.cpu_seconds()
+            result = closed_loop(server.port, requests, connections=CONNECTIONS, seconds=max(2, self._seconds))
+            cpu_us = (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
+            return {
+                "tenants": count,
+                "rate": result.rate,
+                "cpu_us": cpu_us,
+                "p95_ms": result.percentile_ms(0.95),
+                "bad": result.bad,
+                "rss_mb": server.rss_bytes() / 1e6,
+            }
+
+    def _mixed(self, headers: dict[str, str], ids: list[str]) -> bytes:
+        kind = self._random.random()
+        if kind < 0.6:
+            return request("POST", "/v1/search", headers, json.dumps(self._world.corpus.query()).encode())
+        if kind < 0.8:
+            return request("GET", f"/v1/memories/{self._random.choice(ids)}", headers)
+        return request("POST", "/v1/memories", headers, json.dumps(self._world.corpus.memory()).encode())
+
+
+def _summary(results: list[tuple[Result, float]]) -> Measured:
+    rates = [r.rate for r, _ in results]
+    return Measured(
+        rate=median(rates),
+        rates=rates,
+        cpu_us=median(cpu for _, cpu in results),
+        p50_ms=median(r.percentile_ms(0.5) for r, _ in results),
+        p95_ms=median(r.percentile_ms(0.95) for r, _ in results),
+        bad=sum(r.bad for r, _ in results),
+        client_busy=max(r.busy for r, _ in results),
+    )

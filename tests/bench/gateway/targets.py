@@ -1,0 +1,97 @@
+"""The servers under test; each is `python -m tests.bench.gateway.targets NAME PORT`, one worker.
+
+bare     a Litestar handler that answers a small JSON object: what the framework and the server cost by themselves
+edge     the gateway with a trivial handler: no SQLite, all of the rest
+gateway  `engram serve` as it is
+single   the gateway with one transaction per write: what group commit is compared with
+usual    the same interface the usual way (`usual.py`)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from shared.settings import Settings
+from shared.settings import settings as settings_from_environment
+
+Loader = Callable[[Settings, int], Any]
+
+
+def main(name: str, port: int) -> None:
+    if name == "bare":
+        _granian(port, _load_bare)
+    elif name == "usual":
+        import uvicorn
+
+        uvicorn.run(
+            "tests.bench.gateway.usual:app",
+            host="127.0.0.1",
+            port=port,
+            access_log=False,
+            log_level="warning",
+        )
+    else:
+        from gateway import serve
+
+        serve.load = {"gateway": serve.load, "edge": _load_edge, "single": _load_single}[name]
+        serve.serve(settings_from_environment())
+
+
+def _granian(port: int, load: Loader) -> None:
+    from granian.constants import Interfaces
+    from granian.server import Server
+
+    server = Server(
+        "bench",
+        address="127.0.0.1",
+        port=port,
+        interface=Interfaces.ASGI,
+        workers=1,
+        websockets=False,
+        log_access=False,
+    )
+    server.serve(target_loader=partial(load, settings_from_environment(), os.getpid()), wrap_loader=False)
+
+
+def _load_bare(_settings: Settings, _parent_pid: int) -> Any:
+    from litestar import Litestar, get
+
+    @get(["/bare", "/ready"])
+    async def bare() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return Litestar([bare], openapi_config=None, logging_config=None)
+
+
+def _load_edge(settings: Settings, parent_pid: int) -> Any:
+    import msgspec
+
+    from gateway.app import create_app
+    from gateway.pool import TenantPool
+    from shared.engine.memories import Memory
+
+    raw = msgspec.Raw(b"[]")
+    memory = Memory("i", "trivial", raw, msgspec.Raw(b"{}"), "note", 0.5, "now", "now", 1)
+
+    async def look_up(_pool: TenantPool, _tenant_id: str, _job: Any) -> Memory:
+        return memory
+
+    TenantPool.look_up = look_up  # type: ignore[method-assign, assignment]
+    return create_app(settings, parent_pid)
+
+
+def _load_single(settings: Settings, parent_pid: int) -> Any:
+    from gateway import pool
+    from gateway.app import create_app
+
+    if hasattr(pool, "BATCH"):
+        pool.BATCH = 1
+    return create_app(settings, parent_pid)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,178 @@
+"""Quotas: never applied too early, exact over drains, and never the reason that a request waits for PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.exchange import mint
+from gateway.problems import Refusal
+from gateway.quota import CountingSpool, Quotas
+from shared import metering, registry
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from shared.usage import UsageEvent
+from tests.gateway_stack import Stack, assert_problem, eventually, gateway, stack  # noqa: F401
+
+
+@pytest.fixture
+def control_plane(control_plane_url: str) -> Iterator[ControlPlane]:
+    with ControlPlane(Settings(control_plane_url=control_plane_url)) as opened:  # type: ignore[arg-type]
+        yield opened
+
+
+def plan(control_plane: ControlPlane, plan_id: str, tenant_id: str, **limits: int) -> None:
+    """Give the tenant a plan with these limits."""
+    with control_plane.transaction() as connection:
+        connection.execute("INSERT INTO plans (plan_id) VALUES (%s) ON CONFLICT DO NOTHING", (plan_id,))
+        for column, value in limits.items():
+            connection.execute(f"UPDATE plans SET {column} = %s WHERE plan_id = %s", (value, plan_id))  # type: ignore[arg-type]
+        connection.execute("UPDATE tenants SET plan_id = %s WHERE tenant_id = %s", (plan_id, tenant_id))
+
+
+def event(tenant_id: str, api_calls: int = 1, created: int = 0) -> UsageEvent:
+    now = time.time()
+    return UsageEvent(mint(int(now * 1e3)), tenant_id, "/v1/memories", 200, api_calls, 0, created, int(now * 1e6))
+
+
+def current_of(quotas: Quotas, tenant_id: str) -> int:
+    with pytest.raises(Refusal) as refused:
+        quotas.check(tenant_id, ("api_calls",))
+    current: int = refused.value.problem.extra["current"]
+    return current
+
+
+def test_own_events_are_counted_once_before_and_after_they_are_drained(
+    control_plane: ControlPlane, tmp_path: Path
+) -> None:
+    """Appending, sealing, draining and refreshing in every order: what is judged is what happened, to the event."""
+    settings = Settings(
+        data_dir=tmp_path,
+        control_plane_url="x",  # type: ignore[arg-type]
+        usage_flush_events=3,
+        usage_flush_seconds=0.001,
+    )
+    for tenant in ("acme", "other"):
+        registry.create(control_plane, settings, tenant)
+    plan(control_plane, "none-allowed", "acme", api_calls_hard=0)
+
+    async def test() -> None:
+        spool = CountingSpool(settings)
+        quotas = spool.quotas = Quotas(control_plane, settings)
+
+        async def refresh() -> None:
+            await asyncio.to_thread(quotas.refresh)
+            await asyncio.sleep(0)
+
+        await refresh()
+        total = 0
+        for turn in range(30):
+            for _ in range(turn % 4):
+                spool.append(event("acme"))
+                spool.append(event("other"))
+                total += 1
+            assert current_of(quotas, "acme") == total
+            if turn % 3 == 0:
+                await asyncio.sleep(0.002)
+                spool.tick()
+            if turn % 5 == 0:
+                list(metering.drain_all(control_plane, settings))
+            assert current_of(quotas, "acme") == total
+            if turn % 2 == 0:
+                await refresh()
+            assert current_of(quotas, "acme") == total
+        assert quotas.check("other", ("api_calls",)) is None
+        spool.close()
+        list(metering.drain_all(control_plane, settings))
+        await refresh()
+        assert current_of(quotas, "acme") == total and not quotas._own
+
+    asyncio.run(test())
+
+
+def test_what_is_not_known_refuses_nobody(control_plane: ControlPlane, tmp_path: Path) -> None:
+    """Before the first snapshot and after the last one grew old."""
+    settings = Settings(data_dir=tmp_path, control_plane_url="x", quota_stale_seconds=0.3)  # type: ignore[arg-type]
+    registry.create(control_plane, settings, "acme")
+    plan(control_plane, "none-allowed", "acme", api_calls_hard=0, storage_bytes_soft=1)
+
+    async def test() -> None:
+        quotas = Quotas(control_plane, settings)
+        assert quotas.check("acme", ("api_calls",)) is None
+        await asyncio.to_thread(quotas.refresh)
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal):
+            quotas.check("acme", ("api_calls",))
+        warning = quotas.check("acme", ("storage_bytes",))
+        assert warning is not None and warning.startswith(b"storage_bytes; current=")
+        await asyncio.sleep(0.4)
+        assert quotas.check("acme", ("api_calls",)) is None
+
+    asyncio.run(test())
+
+
+def test_a_month_ends_with_the_month(control_plane: ControlPlane, tmp_path: Path) -> None:
+    """Earlier months do not count; a suspended tenant and one without limits are not even read."""
+    settings = Settings(data_dir=tmp_path, control_plane_url="x")  # type: ignore[arg-type]
+    for tenant in ("acme", "free", "gone"):
+        registry.create(control_plane, settings, tenant)
+        with control_plane.transaction() as connection:
+            connection.execute(
+                "INSERT INTO usage_daily (tenant_id, bucket, api_calls) VALUES"
+                " (%(t)s, date_trunc('month', now(), 'UTC'), 5),"
+                " (%(t)s, date_trunc('month', now(), 'UTC') - interval '1 day', 1000)",
+                {"t": tenant},
+            )
+    for tenant in ("acme", "gone"):
+        plan(control_plane, "small", tenant, api_calls_hard=5)
+    registry.suspend(control_plane, "gone")
+    rows = control_plane.rows("quota_usage", segments=[])
+    assert [(r["tenant_id"], r["api_calls"], r["api_calls_hard"], r["search_queries_hard"]) for r in rows] == [
+        ("acme", 5, 5, None)
+    ]
+
+
+def test_a_hard_quota_is_402_with_its_numbers_and_a_soft_one_a_header(stack: Stack) -> None:  # noqa: F811
+    """Only what draws on that counter is refused; a plan changed in the control plane works within seconds."""
+    tenant, other = stack.tenant(), stack.tenant()
+    plan(stack.control_plane, "three", tenant, memories_created_soft=1, memories_created_hard=3)
+    data_dir = stack.settings.data_dir.parent / "quotas"
+    data_dir.mkdir()
+    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    with gateway(
+        data_dir, stack.control_plane_url, stack.issuer, gateway_workers=1, quota_refresh_seconds=0.2
+    ) as served:
+        api = served.client
+        mine: dict[str, Any] = {"headers": stack.headers(tenant)}
+        made = []
+
+        def create() -> int:
+            made.append(api.post("/v1/memories", json={"content": "x"}, **mine))
+            return made[-1].status_code
+
+        eventually(lambda: create() == 402)
+        assert [r.status_code for r in made] == [201] * (len(made) - 1) + [402]
+        created = len(made) - 1
+        assert created >= 3, "the first ones may have come before the snapshot"
+        document = assert_problem(made[-1], 402)
+        assert (document["metric"], document["limit"]) == ("memories_created", 3)
+        assert 3 <= document["current"] <= created
+        assert served.metric("engram_quota_exceeded_total", counter="memories_created") == 1
+        if created == 3:
+            assert "x-engram-quota-warning" in made[2].headers
+        assert "memories_created" in made[-1].json()["metric"]
+        path = f"/v1/memories/{made[0].json()['id']}"
+        assert api.get(path, **mine).status_code == 200
+        assert api.patch(path, json={"content": "y"}, **mine).status_code == 200
+        assert api.delete(path, **mine).status_code == 204
+        assert api.get("/v1/usage", **mine).status_code == 200
+        assert api.post("/v1/memories", json={"content": "x"}, headers=stack.headers(other)).status_code == 201
+
+        plan(stack.control_plane, "three", tenant, memories_created_hard=1_000)
+        eventually(lambda: create() == 201)
+        assert made[-1].headers["x-engram-quota-warning"].startswith("memories_created; current=")

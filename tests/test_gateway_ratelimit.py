@@ -1,0 +1,278 @@
+"""Rate limits: exact over all workers, whatever happens to one of them, and never the wrong one's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway import ratelimit
+from gateway.ratelimit import Bucket, RateLimiter, Table
+from shared.limits import Watch, clear, set_limit
+from shared.settings import Settings
+from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, new_key, sign, stack  # noqa: F401
+
+SLOW = 0.001  # requests a second: nothing comes back while a test runs
+
+
+def limiter(tmp_path: Path, **settings: Any) -> RateLimiter:
+    configured = Settings(data_dir=tmp_path, **settings)
+    watch = Watch(configured)
+    watch.poll()
+    return RateLimiter(configured, watch)
+
+
+def granted(limit: RateLimiter, tries: int, tenant: str = "acme", rate_class: Any = "read") -> int:
+    decisions = [limit.tenant(tenant, rate_class) for _ in range(tries)]
+    return sum(d is None or d.allowed for d in decisions)
+
+
+def test_a_burst_is_granted_at_once_and_then_the_rate(tmp_path: Path) -> None:
+    """Never more than burst + rate · time, and never less than that minus one."""
+    limit = limiter(tmp_path, rate_limit_rps=200, rate_limit_burst=10)
+    begun, count = time.monotonic(), 0
+    while (elapsed := time.monotonic() - begun) < 0.5:
+        decision = limit.tenant("acme", "read")
+        assert decision is not None
+        count += decision.allowed
+    ended = time.monotonic() - begun
+    assert 10 + 200 * elapsed - 2 <= count + 200 * (ended - elapsed) and count <= 10 + 200 * ended + 1
+
+
+def test_a_refusal_says_when_to_come_again_and_costs_no_place(tmp_path: Path) -> None:
+    """However often a client asks in vain, its next place comes at the same moment."""
+    limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=2)
+    first = limit.tenant("acme", "read")
+    assert first is not None and first.allowed and first.remaining == 1
+    assert dict(first.headers())[b"ratelimit-limit"] == b"2"
+    assert granted(limit, 50) == 1
+    refused = limit.tenant("acme", "read")
+    assert refused is not None and not refused.allowed and refused.remaining == 0
+    assert 990 <= refused.retry_after <= 1_000
+
+
+def test_tenants_have_buckets_of_their_own_and_classes_share_their_tenants(tmp_path: Path) -> None:
+    """A class with a rate of its own is bounded by both; what the class refuses costs the tenant nothing."""
+    limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=10, rate_limit_search_rps=SLOW / 5)
+    assert granted(limit, 20, "acme", "search") == 2
+    assert granted(limit, 20, "acme", "write") == 8
+    assert granted(limit, 20, "acme", "") == 0
+    assert granted(limit, 20, "other", "read") == 10
+
+
+def test_off_is_off(tmp_path: Path) -> None:
+    """By default, by mode, and by an override of one tenant."""
+    assert granted(limiter(tmp_path / "a"), 1_000) == 1_000
+    assert granted(limiter(tmp_path / "b", rate_limit_rps=SLOW, rate_limit_mode="off"), 100) == 100
+    settings = Settings(data_dir=tmp_path / "c")
+    set_limit(settings, "rate_limit:free", {"rps": 0}, ttl_seconds=60, reason="r")
+    limit = limiter(tmp_path / "c", rate_limit_rps=SLOW)
+    assert granted(limit, 100, "free") == 100 and granted(limit, 100) == 1
+
+
+def test_a_limit_raised_at_run_time_works_at_once_for_a_tenant_that_was_refused(tmp_path: Path) -> None:
+    """Its debt under the old limit is not carried into the new one, and is still there when that ends."""
+    settings = Settings(data_dir=tmp_path, rate_limit_rps=SLOW, rate_limit_burst=1)
+    watch = Watch(settings)
+    limit = RateLimiter(settings, watch)
+    assert granted(limit, 5) == 1
+    set_limit(settings, "rate_limit:acme", {"rps": 1_000, "burst": 500}, ttl_seconds=60, reason="r")
+    watch.poll()
+    assert granted(limit, 5) == 5
+    clear(settings, "rate_limit:acme")
+    watch.poll()
+    assert granted(limit, 5) == 0
+
+
+def test_the_table_serves_more_keys_than_it_has_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest idle make room; the key in use keeps its state."""
+    monkeypatch.setattr(ratelimit, "SLOTS", 64)
+    table = Table(tmp_path / "t.rates")
+    busy = Bucket.of("busy", SLOW, 3)
+    assert [table.take([busy]).allowed for _ in range(4)] == [True, True, True, False]
+    for n in range(1_000):
+        assert table.take([Bucket.of(f"other {n}", 1e6, 1)]).allowed
+    assert not table.take([busy]).allowed
+
+
+def test_without_room_for_the_table_each_worker_limits_alone(tmp_path: Path) -> None:
+    """A full or read-only disk must not stop the gateway."""
+    (tmp_path / "run").write_text("in the way")
+    limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=3)
+    assert granted(limit, 10) == 3
+
+
+def test_a_table_of_another_boot_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times are of a clock that no longer runs; whoever has it mapped is not disturbed."""
+    bucket = Bucket.of("acme", SLOW, 1)
+    before = Table(tmp_path / "t.rates")
+    assert before.take([bucket]).allowed and not Table(tmp_path / "t.rates").take([bucket]).allowed
+    monkeypatch.setattr(ratelimit, "_boot_id", lambda: b"the next one")
+    assert Table(tmp_path / "t.rates").take([bucket]).allowed
+    assert not before.take([bucket]).allowed
+
+
+_PROCESS = """
+import sys, time
+from gateway.ratelimit import Bucket, Table
+table, bucket = Table(__import__("pathlib").Path(sys.argv[1])), Bucket.of("acme", 400, 20)
+print("ready", flush=True)
+begins, ends = (float(x) for x in sys.stdin.readline().split())
+while time.monotonic() < begins:
+    pass
+count = 0
+while time.monotonic() < ends:
+    count += table.take([bucket]).allowed
+print(count, flush=True)
+"""
+
+_HOLDER = """
+import fcntl, sys, time
+fd = open(sys.argv[1], "rb+")
+fcntl.flock(fd, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def _process(code: str, path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def test_processes_that_hammer_one_bucket_get_no_more_than_the_limit_together(tmp_path: Path) -> None:
+    """At most 1.05 × (burst + rate · time), the worst contention there is."""
+    processes = [_process(_PROCESS, tmp_path / "t.rates") for _ in range(3)]
+    begins = time.monotonic() + 0.3
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{begins} {begins + 1.5}\n")
+        process.stdin.flush()
+    total = sum(int(process.communicate(timeout=30)[0]) for process in processes)
+    limit = 20 + 400 * 1.5
+    assert 0.8 * limit <= total <= 1.05 * limit
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_stops_or_dies_inside_the_lock_holds_up_nobody(tmp_path: Path, number: signal.Signals) -> None:
+    """The others go on deciding, by the same numbers."""
+    path = tmp_path / "t.rates"
+    table, bucket = Table(path), Bucket.of("acme", SLOW, 100)
+    holder = _process(_HOLDER, path)
+    try:
+        os.kill(holder.pid, number)
+        assert sum(table.take([bucket]).allowed for _ in range(500)) == 100
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not table.take([bucket]).allowed
+    assert not Table(path).take([bucket]).allowed, "what was granted without the lock is known to all"
+
+
+def limited(stack: Stack, name: str, **settings: Any) -> Any:  # noqa: F811
+    """A gateway of two workers with these limits, for tenants of the stack."""
+    data_dir = stack.settings.data_dir.parent / name
+    data_dir.mkdir()
+    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    return gateway(data_dir, stack.control_plane_url, stack.issuer, limits_poll_seconds=0.05, **settings)
+
+
+def ask(served: Gateway, headers: dict[str, str], times: int, path: str = "/v1/memories") -> list[httpx.Response]:
+    """From eight clients at once, each request on a connection of its own: both workers answer."""
+
+    def one(_: int) -> httpx.Response:
+        return httpx.get(served.url + path, headers=headers, trust_env=False, timeout=30)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, range(times)))
+
+
+def test_two_workers_grant_exactly_one_limit(stack: Stack) -> None:  # noqa: F811
+    """429 as a problem with its headers; another tenant, /health and /metrics are not touched; nothing is billed."""
+    hot, calm = stack.tenant(), stack.tenant()
+    with limited(stack, "rates", rate_limit_rps=SLOW, rate_limit_burst=20) as served:
+        answers = ask(served, stack.headers(hot), 60)
+        granted = [r for r in answers if r.status_code == 200]
+        refused = [r for r in answers if r.status_code == 429]
+        assert len(granted) == 20 and len(refused) == 40
+        document = assert_problem(refused[0], 429)
+        assert document["reason"] == "rate limited" and document["retry_after"] > 900
+        assert refused[0].headers["ratelimit-remaining"] == "0"
+        assert {int(r.headers["ratelimit-remaining"]) for r in granted} == set(range(20))
+        assert {r.headers["ratelimit-limit"] for r in answers} == {"20"}
+        assert served.metric("engram_rate_limited_total", scope="tenant") == 40
+        assert all(r.status_code == 200 for r in ask(served, stack.headers(calm), 10))
+        assert all(r.status_code == 200 for r in ask(served, {}, 30, "/health"))
+        events = served.events(hot)
+        assert len(events) == 60 and sum(e.api_calls for e in events) == 20
+
+        operator = Settings(data_dir=served.data_dir)
+        set_limit(operator, "rate_limit_mode", "shadow", ttl_seconds=60, reason="test")
+        eventually(lambda: all(r.status_code == 200 for r in ask(served, stack.headers(hot), 16)))
+        shadowed = served.client.get("/v1/memories", headers=stack.headers(hot))
+        assert shadowed.status_code == 200 and "ratelimit-limit" not in shadowed.headers
+        assert served.metric("engram_rate_limit_shadowed_total", scope="tenant") >= 17
+        assert any(line["event"] == "rate_limit_shadowed" and line["tenant_id"] == hot for line in served.log())
+        clear(operator, "rate_limit_mode")
+        eventually(lambda: all(r.status_code == 429 for r in ask(served, stack.headers(hot), 16)))
+        set_limit(operator, f"rate_limit:{hot}", {"rps": 0}, ttl_seconds=60, reason="test")
+        eventually(lambda: all(r.status_code == 200 for r in ask(served, stack.headers(hot), 16)))
+
+
+def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(stack: Stack) -> None:  # noqa: F811
+    """Junk has one bucket for the address, forgeries one for address and tenant; good tokens pass by both."""
+    victim, other, fresh = stack.tenant(), stack.tenant(), stack.tenant()
+    key = stack.issuer.keys[0]
+    forged = {"Authorization": "Bearer " + sign(new_key("ES256", key.kid), stack.issuer.claims(victim))}
+    with limited(stack, "flood", unauthenticated_rps=SLOW, unauthenticated_burst=10) as served:
+        known = stack.headers(victim)
+        eventually(lambda: all(r.status_code == 200 for r in ask(served, known, 16)))
+        for bad in ({}, {"Authorization": "Bearer junk"}, stack.headers(victim, exp=1)):
+            statuses = [r.status_code for r in ask(served, bad, 20)]
+            assert set(statuses) <= {401, 429} and statuses.count(401) == (10 if not bad else 0)
+        assert all(r.status_code == 200 for r in ask(served, stack.headers(fresh), 8))
+        answers = ask(served, forged, 40)
+        assert [r.status_code for r in answers].count(401) in (10, 11), "two workers may verify the last one at once"
+        assert_problem(next(r for r in answers if r.status_code == 429), 429)
+        assert all(r.status_code == 200 for r in ask(served, stack.headers(other), 8))
+        assert all(r.status_code == 200 for r in ask(served, known, 8)), "verified before"
+        assert served.metric("engram_rate_limited_total", scope="unauthenticated") >= 50
+        assert all(r.status_code == 200 for r in ask(served, {}, 20, "/health"))
+
+
+@pytest.mark.parametrize(
+    ("header", "client", "headers", "address"),
+    [
+        ("", ("192.0.2.1", 5), [(b"fly-client-ip", b"198.51.100.1")], "192.0.2.1"),
+        ("Fly-Client-IP", ("192.0.2.1", 5), [(b"fly-client-ip", b"198.51.100.1")], "198.51.100.1"),
+        ("x-forwarded-for", ("192.0.2.1", 5), [(b"x-forwarded-for", b"6.6.6.6, 198.51.100.1")], "198.51.100.1"),
+        ("x-forwarded-for", ("192.0.2.1", 5), [], "192.0.2.1"),
+        ("", ("::ffff:192.0.2.1", 5), [], "192.0.2.1"),
+        ("", None, [], ""),
+    ],
+)
+def test_whose_address_it_is(tmp_path: Path, header: str, client: Any, headers: Any, address: str) -> None:
+    """A header counts only when it is configured, and of a list only what the proxy itself added."""
+    limit = limiter(tmp_path, client_address_header=header)
+    assert limit.address(client, headers) == address
+
+
+def test_an_ipv6_client_cannot_escape_by_changing_its_lower_half(tmp_path: Path) -> None:
+    """A single host has 2^64 addresses."""
+    limit = limiter(tmp_path)
+    assert limit.address(("2001:db8::1", 1), []) == limit.address(("2001:db8::ffff:2", 2), [])
+    assert limit.address(("2001:db8::1", 1), []) != limit.address(("2001:db8:0:1::1", 1), [])
+    assert json.dumps(limit.address(("not:an:address", 1), []))

@@ -1,0 +1,150 @@
+"""Limits that change at run time: one file, written whole, that expires by itself and never breaks a worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import limits
+from shared.errors import Permanent
+from shared.limits import Limits, Rate, Watch, active, clear, path_of, set_limit
+from shared.settings import Settings
+from tests.gateway_stack import eventually
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path)
+
+
+def test_a_limit_is_seen_by_everybody_who_polls_until_it_is_cleared(settings: Settings) -> None:
+    """Each watch has its own view, its listener is told of each change once."""
+    watches, told = [Watch(settings), Watch(settings)], []
+    for watch in watches:
+        watch.poll()
+        watch.listen(told.append)
+        assert watch.now == Limits()
+    set_limit(settings, "rate_limit:acme", {"rps": 5, "burst": 10, "search_rps": 1}, ttl_seconds=60, reason="abuse")
+    set_limit(settings, "shed", ["search", "list"], ttl_seconds=60, reason="overload")
+    for watch in watches:
+        watch.poll()
+        watch.poll()
+        assert watch.now.tenant_rates == {"acme": Rate(5, 10, search_rps=1)}
+        assert watch.now.shed == {"search", "list"}
+    assert told == [w.now for w in watches]
+    assert active(settings)["shed"].reason == "overload"
+    assert clear(settings, "shed") and not clear(settings, "shed")
+    watches[0].poll()
+    assert watches[0].now.shed == frozenset() and watches[1].now.shed
+
+
+def test_a_limit_ends_by_itself(settings: Settings) -> None:
+    """Nobody has to write the file again, and the next change drops what has expired from it."""
+    watch = Watch(settings)
+    set_limit(settings, "pool_size", 7, ttl_seconds=0.3, reason="r")
+    set_limit(settings, "rate_limit_mode", "shadow", ttl_seconds=60, reason="r")
+    watch.poll()
+    assert (watch.now.pool_size, watch.now.rate_limit_mode) == (7, "shadow")
+
+    def ended() -> bool:
+        watch.poll()
+        return watch.now.pool_size is None
+
+    eventually(ended)
+    assert watch.now.rate_limit_mode == "shadow"
+    clear(settings, "shed")
+    assert b"pool_size" not in path_of(settings).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("speed", 1),
+        ("rate_limit", 5),
+        ("rate_limit", {"rps": -1}),
+        ("rate_limit", {"rps": float("inf")}),
+        ("rate_limit", {"rps": "5"}),
+        ("rate_limit", {"rps": 5, "brust": 1}),
+        ("rate_limit:../etc", {"rps": 5}),
+        ("rate_limit:", {"rps": 5}),
+        ("rate_limit_mode", "strict"),
+        ("shed", ["health"]),
+        ("shed", "search"),
+        ("pool_size", 0),
+        ("jwks_refresh", False),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_it_is_written(settings: Settings, name: str, value: Any) -> None:
+    """A typing mistake at three in the morning must not become the absence of a limit."""
+    with pytest.raises(Permanent):
+        set_limit(settings, name, value, ttl_seconds=60, reason="r")
+    assert active(settings) == {}
+
+
+@pytest.mark.parametrize(("ttl_seconds", "reason"), [(0, "r"), (-1, "r"), (8 * 86_400, "r"), (60, " ")])
+def test_a_limit_needs_an_end_and_a_reason(settings: Settings, ttl_seconds: float, reason: str) -> None:
+    """Without either it would outlive everybody who knows why."""
+    with pytest.raises(Permanent):
+        set_limit(settings, "pool_size", 5, ttl_seconds=ttl_seconds, reason=reason)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"entries": 5}', b"\xff", b"[" * 100_000])
+def test_a_damaged_file_changes_nothing_for_workers_and_is_named_to_the_operator(
+    settings: Settings, damage: bytes
+) -> None:
+    """Workers keep what they have; a writer does not overwrite what it cannot read."""
+    watch = Watch(settings)
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    watch.poll()
+    path_of(settings).write_bytes(damage)
+    watch.poll()
+    assert watch.now.pool_size == 7
+    with pytest.raises(Permanent, match=r"limits\.json"):
+        set_limit(settings, "pool_size", 8, ttl_seconds=60, reason="r")
+    path_of(settings).unlink()
+    watch.poll()
+    assert watch.now == Limits()
+
+
+def test_an_entry_nobody_understands_leaves_the_others_in_force(settings: Settings) -> None:
+    """A newer build may have written it."""
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    text = path_of(settings).read_text()
+    entry = limits.Entry(1, "r", time.time(), time.time() + 60, "x")
+    document = limits.msgspec.json.decode(text)
+    document["entries"]["of-the-future"] = limits.msgspec.to_builtins(entry)
+    path_of(settings).write_bytes(limits.msgspec.json.encode(document))
+    watch = Watch(settings)
+    watch.poll()
+    assert watch.now == Limits(pool_size=7)
+
+
+def test_writers_at_once_lose_nothing(settings: Settings) -> None:
+    """Each changes its own entry under the lock."""
+    threads = [
+        threading.Thread(
+            target=set_limit,
+            args=(settings, f"rate_limit:t{n}", {"rps": n + 1}),
+            kwargs={"ttl_seconds": 60, "reason": "r"},
+        )
+        for n in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(active(settings)) == {f"rate_limit:t{n}" for n in range(20)}
+
+
+def test_setting_the_same_value_again_is_a_new_event_for_a_refresh(settings: Settings) -> None:
+    """`jwks_refresh` is acted on once for each time it was set."""
+    watch, seen = Watch(settings), set()
+    for _ in range(3):
+        set_limit(settings, "jwks_refresh", True, ttl_seconds=60, reason="rotated")
+        watch.poll()
+        seen.add(watch.now.jwks_refresh)
+    assert len(seen) == 3 and "" not in seen
