@@ -8,7 +8,7 @@ the sweep tells it later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -57,6 +57,11 @@ class Hold:
     def _free_lease(self) -> None:
         """Also of a tenant that stays locked: its mark locks it, and the restore that is its way out must not wait."""
         try:
+            if self.outcome is not None:
+                active = generation.active(self.paths)
+                self.control_plane.execute(
+                    "tenant_set_active_generation", tenant_id=self.paths.tenant_id, generation=active
+                )
             if self.holder:
                 lease.release(self.control_plane, self.paths.tenant_id, self.holder)
                 self.holder = ""
@@ -97,7 +102,8 @@ def running(
     it, for that is what is being served. Raises what the block raises.
     """
     hold: Hold | None = None
-    try:
+
+    def open_row() -> None:
         control_plane.execute(
             "restore_insert",
             restore_id=chosen.restore_id,
@@ -108,15 +114,23 @@ def running(
             reason=reason,
             flow_run_id=flow_run_id,
         )
+
+    try:
         with holding(settings, control_plane, chosen.tenant_id) as hold:
+            open_row()  # under the mutex: a sweep takes a running row without it for a dead run's
             yield hold
     except BaseException as e:
-        _record_failure(settings, control_plane, chosen, hold, e)
+        _record_failure(settings, control_plane, chosen, hold, e, open_row)
         raise
 
 
 def _record_failure(
-    settings: Settings, control_plane: ControlPlane, chosen: Plan, hold: Hold | None, error: BaseException
+    settings: Settings,
+    control_plane: ControlPlane,
+    chosen: Plan,
+    hold: Hold | None,
+    error: BaseException,
+    open_row: Callable[[], None],
 ) -> None:
     """A control plane that is away is left to the sweep, and must not hide the cause."""
     active = generation.active(TenantPaths.of(settings.tenants_dir, chosen.tenant_id))
@@ -125,9 +139,8 @@ def _record_failure(
     said = f"{type(error).__name__}: {error}"[:400] + f"; generation {active} is active"
     log.error("restore_failed", tenant_id=chosen.tenant_id, restore_id=str(chosen.restore_id), state=state, cause=said)
     try:
+        open_row()  # refused before it had one, or its insert was lost; else nothing
         finish(control_plane, chosen.restore_id, state=state, error=said)
-        if active:
-            control_plane.execute("tenant_set_active_generation", tenant_id=chosen.tenant_id, generation=active)
     except ControlPlaneUnavailable as e:
         log.error("restore_row_left_to_the_sweep", tenant_id=chosen.tenant_id, cause=str(e))
 

@@ -143,7 +143,7 @@ def test_the_openapi_document_tells_the_truth_about_errors_and_tokens(stack: Sta
     """Problem documents with their media type, bounds of the bodies, and the bearer scheme, without a CDN."""
     document = stack.gateway.client.get("/schema/openapi.json").json()
     create = document["paths"]["/v1/memories"]["post"]
-    for status in ("400", "401", "403", "413", "415", "503", "507"):
+    for status in ("400", "401", "402", "403", "413", "415", "429", "503", "507"):
         assert list(create["responses"][status]["content"]) == ["application/problem+json"]
     assert "201" in create["responses"] and create["security"] == [{"bearer": []}]
     assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"

@@ -96,7 +96,8 @@ SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL;
 -- name: restore_insert
 INSERT INTO restores (restore_id, tenant_id, backup_id, kind, state, requested_by, reason, flow_run_id)
 VALUES (%(restore_id)s, %(tenant_id)s, %(backup_id)s, %(kind)s, 'running', %(requested_by)s, %(reason)s,
-        %(flow_run_id)s);
+        %(flow_run_id)s)
+ON CONFLICT (restore_id) DO NOTHING;
 
 -- name: restore_fenced
 UPDATE restores SET fence_epoch = %(epoch)s WHERE restore_id = %(restore_id)s;
