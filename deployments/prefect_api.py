@@ -67,6 +67,15 @@ class PrefectApi:
         )
         return [(row["name"].rpartition("-")[0] or row["name"], row["state_type"]) for row in rows]
 
+    def completed_steps(self, run_id: str, count: int, *, wait_seconds: float = 10.0) -> list[str]:
+        """The names of the steps that completed; waits for `count`, for the server records them a little later."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            done = [name for name, state in self.steps(run_id) if state == "COMPLETED"]
+            if len(done) >= count or time.monotonic() > deadline:
+                return done
+            time.sleep(0.3)
+
     def newest_run_url(self, flow: str) -> str:
         """The page of the flow's newest run, empty when it never ran."""
         body = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 1}

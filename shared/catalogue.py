@@ -91,7 +91,10 @@ def get(control_plane: ControlPlane, tenant_id: str, backup_id: str | UUID) -> B
 
 
 def newest(control_plane: ControlPlane, tenant_id: str, *, at: datetime | None = None) -> Backup:
-    """The newest verified backup not after `at`. Raises `UnknownBackup`."""
+    """The newest verified backup not after `at`; without a time, the newest that is not a safety backup.
+
+    Raises `UnknownBackup`.
+    """
     row = control_plane.row("backup_newest", tenant_id=check_tenant_id(tenant_id), at=at)
     if row is None:
         when = f" at or before {at.isoformat()}" if at else ""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +39,13 @@ from shared.tenant import TenantPaths
 from shared.usage import UsageEvent
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def sampled(points: Iterable[str], *in_ci: str) -> list[str]:
+    """The points of a sweep: `in_ci` by default, so that a run stays short; all with ENGRAM_CRASH_POINTS=all."""
+    every = list(points)
+    assert set(in_ci) <= set(every)
+    return every if os.environ.get("ENGRAM_CRASH_POINTS") == "all" else list(in_ci)
 
 
 @pytest.fixture(scope="session")

@@ -121,10 +121,7 @@ class TenantDatabase:
         self._mark = str(paths.mark)
         self._generation = ""
         self._connection: sqlite3.Connection | None = None
-        try:
-            self._lock = os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as e:
-            raise TenantDatabaseUnavailable(f"tenant {paths.tenant_id} has no database here: {e.strerror}") from e
+        self._lock = self._open_lock()
 
     @property
     def tenant_id(self) -> str:
@@ -164,6 +161,8 @@ class TenantDatabase:
         try:
             if self._connection is None or os.readlink(self._current) != self._generation:
                 raise InMaintenance(f"tenant {self.tenant_id} has a new generation to open")
+            if os.fstat(self._lock).st_nlink == 0:
+                raise InMaintenance(f"tenant {self.tenant_id} was deleted")
             return job(self._connection)
         except sqlite3.DatabaseError as e:
             _raise_as_ours(e)
@@ -206,11 +205,27 @@ class TenantDatabase:
             os.close(self._lock)
             self._lock = -1
 
-    def _enter(self) -> sqlite3.Connection:
+    def _open_lock(self) -> int:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return os.open(self._paths.lock, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            raise TenantDatabaseUnavailable(f"tenant {self.tenant_id} has no database here: {e.strerror}") from e
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, _SHARED_NOW)
         except BlockingIOError:
             self._wait_for_lock()
+
+    def _enter(self) -> sqlite3.Connection:
+        self._take_lock()
+        if os.fstat(self._lock).st_nlink == 0:
+            # The tenant's directory was deleted, and perhaps restored since: nothing that is open belongs to it,
+            # and a write into it would be acknowledged and gone.
+            lock = self._open_lock()
+            os.close(self._lock)
+            self._lock, self._generation = lock, ""
+            self._take_lock()
         try:
             link = os.readlink(self._current)
             if link == self._generation and self._connection is not None:

@@ -48,7 +48,8 @@ SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha25
        verified_at, created_at
 FROM backups
 WHERE tenant_id = %(tenant_id)s AND status = 'available' AND verified_at IS NOT NULL
-  AND (%(at)s::timestamptz IS NULL OR ts <= %(at)s::timestamptz)
+  -- A safety backup holds what a restore was meant to replace: chosen by its id or by a time, never as "the newest".
+  AND CASE WHEN %(at)s::timestamptz IS NULL THEN kind <> 'safety' ELSE ts <= %(at)s::timestamptz END
 ORDER BY ts DESC LIMIT 1;
 
 -- name: backup_list

@@ -15,7 +15,7 @@ import pytest
 
 from tests.acceptance.conftest import Stack
 from tests.acceptance.slow_restore import ROOT, Beside, point_file
-from tests.core_fixtures import contents_of, wait_until
+from tests.core_fixtures import contents_of, sampled, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 OLD, NEW = ["old", "newer"], ["old"]
@@ -141,7 +141,7 @@ CANCELLED = {
 }
 
 
-@pytest.mark.parametrize("point", CANCELLED)
+@pytest.mark.parametrize("point", sampled(CANCELLED, "download", "after the rename", "undo: before the rename"))
 def test_a_run_cancelled_in_the_ui_ends_in_old_or_new(
     stack: Stack, beside: Beside, deployment: str, point: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_run_cancelled_in_the_ui_ends_in_old_or_new(
     assert run.check_over() == (run.old if CANCELLED[point] == "old" else run.new)
 
 
-@pytest.mark.parametrize("point", ["download", "before the rename", "after the rename"])
+@pytest.mark.parametrize("point", sampled(["download", "before the rename", "after the rename"], "after the rename"))
 def test_a_killed_run_is_repaired_by_the_resident_sweep(
     stack: Stack, beside: Beside, deployment: str, point: str
 ) -> None:
