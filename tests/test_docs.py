@@ -57,7 +57,7 @@ def test_every_deployment_names_an_importable_flow_by_module() -> None:
 
 def test_every_setting_the_readme_names_exists() -> None:
     """A variable that does nothing is worse than none."""
-    known = {f"ENGRAM_{name.upper()}" for name in Settings.model_fields} | {"PREFECT_API_URL"}
+    known = {f"ENGRAM_{name.upper()}" for name in Settings.model_fields} | {"PREFECT_API_URL", "ENGRAM_CRASH_POINTS"}
     assert set(re.findall(r"ENGRAM_[A-Z0-9_]+[A-Z0-9]", README)) <= known
 
 
