@@ -16,8 +16,9 @@ until it is older than a lease.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from uuid import UUID
 
 from shared import generation, lease
@@ -26,7 +27,7 @@ from shared.errors import EngramError, LeaseHeld
 from shared.fence import RestoreMutex
 from shared.log import get_logger
 from shared.receipt import Receipt
-from shared.repair import clear, repair
+from shared.repair import Outcome, clear, repair
 from shared.settings import Settings
 from shared.tenant import TenantPaths, is_tenant_id
 
@@ -44,31 +45,43 @@ class Swept(Receipt, frozen=True):
 
 def sweep_disk(settings: Settings) -> list[Swept]:
     """Repair every tenant whose restore is gone. Cheap when there is none: two stats a tenant."""
-    swept: list[Swept] = []
-    for paths in _suspects(settings):
-        try:
-            mutex = RestoreMutex(paths)
-        except LeaseHeld:
-            continue
-        except OSError as e:
-            swept.append(_left(paths, "traces of a dead restore", e))
-            continue
-        try:
-            outcome = repair(paths)
-            clear(paths, keep_previous=settings.restore_generations_kept)
-            if outcome is not None or mutex.left_by_dead_run:
-                done = f"{outcome or 'nothing to undo'}, generation {generation.active(paths)} is active"
-                swept.append(Swept(paths.tenant_id, "traces of a dead restore", done))
-        except (EngramError, OSError) as e:
-            swept.append(_left(paths, "traces of a dead restore", e))
-        finally:
-            with suppress(OSError):  # the next sweep finds it not empty
-                mutex.release()
-    return swept
+    found = "traces of a dead restore"
+
+    def say(paths: TenantPaths, traces: bool, outcome: Outcome | None) -> Swept | None:
+        if outcome is None and not traces:
+            return None
+        done = f"{outcome or 'nothing to undo'}, generation {generation.active(paths)} is active"
+        return Swept(paths.tenant_id, found, done)
+
+    attended = (_attend(settings, paths, found, partial(say, paths)) for paths in _suspects(settings))
+    return [swept for swept in attended if swept is not None]
+
+
+def _attend(
+    settings: Settings, paths: TenantPaths, found: str, finish: Callable[[bool, Outcome | None], Swept | None]
+) -> Swept | None:
+    """Repair one tenant unless its restore lives, then `finish(traces of a dead run, outcome)` under its mutex.
+
+    One tenant, or its disk, that cannot be put right now must not keep the sweep from the others.
+    """
+    try:
+        mutex = RestoreMutex(paths)
+    except LeaseHeld:
+        return None
+    except OSError as e:
+        return _left(paths, found, e)
+    try:
+        outcome = repair(paths)
+        clear(paths, keep_previous=settings.restore_generations_kept)
+        return finish(mutex.left_by_dead_run, outcome)
+    except (EngramError, OSError) as e:
+        return _left(paths, found, e)
+    finally:
+        with suppress(OSError):  # the next sweep finds it not empty
+            mutex.release()
 
 
 def _left(paths: TenantPaths, found: str, cause: Exception) -> Swept:
-    """One tenant, or its disk, that cannot be put right now must not keep the sweep from the others."""
     log.critical("sweep_failed", tenant_id=paths.tenant_id, cause=str(cause))
     return Swept(paths.tenant_id, found, f"stays locked: {cause}", ok=False)
 
@@ -93,27 +106,19 @@ def sweep_records(settings: Settings, control_plane: ControlPlane) -> list[Swept
     )
     for row in left:
         paths = TenantPaths.of(settings.tenants_dir, row["tenant_id"])
-        try:
-            mutex = RestoreMutex(paths)
-        except LeaseHeld:
-            continue
-        except OSError as e:
-            swept.append(_left(paths, "restore of a dead run", e))
-            continue
-        try:
-            repair(paths)
-            clear(paths, keep_previous=settings.restore_generations_kept)
-            swept.append(_close(control_plane, paths, row["restore_id"], row["to_generation"]))
-        except (EngramError, OSError) as e:
-            swept.append(_left(paths, "restore of a dead run", e))
-        finally:
-            with suppress(OSError):
-                mutex.release()
+        close = partial(_close, control_plane, paths, row["restore_id"], row["to_generation"])
+        if (closed := _attend(settings, paths, "restore of a dead run", close)) is not None:
+            swept.append(closed)
     return swept
 
 
 def _close(
-    control_plane: ControlPlane, paths: TenantPaths, restore_id: UUID | None, to_generation: int | None
+    control_plane: ControlPlane,
+    paths: TenantPaths,
+    restore_id: UUID | None,
+    to_generation: int | None,
+    _traces: bool,
+    _outcome: Outcome | None,
 ) -> Swept:
     active = generation.active(paths)
     restored = to_generation is not None and active == to_generation
