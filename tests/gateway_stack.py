@@ -187,7 +187,8 @@ class Gateway:
         return [c for c in children if any(x.status == psutil.CONN_LISTEN for x in c.net_connections("tcp"))]
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        """The whole lines; the last one may be half written."""
+        return [json.loads(line) for line in self.log_path.read_text().rpartition("\n")[0].splitlines()]
 
     def access_line(self, request_id: str) -> dict[str, Any]:
         """The access line of one request, once the worker wrote it."""

@@ -24,7 +24,7 @@ pytest_plugins = ("tests.core_fixtures",)
 
 ALWAYS = {"rename", "renameat", "renameat2", "symlink", "symlinkat", "unlink", "unlinkat", "fsync", "fdatasync"}
 ALWAYS |= {"mkdir", "rmdir", "flock", "write", "ftruncate"}
-MOST_POINTS = 60
+MOST_POINTS = 120
 
 
 @pytest.fixture
@@ -150,9 +150,9 @@ def test_a_restoring_process_killed_at_any_call_leaves_old_or_new_and_a_sweep_re
             sweep(world)
             last = judge.outcome()
             assert last in ({"old", first} if variant == "put-back" else {first}), point
-            assert row_of(world, runner.restore_id) in ({"restored"} if last == "new" else {"failed", "put_back"}), (
-                point
-            )
+            # No row: it died before it had one, and so before it had the lease.
+            closed = {"restored"} if last == "new" else {"failed", "put_back", None}
+            assert row_of(world, runner.restore_id) in closed, point
             swept[last] += 1
             judge.writer_goes_on()
             check_whole(world)
@@ -161,6 +161,6 @@ def test_a_restoring_process_killed_at_any_call_leaves_old_or_new_and_a_sweep_re
         f" after it {dict(swept)}; not reached {late}; {dict(Counter(p.call for p in chosen))}"
     )
     assert late < len(chosen) / 10
-    assert at_once["old"] > 30
-    assert at_once["new"] > (0 if variant == "put-back" else 30)
-    assert locked > 10
+    assert at_once["old"] > len(chosen) / 6
+    assert at_once["new"] > (0 if variant == "put-back" else len(chosen) / 6)
+    assert locked > len(chosen) / 20
