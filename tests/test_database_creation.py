@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shared.engine import database, memories
-from shared.engine.database import TenantDatabase
-from shared.engine.memories import NewMemory
+from shared.engine import database
 from shared.tenant import TenantPaths
 from tests.core_fixtures import add_memories, contents_of, start_child
+from tests.database_fixtures import opened, read_all, write_one
 
-
-@pytest.fixture
-def paths(tmp_path: Path) -> TenantPaths:
-    made = TenantPaths.of(tmp_path / "tenants", "acme")
-    database.create(made)
-    return made
-
-
-@contextmanager
-def opened(paths: TenantPaths) -> Iterator[TenantDatabase]:
-    with closing(TenantDatabase(paths, lock_wait_seconds=0.05)) as made:
-        yield made
-
-
-def read_all(tenant: TenantDatabase) -> list[str]:
-    with tenant.read() as connection:
-        return [m.content for m in memories.page(connection, limit=1000, before_seq=None, tag=None).memories]
-
-
-def write_one(tenant: TenantDatabase, content: str) -> None:
-    with tenant.write() as connection:
-        memories.create(connection, NewMemory(content))
+pytest_plugins = ("tests.database_fixtures",)
 
 
 def test_creating_twice_keeps_the_first_database(paths: TenantPaths) -> None:

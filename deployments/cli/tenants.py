@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deployments.cli import beside
 from deployments.cli.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from shared.control_plane import ControlPlane
     from shared.registry import Tenant
-    from shared.settings import Settings
 
 TenantId = Annotated[str, typer.Argument(metavar="TENANT", help="Lower-case letters, digits, - and _.")]
 tenant = typer.Typer(name="tenant", help="Create, look at, suspend and resume tenants.", no_args_is_help=True)
@@ -33,7 +30,7 @@ def create(
     """Make a tenant and its empty database on this machine."""
     from shared import registry
 
-    with _control_plane() as (settings, control_plane):
+    with beside.control_plane() as (settings, control_plane):
         _show(registry.create(control_plane, settings, tenant_id, plan_id=plan), as_json)
 
 
@@ -42,7 +39,7 @@ def list_tenants(as_json: Json = False) -> None:
     """Every tenant of the control plane."""
     from shared import registry
 
-    with _control_plane() as (_, control_plane):
+    with beside.control_plane() as (_, control_plane):
         tenants = registry.list_all(control_plane)
     if as_json:
         print_json([asdict(t) for t in tenants])
@@ -55,7 +52,7 @@ def show(tenant_id: TenantId, as_json: Json = False) -> None:
     """One tenant."""
     from shared import registry
 
-    with _control_plane() as (_, control_plane):
+    with beside.control_plane() as (_, control_plane):
         _show(registry.get(control_plane, tenant_id), as_json)
 
 
@@ -64,7 +61,7 @@ def suspend(tenant_id: TenantId, as_json: Json = False) -> None:
     """Refuse its requests with 403; its data stays and keeps being backed up."""
     from shared import registry
 
-    with _control_plane() as (_, control_plane):
+    with beside.control_plane() as (_, control_plane):
         _show(registry.suspend(control_plane, tenant_id), as_json)
 
 
@@ -73,18 +70,8 @@ def resume(tenant_id: TenantId, as_json: Json = False) -> None:
     """Serve a suspended tenant again."""
     from shared import registry
 
-    with _control_plane() as (_, control_plane):
+    with beside.control_plane() as (_, control_plane):
         _show(registry.resume(control_plane, tenant_id), as_json)
-
-
-@contextmanager
-def _control_plane() -> Iterator[tuple[Settings, ControlPlane]]:
-    from deployments.running import running_settings
-    from shared.control_plane import ControlPlane
-
-    settings = running_settings("control_plane_url")
-    with ControlPlane(settings) as control_plane:
-        yield settings, control_plane
 
 
 def _show(found: Tenant, as_json: bool) -> None:

@@ -91,9 +91,6 @@ RETURNING epoch;
 SELECT tenant_id, epoch, holder, reason, acquired_at, expires_at, expires_at < clock_timestamp() AS expired
 FROM maintenance_locks WHERE tenant_id = %(tenant_id)s;
 
--- name: lease_held_count
-SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL;
-
 -- name: restore_insert
 INSERT INTO restores (restore_id, tenant_id, backup_id, kind, state, requested_by, reason, flow_run_id)
 VALUES (%(restore_id)s, %(tenant_id)s, %(backup_id)s, %(kind)s, 'running', %(requested_by)s, %(reason)s,

@@ -1,0 +1,37 @@
+"""One tenant's directory and a connection to it, for the tests of `shared.engine.database`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from shared.engine import database, memories
+from shared.engine.database import TenantDatabase
+from shared.engine.memories import NewMemory
+from shared.tenant import TenantPaths
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> TenantPaths:
+    made = TenantPaths.of(tmp_path / "tenants", "acme")
+    database.create(made)
+    return made
+
+
+@contextmanager
+def opened(paths: TenantPaths) -> Iterator[TenantDatabase]:
+    with closing(TenantDatabase(paths, lock_wait_seconds=0.05)) as made:
+        yield made
+
+
+def read_all(tenant: TenantDatabase) -> list[str]:
+    with tenant.read() as connection:
+        return [m.content for m in memories.page(connection, limit=1000, before_seq=None, tag=None).memories]
+
+
+def write_one(tenant: TenantDatabase, content: str) -> None:
+    with tenant.write() as connection:
+        memories.create(connection, NewMemory(content))
