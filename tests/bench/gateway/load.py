@@ -29,6 +29,7 @@ class Result:
     statuses: dict[str, int]
     busy: float
     bodies: list[bytes] = field(default_factory=list)
+    unanswered: int = 0  # still without an answer 10 s after the end
 
     @property
     def rate(self) -> float:
@@ -131,7 +132,7 @@ def _run(port: int, requests: Requests, connections: int, seconds: float, rate: 
     poll.close()
     for connection in by_fd.values():
         connection.socket.close()
-    return Result(took, latencies, statuses, busy)
+    return Result(took, latencies, statuses, busy, unanswered=connections - len(free))
 
 
 def request(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:

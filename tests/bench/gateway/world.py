@@ -47,6 +47,7 @@ class Server:
     name: str
     port: int
     process: psutil.Process
+    log_path: Path
 
     def tree(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
@@ -114,46 +115,58 @@ class World:
         return ids
 
     @contextlib.contextmanager
-    def server(self, name: str) -> Iterator[Server]:
-        """`targets` serving `name` on a port of its own, ready."""
+    def server(self, name: str, **settings: Any) -> Iterator[Server]:
+        """`targets` serving `name` on a port of its own, ready. `settings` go before the bench's own."""
         port = free_port()
+        environment = self.environment(gateway_port=port, **settings)
+        environment["BENCH_JWK"] = json.dumps(self.issuer.keys[0].jwk())
+        command = [sys.executable, "-m", "tests.bench.gateway.targets", name, str(port)]
+        with pinned(name, port, command, self.directory / f"{name}-{port}.log", environment) as server:
+            yield server
+
+    def environment(self, **settings: Any) -> dict[str, str]:
+        """What a process of this world is started with."""
         values: dict[str, Any] = {
             "data_dir": self.settings.data_dir,
             "control_plane_url": self._url,
             "jwks_url": self.issuer.url,
             "jwt_issuer": ISSUER,
             "jwt_audience": AUDIENCE,
-            "gateway_port": port,
             "gateway_workers": 1,
             "rate_limit_rps": 1_000_000,
             "rate_limit_burst": 1_000_000,
-        }
+        } | settings
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
-        environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()}
-        environment["BENCH_JWK"] = json.dumps(self.issuer.keys[0].jwk())
-        log_path = self.directory / f"{name}.log"
-        with log_path.open("wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.gateway.targets", name, str(port)],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
-            )
-        server = Server(name, port, psutil.Process(child.pid))
+        return environment | {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()}
+
+
+@contextlib.contextmanager
+def pinned(
+    name: str, port: int, command: list[str], log_path: Path, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Any server on the servers' core, ready (`GET /ready` is 200); stopped with its children at the end."""
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+        )
+    server = Server(name, port, psutil.Process(child.pid), log_path)
+    try:
+        _wait_until_ready(server, child, log_path)
+        yield server
+    finally:
+        tree = server.tree() if child.poll() is None else []
+        child.terminate()
         try:
-            _wait_until_ready(server, child, log_path)
-            yield server
-        finally:
-            tree = server.tree() if child.poll() is None else []
-            child.terminate()
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-            for process in tree:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        for process in tree:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def fill(paths: TenantPaths, corpus: Corpus, count: int) -> list[str]:
