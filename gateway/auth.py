@@ -1,8 +1,10 @@
 """Who is calling: RS256, ES256 or EdDSA tokens of one issuer, judged by its published keys.
 
 PyJWT supplies the signature algorithms; the checks around them are ours, because it accepts a missing `exp`,
-one that is a string or 10^400, foreign audiences beside ours, any `typ` and 1024-bit RSA (FACTS). Nothing in
-the token chooses its key or algorithm: `jku`, `x5u` and `jwk` are never looked at, `alg` must equal the key's.
+one that is a string or 10^400, repeated claims, any `typ` and 1024-bit RSA (FACTS). Nothing in the token chooses its
+key or algorithm: `jku`, `x5u`, `x5c` and `jwk` are never looked at, `alg` must equal the key's. A header that would
+make the payload something else than claims in plain JSON (`crit`, `b64`, `zip`, `enc`, `cty`) is refused, so is a
+name that occurs twice in one object, and base64url in any but its one canonical form.
 
 Every failure is the same 401 to the caller; the reason is a metric label and a field of the access line.
 No keys at all is not the caller's failure: 503.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 import time
@@ -30,7 +33,8 @@ from shared.tenant import check_tenant_id
 MAX_TOKEN_BYTES = 8_192
 MAX_KID_CHARS = 256
 ALGORITHMS = frozenset({"RS256", "ES256", "EdDSA"})
-TYPES = frozenset({"jwt", "at+jwt"})
+TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
+_CHANGES_THE_PAYLOAD = frozenset({"crit", "b64", "zip", "enc", "cty"})
 _LATEST = float(1 << 53)
 _SEGMENT = re.compile(rb"[A-Za-z0-9_-]+\Z")
 
@@ -100,7 +104,7 @@ class Authenticator:
         if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise Unauthenticated("algorithm")
         typ = header.get("typ", "JWT")
-        if "crit" in header or "b64" in header or not isinstance(typ, str) or typ.lower() not in TYPES:
+        if not _CHANGES_THE_PAYLOAD.isdisjoint(header) or not isinstance(typ, str) or typ.lower() not in TYPES:
             raise Unauthenticated("malformed")
         kid = header.get("kid")
         if "kid" in header and not (isinstance(kid, str) and 0 < len(kid) <= MAX_KID_CHARS):
@@ -165,19 +169,29 @@ def _base64url(segment: bytes) -> bytes:
     if not _SEGMENT.match(segment):
         raise Unauthenticated("malformed")
     try:
-        return base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
+        found = base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
     except ValueError:
         raise Unauthenticated("malformed") from None
+    if base64.urlsafe_b64encode(found).rstrip(b"=") != segment:  # unused bits that are set: another spelling
+        raise Unauthenticated("malformed")
+    return found
 
 
 def _json_object(segment: bytes) -> dict[str, Any]:
+    text = _base64url(segment)
     try:
-        found = msgspec.json.decode(_base64url(segment))
+        found = msgspec.json.decode(text)
+        json.loads(text.decode(), object_pairs_hook=_refuse_repeated)  # msgspec takes the last of two
     except (ValueError, RecursionError):
         raise Unauthenticated("malformed") from None
     if not isinstance(found, dict):
         raise Unauthenticated("malformed")
     return found
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name occurs twice")
 
 
 def _seconds(value: object) -> float:

@@ -1,13 +1,22 @@
 """The issuer's public keys: a small async cache, because PyJWT's blocks the loop and refuses rotated keys.
 
     fresh (younger than the TTL)        serve
-    old, up to `jwks_stale_max_seconds` serve, refresh in the background (stale-if-error)
-    older, or never loaded              wait for a fetch; none to be had → `JwksUnavailable`
+    the TTL has passed                  a timer fetches, whether or not anybody asks: a dropped key is gone after
+                                        the TTL even in a worker that had nothing to do
+    the fetch fails                     serve what there is (stale-if-error), try again after each cool-down
+    `jwks_stale_max_seconds` later,     wait for a fetch; none to be had → `JwksUnavailable`
+    or never loaded
     unknown `kid`                       one fetch, then a cool-down: a rotated key works at once, a flood of
                                         invented kids costs one fetch per cool-down
+    forced (`refresh`)                  fetch now, and again when a fetch was already under way: it may have
+                                        been answered before the keys changed
 
-There is one fetch at a time and everybody waits for the same one. After a failure nothing is fetched for
-`jwks_cooldown_seconds`. `generation` counts changes of the key set: whoever caches what a key said watches it.
+There is one fetch at a time, it ends within `jwks_timeout_seconds` however slowly the issuer drips, and everybody
+waits for the same one; more than `MAX_WAITING` do not wait but are told that we cannot judge, so that requests
+waiting for a hanging issuer never fill the server. After a failure nothing is fetched for
+`jwks_cooldown_seconds`. An empty key set is a failure: it is what a broken issuer publishes.
+
+`generation` counts changes of the key set and forced refreshes: whoever caches what a key said watches it.
 
 A key brings its algorithm (kty, crv → alg); the token's header can only agree with it.
 """
@@ -27,11 +36,13 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from shared import metrics
 from shared.log import get_logger
-from shared.settings import Settings
+from shared.settings import Settings, redact_url
 
 MAX_BYTES = 262_144
 MAX_KEYS = 100
+MAX_WAITING = 256
 MIN_RSA_BITS = 2_048
+MIN_RETRY_SECONDS = 0.05
 _ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256", ("OKP", "Ed25519"): "EdDSA"}
 log = get_logger("jwks")
 
@@ -61,48 +72,70 @@ class Jwks:
         self._client = client
         self._keys: dict[str | None, VerificationKey] = {}
         self._published: list[dict[str, Any]] = []
-        self._refresh_at = self._expires_at = self._quiet_until = self._unknown_quiet_until = 0.0
+        self._timeout = settings.jwks_timeout_seconds
+        self._expires_at = self._quiet_until = self._unknown_quiet_until = 0.0
         self._fetching: asyncio.Task[None] | None = None
+        self._again = False
+        self._next: asyncio.TimerHandle | None = None
+        self._waiting = 0
         self.generation = 0
 
     async def close(self) -> None:
+        self._again = False
         if self._fetching is not None:
             self._fetching.cancel()
+            await asyncio.wait({self._fetching})
+        if self._next is not None:
+            self._next.cancel()
         await self._client.aclose()
 
     def usable(self) -> bool:
-        """Whether the keys may still be relied on; starts a refresh in the background when one is due."""
-        now = time.monotonic()
-        if now >= self._refresh_at:
-            if now >= self._expires_at:
-                return False
-            if now >= self._quiet_until:
-                self._fetch_once()
-        return True
+        """Whether the keys may still be relied on."""
+        return time.monotonic() < self._expires_at
 
     async def load(self) -> None:
         """Return with usable keys, or raise `JwksUnavailable`."""
         if not self.usable():
             if self._fetching is not None or time.monotonic() >= self._quiet_until:
-                await asyncio.shield(self._fetch_once())
+                await self._wait(self._fetch_once())
             if not self.usable():
-                raise JwksUnavailable(f"no keys from {self._url}")
+                raise JwksUnavailable(f"no keys from {redact_url(self._url)}")
 
     async def find(self, kid: str | None) -> VerificationKey | None:
         """The key of that id; without an id, the only key there is. Raises `JwksUnavailable`."""
         await self.load()
         key = self._find(kid)
-        if key is None and kid is not None:
+        if key is not None or kid is None:
+            return key
+        if self._fetching is not None:
+            await self._wait(self._fetching)
+            key = self._find(kid)
+        if key is None:  # the fetch we joined may have been answered before this key was published
             now = time.monotonic()
-            if self._fetching is not None or now >= max(self._unknown_quiet_until, self._quiet_until):
+            if self._fetching is None and now >= max(self._unknown_quiet_until, self._quiet_until):
                 self._unknown_quiet_until = now + self._cooldown
-                await asyncio.shield(self._fetch_once())
+                self._fetch_once()
+            if self._fetching is not None:
+                await self._wait(self._fetching)
                 key = self._find(kid)
         return key
 
     def refresh(self) -> None:
         """Fetch now, whatever the TTL and the cool-down say: an operator knows that the keys changed."""
-        self._fetch_once()
+        self.generation += 1
+        if self._fetching is not None:
+            self._again = True
+        else:
+            self._fetch_once()
+
+    async def _wait(self, fetch: asyncio.Task[None]) -> None:
+        if self._waiting >= MAX_WAITING:
+            raise JwksUnavailable(f"{MAX_WAITING} requests are waiting for {redact_url(self._url)}")
+        self._waiting += 1
+        try:
+            await asyncio.shield(fetch)
+        finally:
+            self._waiting -= 1
 
     def _find(self, kid: str | None) -> VerificationKey | None:
         if kid is not None:
@@ -111,36 +144,46 @@ class Jwks:
 
     def _fetch_once(self) -> asyncio.Task[None]:
         if self._fetching is None:
+            if self._next is not None:
+                self._next.cancel()
             self._fetching = asyncio.get_running_loop().create_task(self._fetch())
         return self._fetching
 
     async def _fetch(self) -> None:
+        wait_seconds = max(self._cooldown, MIN_RETRY_SECONDS)
         try:
-            published = await self._get()
+            async with asyncio.timeout(self._timeout):
+                published = await self._get()
             keys = _usable_keys(published)
             if not keys:
                 raise ValueError("the issuer published no usable key")
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as e:
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, RecursionError) as e:
             metrics.jwks_fetch_total.labels("error").inc()
             self._quiet_until = time.monotonic() + self._cooldown
-            log.error("jwks_fetch_failed", error=type(e).__name__, cause=str(e)[:300], keys=len(self._keys))
+            cause = redact_url(str(e))[:300]
+            log.error("jwks_fetch_failed", error=type(e).__name__, cause=cause, keys=len(self._keys))
         else:
             metrics.jwks_fetch_total.labels("ok").inc()
-            now = time.monotonic()
-            self._refresh_at = now + self._ttl
-            self._expires_at = now + self._ttl + self._stale_max
+            wait_seconds = self._ttl
+            self._expires_at = time.monotonic() + self._ttl + self._stale_max
             if published != self._published:
                 self._keys, self._published = keys, published
                 self.generation += 1
                 log.info("jwks_loaded", keys=len(keys), generation=self.generation)
         finally:
             self._fetching = None
+            if self._again:
+                self._again = False
+                self._fetch_once()
+            else:
+                self._next = asyncio.get_running_loop().call_later(wait_seconds, self._fetch_once)
 
     async def _get(self) -> list[dict[str, Any]]:
         body = b""
-        async with self._client.stream("GET", self._url) as response:
+        # Uncompressed: one piece of a compressed answer can unpack to a thousand times its size.
+        async with self._client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as response:
             response.raise_for_status()
-            async for piece in response.aiter_bytes():
+            async for piece in response.aiter_raw():
                 body += piece
                 if len(body) > MAX_BYTES:
                     raise ValueError(f"the key set is larger than {MAX_BYTES} bytes")
@@ -171,7 +214,8 @@ def verification_key(jwk: dict[str, Any]) -> VerificationKey | None:
         return None
     if algorithm is None or "d" in jwk or jwk.get("alg", algorithm) != algorithm:
         return None
-    if jwk.get("use", "sig") != "sig" or "verify" not in jwk.get("key_ops", ("verify",)):
+    operations = jwk.get("key_ops", ["verify"])
+    if jwk.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         return None
     try:
         key = jwt.get_algorithm_by_name(algorithm).from_jwk(jwk)

@@ -155,7 +155,7 @@ def test_a_token_that_is_not_one_is_refused(issuer: Issuer) -> None:
         (f"{segment('{')}.{body}.{signature}", "malformed"),
         (f"{segment('[' * 5_000)}.{body}.{signature}", "malformed"),
         (f"{head}.{segment('{}')}.{signature}", "signature"),
-        (f"{head}.{body}.{signature[:-4]}", "signature"),
+        (f"{head}.{body}.{signature[:80]}", "signature"),
         (good + "A" * 8_192, "too_large"),
         (sign(issuer.keys[0], '{"exp": NaN}'), "malformed"),
         (sign(issuer.keys[0], "[]"), "malformed"),
