@@ -20,11 +20,9 @@ from pathlib import Path
 
 import httpx
 from litestar import Litestar
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
+from litestar.routes import HTTPRoute
 
-from gateway import health, v1
+from gateway import document, health, v1
 from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.edge import Edge
@@ -54,17 +52,6 @@ from shared.sweep import sweep_disk
 FLEET_SECONDS = 15.0
 BACKLOG_SECONDS = 1.0
 PARENT_SECONDS = 0.5
-OPENAPI = OpenAPIConfig(
-    title="Engram",
-    version="1",
-    description="Memories of one tenant: the one the bearer token names.",
-    path="/schema",
-    render_plugins=[JsonRenderPlugin()],
-    use_handler_docstrings=True,
-    components=Components(
-        security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
-    ),
-)
 log = get_logger("gateway")
 
 
@@ -91,12 +78,13 @@ def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
         route_handlers=[v1.router(), mcp.router(), health.health, health.ready, health.prometheus],
         lifespan=[lifespan, mcp.lifespan],
         exception_handlers={Exception: answer},
-        openapi_config=OPENAPI,
+        openapi_config=document.config(),
         logging_config=None,  # Litestar would log headers and bodies
         debug=False,
         request_max_body_size=settings.body_limit_bytes,
     )
-    return Edge(Heads(Shortcut(app), settings), usage_spool, access_log)
+    methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
+    return Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log)
 
 
 @contextlib.asynccontextmanager

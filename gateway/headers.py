@@ -11,6 +11,7 @@ answered here, without a token. Tokens travel in a header, never in a cookie: cr
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gateway.edge import ASGIApp, Receive, Scope, Send
@@ -34,8 +35,10 @@ FOREIGN_ORIGIN = Problem(403, "This origin may not call from a browser.")
 class Heads:
     """The ASGI application `app`, with heads checked and completed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, methods: Mapping[str, Iterable[str]] | None = None) -> None:
+        """`methods` of each path template, for OPTIONS."""
         self._app = app
+        self._methods = methods or {}
         self._url_limit = settings.url_limit_bytes
         self._header_limit = settings.header_limit_bytes
         self._origins = frozenset(
@@ -86,6 +89,8 @@ class Heads:
         if problem is not None:
             await _refuse(problem, exchange.request_id, send)
             return
+        if scope["method"] == "OPTIONS":
+            send = self._with_all_methods(scope, send)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -103,6 +108,18 @@ class Heads:
         if hosts > 1 or (not host and scope["http_version"] == "1.1"):
             return NO_HOST
         return None
+
+    def _with_all_methods(self, scope: Scope, send: Send) -> Send:
+        """Litestar's own answer to OPTIONS forgets the methods of all but a path's first handler."""
+
+        async def answer(message: Any) -> None:
+            methods = self._methods.get(scope.get("path_template", ""))
+            if methods and message["type"] == "http.response.start" and message["status"] < 300:
+                others = [(k, v) for k, v in message["headers"] if k.lower() != b"allow"]
+                message["headers"] = [*others, (b"allow", ", ".join(sorted(methods)).encode())]
+            await send(message)
+
+        return answer
 
     def _allows(self, origin: bytes) -> bool:
         return origin in self._origins or (self._localhost and _LOCALHOST.match(origin) is not None)

@@ -14,20 +14,33 @@ from msgspec import UNSET, Meta, UnsetType
 METADATA_BYTES = 65_536
 METADATA_DEPTH = 32
 
-Content = Annotated[str, Meta(min_length=1, max_length=100_000, description="the memory itself; searchable")]
-MemoryType = Annotated[str, Meta(min_length=1, max_length=64)]
-Tag = Annotated[str, Meta(min_length=1, max_length=128)]
+_NO_NUL = {"pattern": r"^[^\u0000]*$"}  # described here, judged by `_no_nul`: msgspec's own patterns cost a regex each
+Content = Annotated[
+    str,
+    Meta(min_length=1, max_length=100_000, description="the memory itself; searchable", extra_json_schema=_NO_NUL),
+]
+MemoryType = Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=_NO_NUL)]
+Tag = Annotated[str, Meta(min_length=1, max_length=128, extra_json_schema=_NO_NUL)]
 Tags = Annotated[list[Tag], Meta(max_length=64)]
 Importance = Annotated[float, Meta(ge=0, le=1)]
-Query = Annotated[str, Meta(min_length=1, max_length=1_000, description="in SQLite FTS5's query syntax")]
+Query = Annotated[
+    str,
+    Meta(min_length=1, max_length=1_000, description="in SQLite FTS5's query syntax", extra_json_schema=_NO_NUL),
+]
 Limit = Annotated[int, Meta(ge=1, le=100)]
+Metadata = Annotated[
+    dict[str, Any],
+    Meta(description=f"at most {METADATA_BYTES} bytes as JSON, nested at most {METADATA_DEPTH} deep"),
+]
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+Id = Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
 
 
 class CreateMemory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     content: Content
     memory_type: MemoryType = "note"
     tags: Tags = msgspec.field(default_factory=list)
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
+    metadata: Metadata = msgspec.field(default_factory=dict)
     importance: Importance = 0.5
 
     def __post_init__(self) -> None:
@@ -41,7 +54,7 @@ class UpdateMemory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     content: Content | UnsetType = UNSET
     memory_type: MemoryType | UnsetType = UNSET
     tags: Tags | UnsetType = UNSET
-    metadata: dict[str, Any] | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
     importance: Importance | UnsetType = UNSET
 
     def __post_init__(self) -> None:
@@ -60,16 +73,19 @@ class Search(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tags: Tags | None = None
     memory_type: MemoryType | None = None
 
+    def __post_init__(self) -> None:
+        _no_nul(self.query, self.memory_type or "", *(self.tags or ()))
+
 
 class MemoryView(msgspec.Struct):
-    id: str
+    id: Id
     content: str
     tags: list[str]
     metadata: dict[str, Any]
     memory_type: str
     importance: float
-    created_at: str
-    updated_at: str
+    created_at: Time
+    updated_at: Time
     version: int
 
 
@@ -96,8 +112,8 @@ class UsageView(msgspec.Struct, rename={"from_": "from"}):
     """Whole hours that begin in [from, to); `storage_bytes` is the size now."""
 
     tenant_id: str
-    from_: str
-    to: str
+    from_: Time
+    to: Time
     api_calls: int
     search_queries: int
     memories_created: int
@@ -111,7 +127,7 @@ class ProblemView(msgspec.Struct):
     title: str
     status: int
     detail: str
-    request_id: str
+    request_id: Id
     reason: str | UnsetType = UNSET
     retry_after: int | UnsetType = UNSET
     metric: str | UnsetType = UNSET

@@ -1,0 +1,129 @@
+"""The OpenAPI document: what Litestar derives from the routes, completed with what only we know.
+
+- Bodies are described by msgspec, which also judges them: Litestar's own description of the same structs loses the
+  bounds of list items, of optional fields, and that unknown fields are refused.
+- Every answer carries `X-Request-Id`; a 401 names its scheme, a 429 and a 503 say when to come back.
+- Heads are judged before a route is found, so every route may answer 400, 414 and 431.
+
+`POST /v1/mcp` is left out: its requests and answers are the protocol's, and its tools describe themselves
+(`tools/list`, in JSON Schema, from the same structs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Request
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from gateway import health, schemas
+from gateway.problems import MEDIA_TYPE
+
+_STRUCTS = (
+    schemas.CreateMemory,
+    schemas.UpdateMemory,
+    schemas.Search,
+    schemas.MemoryView,
+    schemas.MemoryPage,
+    schemas.SearchResults,
+    schemas.UsageView,
+    schemas.ProblemView,
+    health.Status,
+)
+_TIME = {"type": "string", "format": "date-time"}
+_PARAMETERS = {"from": _TIME, "to": _TIME, "memory_id": {"type": "string", "format": "uuid"}}
+_OF_EVERY_HEAD = {
+    "400": "The request is not valid.",
+    "414": "The URL is too long.",
+    "431": "The header fields are too large or too many.",
+    "500": "The request failed.",
+}
+_REQUEST_ID = {
+    "description": "Made by the gateway for this request; also in its log line and in a problem document.",
+    "required": True,
+    "schema": {"type": "string", "format": "uuid"},
+}
+_RETRY_AFTER = {
+    "description": "Seconds until the same request may succeed.",
+    "required": True,
+    "schema": {"type": "integer", "minimum": 1},
+}
+_CHALLENGE = {"description": "The scheme.", "required": True, "schema": {"type": "string", "const": "Bearer"}}
+
+
+class Document(JsonRenderPlugin):
+    """Renders the completed document, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rendered: bytes | None = None
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        if self._rendered is None:
+            self._rendered = self.render_json(request, completed(openapi_schema))
+        return self._rendered
+
+
+def config() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="Engram",
+        version="1",
+        description=(
+            "Memories of one tenant: the one the bearer token names. A request may repeat it in `X-Engram-Tenant`;"
+            " one that names another is refused with 403. `POST /v1/mcp` is the Model Context Protocol and describes"
+            " itself."
+        ),
+        path="/schema",
+        render_plugins=[Document()],
+        use_handler_docstrings=True,
+        components=Components(
+            security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer", bearer_format="JWT")}
+        ),
+    )
+
+
+def completed(document: dict[str, Any]) -> dict[str, Any]:
+    """A new document; the one given is not changed."""
+    whole: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(document))
+    _, components = msgspec.json.schema_components(_STRUCTS, ref_template="#/components/schemas/{name}")
+    components["UpdateMemory"]["minProperties"] = 1
+    whole["components"]["schemas"] = components
+    for path in whole["paths"].values():
+        for operation in path.values():
+            _complete(operation["responses"])
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = _PARAMETERS.get(parameter["name"], parameter["schema"])
+    _link(whole["paths"])
+    return whole
+
+
+def _complete(responses: dict[str, Any]) -> None:
+    for status, description in _OF_EVERY_HEAD.items():
+        responses.setdefault(status, _problem(description))
+    for status, response in responses.items():
+        headers = response.setdefault("headers", {})
+        headers["X-Request-Id"] = _REQUEST_ID
+        if status == "401":
+            headers["WWW-Authenticate"] = _CHALLENGE
+        elif status in ("429", "503"):
+            headers["Retry-After"] = _RETRY_AFTER
+
+
+def _link(paths: dict[str, Any]) -> None:
+    """What a new memory's `id` is good for."""
+    one = paths["/v1/memories/{memory_id}"]
+    paths["/v1/memories"]["post"]["responses"]["201"]["links"] = {
+        operation["operationId"]: {
+            "operationId": operation["operationId"],
+            "parameters": {"memory_id": "$response.body#/id"},
+        }
+        for operation in one.values()
+    }
+
+
+def _problem(description: str) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/ProblemView"}
+    return {"description": description, "content": {MEDIA_TYPE: {"schema": schema}}}

@@ -1,0 +1,64 @@
+"""The OpenAPI document is true: schemathesis builds requests from it and compares every answer with it.
+
+Which checks and how many examples: `tests/schemathesis.toml`, with a reason beside each exclusion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gateway.document import completed
+from tests.gateway_stack import Stack, stack  # noqa: F401
+
+CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
+OPERATIONS = 10
+
+
+def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """Right, wrong and malformed requests to every route, and what becomes of a memory after it was deleted."""
+    token = stack.issuer.token(stack.tenant())
+    report = tmp_path / "report.json"
+    words = ["--config-file", str(CONFIGURATION), "run", f"{stack.gateway.url}/schema/openapi.json", "--no-color"]
+    words += ["--header", f"Authorization: Bearer {token}", "--report", "json", "--report-json-path", str(report)]
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", *words],
+        cwd=tmp_path,
+        env=os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["operations"]["tested"] == found["operations"]["total"] == OPERATIONS
+    assert {name: found["phases"][name]["status"] for name in ("coverage", "fuzzing", "stateful")} == {
+        "coverage": "success",
+        "fuzzing": "success",
+        "stateful": "success",
+    }
+    assert found["test_cases"]["generated"] > 300
+    assert found["failures"] == found["errors"] == []
+
+
+def test_the_document_names_what_bodies_may_not_say_and_what_answers_carry(stack: Stack) -> None:  # noqa: F811
+    """Bounds inside lists, unknown fields, the header fields of refusals; rendering twice changes nothing."""
+    document = stack.gateway.client.get("/schema/openapi.json").json()
+    create = document["components"]["schemas"]["CreateMemory"]
+    assert create["additionalProperties"] is False and create["properties"]["tags"]["items"]["maxLength"] == 128
+    assert document["components"]["schemas"]["UpdateMemory"]["minProperties"] == 1
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            assert {"400", "414", "431", "500"} <= answers.keys()
+            assert all("X-Request-Id" in answer["headers"] for answer in answers.values())
+            for status in {"429", "503"} & answers.keys():
+                assert "Retry-After" in answers[status]["headers"]
+            if path.startswith("/v1/"):
+                assert "WWW-Authenticate" in answers["401"]["headers"]
+    again = completed(document)
+    assert again == document
