@@ -24,6 +24,9 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "deployments" / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
+# A file's tests stay together, in one of as many processes as there are cores (`tests/conftest.py`): much of what they
+# do is waiting for a real process to start or stop.
+TESTS = ("pytest", "-n", "auto", "--maxprocesses=4", "--dist", "loadgroup", "--no-loadscope-reorder")
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     if not testing:
         engram = VENV / "bin" / "engram"
         os.execv(engram, [str(engram), *arguments])
-    for check in (*CHECKS, ("pytest", *arguments[1:])):
+    for check in (*CHECKS, (*TESTS, *arguments[1:])):
         say(" ".join(check))
         code = subprocess.run([VENV / "bin" / check[0], *check[1:]], cwd=ROOT, check=False).returncode
         if code != 0:
