@@ -1,8 +1,8 @@
 """One child process: start, readiness, memory, stop. Knows nothing of what the child does.
 
 - A child leads its own session, so Ctrl-C in the terminal reaches the supervisor alone, which stops in order.
-- `PR_SET_PDEATHSIG` stops the child when its parent is SIGKILLed. The kernel ties it to the parent's *thread*:
-  start children from a thread that lives as long as the process.
+- The kernel stops the child when its parent is SIGKILLed (`shared.orphan`): start children from a thread that lives
+  as long as the process.
 - `ENGRAM_STACK={data_dir}` in its environment, inherited by everything it starts, is how a later `engram up`
   finds what a SIGKILLed one left behind (`deployments.leftovers`).
 - Stopping is signal → time-out → SIGKILL, and covers descendants, whether or not they left the process group.
@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,17 +18,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from shared.errors import Permanent, Transient
+from shared.orphan import end_with_parent
 
 STACK_MARK = "ENGRAM_STACK"
 POLL_SECONDS = 0.05
 _SURVIVORS_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 
 
 class StartFailed(Permanent):
@@ -76,12 +75,6 @@ class Child:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
 
-        def die_with_parent() -> None:  # runs between fork and exec: libc is loaded, nothing is allocated
-            if _libc is not None:
-                _libc.prctl(_PR_SET_PDEATHSIG, int(self._stop_signal), 0, 0, 0)
-                if os.getppid() != parent:
-                    os._exit(1)
-
         with self._log_path.open("ab") as log:
             try:
                 self._popen = subprocess.Popen(
@@ -91,7 +84,7 @@ class Child:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=partial(end_with_parent, parent, int(self._stop_signal)),
                 )
             except OSError as e:
                 raise StartFailed(f"{self.name}: {self._argv[0]}: {e.strerror}") from e

@@ -32,6 +32,7 @@ from gateway.mcp import route as mcp
 from gateway.periodic import Periodic
 from gateway.pool import TenantPool
 from gateway.problems import answer
+from gateway.pulse import BEAT_SECONDS, Pulse
 from gateway.quota import CountingSpool, Quotas
 from gateway.ratelimit import RateLimiter
 from gateway.services import Services
@@ -60,8 +61,9 @@ def create() -> Edge:
     return create_app(settings_from_environment())
 
 
-def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
-    """One worker's ASGI application. With `parent_pid` it ends itself when that process is gone."""
+def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse | None = None) -> Edge:
+    """One worker's ASGI application. With `parent_pid` it ends itself when that process is gone, with `pulse` that
+    process can see that it lives."""
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
     configure(settings.log_level)
     metrics.initialise()
@@ -71,7 +73,7 @@ def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        async with _running(app, settings, usage_spool, access_log, parent_pid):
+        async with _running(app, settings, usage_spool, access_log, parent_pid, pulse):
             yield
 
     app = Litestar(
@@ -89,7 +91,12 @@ def create_app(settings: Settings, parent_pid: int | None = None) -> Edge:
 
 @contextlib.asynccontextmanager
 async def _running(
-    app: Litestar, settings: Settings, usage_spool: CountingSpool, access_log: AccessLog, parent_pid: int | None
+    app: Litestar,
+    settings: Settings,
+    usage_spool: CountingSpool,
+    access_log: AccessLog,
+    parent_pid: int | None,
+    pulse: Pulse | None,
 ) -> AsyncIterator[None]:
     _raise_file_limit()
     await asyncio.to_thread(sweep_disk, settings)  # what a restore that died with the machine left is settled first
@@ -124,6 +131,9 @@ async def _running(
     if parent_pid is not None:
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())
+    if pulse is not None:
+        pulse.start()
+        work.append(Periodic("pulse", BEAT_SECONDS, pulse.observe).start())
     log.info("worker_started", pid=os.getpid(), port=settings.gateway_port)
     try:
         yield
@@ -175,6 +185,7 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
     metrics.backup_oldest_success_age_seconds.set(_number(row.get("backup_age_seconds")))
     metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
     metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
+    metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
 
 
 def _number(value: object) -> float:

@@ -1,4 +1,4 @@
-"""`engram serve`: Granian's supervisor and its workers.
+"""`engram serve`: the supervisor (`gateway.supervisor`) and its Granian workers.
 
 Workers are spawned, not forked: a fresh interpreter reads `PROMETHEUS_MULTIPROC_DIR` before prometheus_client
 is imported whatever this process has imported already, inherits no locks of this process's threads, and starts
@@ -12,6 +12,7 @@ the port is tried without it first.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import multiprocessing
@@ -25,12 +26,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
 
+import granian._signals
+from granian._granian import WorkerSignal
 from granian.constants import Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
-from granian.server import Server
 
+from gateway.pulse import Pulse
+from gateway.supervisor import Supervisor
 from shared.errors import Permanent
+from shared.orphan import end_with_parent
 from shared.settings import Settings
 
 PORT_WAIT_SECONDS = 10.0
@@ -68,7 +73,7 @@ def serve(settings: Settings) -> None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _empty_metrics_dir(settings)
     settings.tenants_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     multiprocessing.set_start_method("spawn", force=True)
-    server = Server(
+    server = Supervisor(
         "gateway.app:create",
         address=settings.gateway_host,
         port=settings.gateway_port,
@@ -80,17 +85,37 @@ def serve(settings: Settings) -> None:
         log_level=LogLevels(settings.log_level),
         log_dictconfig=_LOGGING,
         log_access=False,
-        respawn_failed_workers=True,
+        silence_seconds=settings.worker_silence_seconds,
         workers_kill_timeout=settings.gateway_kill_timeout_seconds,
     )
     server.serve(target_loader=partial(load, settings, os.getpid()), wrap_loader=False)
 
 
-def load(settings: Settings, parent_pid: int) -> Any:
+def load(settings: Settings, parent_pid: int, pulse: Pulse) -> Any:
     """In the worker: the ASGI application. Imports late, when the environment is set."""
+    end_with_parent(parent_pid, signal.SIGTERM)
+    granian._signals.set_loop_signals = stop_once  # looked up by the worker after this returned
     from gateway.app import create_app
 
-    return create_app(settings, parent_pid)
+    return create_app(settings, parent_pid, pulse)
+
+
+def stop_once(loop: asyncio.AbstractEventLoop) -> WorkerSignal:
+    """Granian's own, but for a second signal, which it does not survive: `WorkerSignal.set` then waits for a receiver
+    that has left, holding the GIL, and the worker neither seals its spool nor ends. A Ctrl-C reaches workers twice:
+    from the terminal and through the supervisor."""
+    stop = WorkerSignal()
+    stopping = False
+
+    def heard() -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, heard)
+    return stop
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

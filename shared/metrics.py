@@ -123,6 +123,21 @@ maintenance_locks = Gauge(
     registry=_registry,
     multiprocess_mode="mostrecent",
 )
+usage_partitions_ahead_days = Gauge(
+    "engram_usage_partitions_ahead_days",
+    "Days after today, in a row, that have a partition for usage events; -1 when today has none.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+worker_restarts_total = Counter(
+    "engram_worker_restarts_total", "Gateway workers that took the place of one that died.", registry=_registry
+)
+worker_oldest_beat_seconds = Gauge(
+    "engram_worker_oldest_beat_seconds",
+    "Time since the last heartbeat of the gateway worker that is silent for longest.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
 
 
 def initialise() -> None:

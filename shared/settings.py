@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     control_plane_connect_timeout_seconds: float = Field(default=10.0, gt=0)
     control_plane_pool_size: int = Field(default=4, ge=1)
     control_plane_statement_timeout_seconds: float = Field(default=30.0, gt=0)
+    control_plane_maintenance_timeout_seconds: float = Field(
+        default=3600.0, gt=0, description="of a migration's or the retention's statement, where nobody waits"
+    )
     postgres_port: int = Field(default=0, ge=0, le=65535, description="embedded PostgreSQL; 0 picks a free one")
 
     # Objects
@@ -68,6 +71,9 @@ class Settings(BaseSettings):
     gateway_threads: int = Field(default=4, ge=1, description="threads per worker for SQLite work off the loop")
     gateway_backlog: int = Field(default=1024, ge=128)
     gateway_kill_timeout_seconds: int = Field(default=20, ge=1, le=1800)
+    worker_silence_seconds: float = Field(
+        default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
+    )
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
     tenant_pool_size: int = Field(default=256, ge=1, description="open tenant databases per gateway worker")
     tenant_refresh_seconds: float = Field(default=2.0, gt=0)
@@ -109,7 +115,11 @@ class Settings(BaseSettings):
     usage_flush_events: int = Field(default=5_000, ge=1)
     usage_fsync_seconds: float = Field(default=0.5, gt=0)
     usage_backlog_events: int = Field(default=10_000, ge=1)
-    usage_retention_days: int = Field(default=400, ge=1)
+    usage_retention_days: int = Field(default=400, ge=1, description="single events; rollups are kept")
+    usage_partitions_ahead_days: int = Field(default=7, ge=1, le=366)
+    usage_detach_timeout_seconds: float = Field(default=60.0, gt=0, description="waiting for queries on an old day")
+    usage_storage_seconds: float = Field(default=900.0, gt=0, description="how often databases are measured")
+    usage_dry_run: bool = Field(default=False, description="examine usage, insert nothing: see shared/metering.py")
     drain_poll_seconds: float = Field(default=1.0, gt=0)
     drain_linger_seconds: float = Field(default=3.0, ge=0)
     drain_run_seconds: float = Field(default=60.0, gt=0)
