@@ -186,6 +186,7 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
     metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
     metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
     metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
+    metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
 
 
 def _number(value: object) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -19,6 +20,7 @@ from typing import Any, LiteralString, cast
 
 import psycopg
 import psycopg_pool
+from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
 from shared.errors import ControlPlaneUnavailable, Permanent
@@ -34,10 +36,10 @@ def queries() -> Mapping[str, LiteralString]:
     text = (resources.files("shared") / "sql" / "queries.sql").read_text()
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     named: dict[str, LiteralString] = {}
-    for name, sql in zip(parts[::2], parts[1::2], strict=True):
+    for name, text_ in zip(parts[::2], parts[1::2], strict=True):
         if name in named:
             raise ValueError(f"two queries are named {name}")
-        named[name] = cast(LiteralString, sql.strip().removesuffix(";"))
+        named[name] = cast(LiteralString, text_.strip().removesuffix(";"))
     return named
 
 
@@ -46,7 +48,8 @@ class ControlPlane:
 
     def __init__(self, settings: Settings, *, pool_size: int | None = None) -> None:
         settings.require("control_plane_url")
-        self._statement_timeout_ms = int(settings.control_plane_statement_timeout_seconds * 1000)
+        self._statement_timeout_seconds = settings.control_plane_statement_timeout_seconds
+        self._maintenance_timeout_seconds = settings.control_plane_maintenance_timeout_seconds
         self._pool: psycopg_pool.ConnectionPool[Connection] = psycopg_pool.ConnectionPool(
             settings.control_plane_url.get_secret_value(),
             min_size=0,
@@ -75,13 +78,38 @@ class ControlPlane:
         self._pool.close()
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """One transaction; commits on leaving, rolls back on an exception. Raises `ControlPlaneUnavailable`."""
+    def transaction(self, *, maintenance: bool = False) -> Iterator[Connection]:
+        """One transaction; commits on leaving, rolls back on an exception. Raises `ControlPlaneUnavailable`.
+
+        A statement of it may take `control_plane_statement_timeout_seconds`; with `maintenance`, where nobody
+        waits for the answer, `control_plane_maintenance_timeout_seconds`.
+        """
+        seconds = self._maintenance_timeout_seconds if maintenance else self._statement_timeout_seconds
+        with self._connection() as connection:
+            connection.execute("SELECT set_config('statement_timeout', %s, true)", (str(int(seconds * 1000)),))
+            yield connection
+
+    def execute_alone(self, statement: sql.Composed, *, timeout_seconds: float) -> None:
+        """Run one statement that PostgreSQL refuses inside a transaction. Raises `ControlPlaneUnavailable`.
+
+        Its time-out is a cancel request from here: a `SET` without `LOCAL` would stay on the pooler's connection.
+        """
+        with self._connection() as connection:
+            connection.autocommit = True
+            cut = threading.Timer(timeout_seconds, connection.cancel)
+            cut.start()
+            try:
+                connection.execute(statement)
+            finally:
+                cut.cancel()
+                cut.join()
+                if not connection.closed:
+                    connection.autocommit = False
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
         try:
             with self._pool.connection() as connection:
-                connection.execute(
-                    "SELECT set_config('statement_timeout', %s, true)", (str(self._statement_timeout_ms),)
-                )
                 yield connection
         except (psycopg_pool.PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as e:
             raise ControlPlaneUnavailable(f"control plane: {_one_line(e)}") from e
@@ -118,7 +146,7 @@ class ControlPlane:
             if f.name.endswith(".sql")
         }
         applied: list[str] = []
-        with self.transaction() as connection:
+        with self.transaction(maintenance=True) as connection:
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS schema_migrations (name text PRIMARY KEY, sha256 text NOT NULL,"
@@ -143,6 +171,12 @@ def rows(connection: Connection, query: str, **parameters: Any) -> list[DictRow]
     """Run a named query inside a caller's transaction and return its rows (none for a plain statement)."""
     cursor = connection.execute(queries()[query], parameters)
     return cursor.fetchall() if cursor.description is not None else []
+
+
+def copy(connection: Connection, query: str, data: bytes) -> None:
+    """Run a named `COPY … FROM STDIN` inside a caller's transaction with the whole of its data."""
+    with connection.cursor() as cursor, cursor.copy(queries()[query]) as sink:
+        sink.write(data)
 
 
 def _one_line(e: BaseException) -> str:

@@ -4,37 +4,54 @@ read → set aside what cannot be billed → insert by request_id and count exac
 daily rollups → audit row → COMMIT → unlink. A crash before COMMIT leaves the segment to the next drain; between
 COMMIT and unlink it is replayed and inserts nothing. A lost COMMIT reply is the same case.
 
-Set aside (`usage_quarantine`, with the cause): request ids whose time is outside [now − retention, now + 5 min],
-tenants with an impossible name, numbers no request can have. Damaged bytes of a file go to `spool/quarantine/`.
+A segment is first copied into the table as if all its events were new: then it knows its own sums. An event that is
+there already fails the copy as a whole, and the segment goes the slow way: INSERT … ON CONFLICT DO NOTHING, and the
+sums of what was new. A day without a partition fails it too; the partition is made and the segment tried again.
+
+Set aside (`usage_quarantine`, with the cause): what `shared.billable` refuses, and events of a day whose events were
+dropped (`shared.partitions`). Damaged bytes of a file go to `spool/quarantine/`.
+
+Dry run (`ENGRAM_USAGE_DRY_RUN`): everything but insert. A segment is read, judged and counted against what PostgreSQL
+holds, the counts are logged and reported, nothing is written there, and the file goes to `spool/dry-run/`. It is
+neither billed nor lost: moved back into the spool once dry run is off it is drained like any other, each event once
+(older than the retention: into the quarantine). Every drain says how many segments lie there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
+from psycopg.errors import CheckViolation, UniqueViolation
+from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
-from shared import spool
-from shared.control_plane import Connection, ControlPlane, rows
-from shared.durable import unlink
-from shared.errors import UnsafeTenantId
+from shared import billable, partitions, spool
+from shared.billable import Refused
+from shared.control_plane import Connection, ControlPlane, copy, rows
+from shared.durable import fsync_path, unlink
+from shared.log import get_logger
 from shared.receipt import Receipt
 from shared.settings import Settings
-from shared.tenant import check_tenant_id
+from shared.spool import SegmentContent
 from shared.usage import UsageEvent
+from shared.usage_batch import Batch, columns
 
 BATCH_EVENTS = 5_000
-_AHEAD = timedelta(minutes=5)
-_MAX_COUNT = 1_000_000  # of one request; far below what the columns hold
+log = get_logger("metering")
 
 
 class Drained(Receipt, frozen=True):
-    """What one segment held and what became of it; `events` = inserted + duplicates + quarantined."""
+    """What one segment held and what became of it; `events` = inserted + duplicates + quarantined.
+
+    In a dry run the same numbers say what would have become of it.
+    """
 
     segment: str
     events: int
@@ -43,6 +60,17 @@ class Drained(Receipt, frozen=True):
     quarantined: int
     corrupt_bytes: int
     age_seconds: float
+    dry_run: bool = False
+
+
+class _Segment(Receipt, frozen=True):
+    """A segment read and judged; `content` is None when another drainer has just removed the file."""
+
+    path: Path
+    content: SegmentContent | None
+    batch: Batch
+    refused: Refused
+    rows: bytes
 
 
 def pending(settings: Settings) -> list[Path]:
@@ -58,87 +86,184 @@ def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -
 
     A segment that another drainer has just removed counts as nothing.
     """
-    try:
-        content = spool.read(path)
-    except FileNotFoundError:
-        return Drained(path.stem, 0, 0, 0, 0, 0, 0.0)
-    spool.quarantine(path, content)
-    billable, refused = _sort(content.events, timedelta(days=settings.usage_retention_days))
-    inserted = 0
-    with control_plane.transaction() as connection:
-        for batch in _batches(billable):
-            inserted += _insert(connection, batch)
-        for event, reason in refused:
-            rows(
-                connection,
-                "usage_quarantine_insert",
-                segment=path.stem,
-                request_id=_quarantine_id(event),
-                tenant_id=event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}"),
-                reason=reason,
-                event=Jsonb(_plain(event)),
-            )
-        drained = Drained(
-            path.stem,
-            len(content.events),
-            inserted,
-            len(billable) - inserted,
-            len(refused),
-            content.corrupt_bytes,
-            max(0.0, time.time() - min((e.ts_us for e in content.events), default=int(time.time() * 1e6)) / 1e6),
-        )
-        rows(
-            connection,
-            "usage_segment_insert",
-            segment=drained.segment,
-            events=drained.events,
-            inserted=drained.inserted,
-            duplicates=drained.duplicates,
-            quarantined=drained.quarantined,
-            corrupt_bytes=drained.corrupt_bytes,
-        )
-    unlink(path)
-    return drained
+    return _finish(control_plane, settings, _read(settings, path))
+
+
+def drain(control_plane: ControlPlane, settings: Settings, paths: Iterable[Path]) -> Iterator[Drained]:
+    """Drain segments in this order, one at a time; the next is read and encoded while PostgreSQL has this one."""
+    _mention_dry_run(settings)
+    with ThreadPoolExecutor(1, thread_name_prefix="segment") as reader:
+        following = None
+        for path in paths:
+            reading = reader.submit(_read, settings, path)
+            if following is not None:
+                yield _finish(control_plane, settings, following.result())
+            following = reading
+        if following is not None:
+            yield _finish(control_plane, settings, following.result())
 
 
 def drain_all(control_plane: ControlPlane, settings: Settings) -> Iterator[Drained]:
-    """Drain what is there now, one segment at a time."""
-    for path in pending(settings):
-        yield drain_segment(control_plane, settings, path)
+    """Drain what is there now."""
+    return drain(control_plane, settings, pending(settings))
 
 
-def _sort(events: list[UsageEvent], retention: timedelta) -> tuple[list[UsageEvent], list[tuple[UsageEvent, str]]]:
-    now = datetime.now(UTC)
-    earliest, latest = (now - retention).timestamp() * 1000, (now + _AHEAD).timestamp() * 1000
-    billable: list[UsageEvent] = []
-    refused: list[tuple[UsageEvent, str]] = []
-    for event in events:
-        if (reason := _unbillable(event, earliest, latest)) is None:
-            billable.append(event)
-        else:
-            refused.append((event, reason))
-    return billable, refused
-
-
-def _unbillable(event: UsageEvent, earliest_ms: float, latest_ms: float) -> str | None:
-    if len(event.request_id) != 16 or event.request_id[6] >> 4 != 7:
-        return "request id is not a UUIDv7"
-    minted_ms = int.from_bytes(event.request_id[:6], "big")
-    if minted_ms < earliest_ms:
-        return "older than the retention"
-    if minted_ms > latest_ms:
-        return "from the future"
-    if abs(event.ts_us / 1000 - minted_ms) > 86_400_000:
-        return "time and request id disagree"
+def _read(settings: Settings, path: Path) -> _Segment:
     try:
-        check_tenant_id(event.tenant_id)
-    except UnsafeTenantId:
-        return "impossible tenant id"
-    if "\0" in event.route or not 0 <= event.status <= 999:
-        return "impossible route or status"
-    if not all(0 <= n <= _MAX_COUNT for n in (event.api_calls, event.search_queries, event.memories_created)):
-        return "impossible count"
-    return None
+        content = spool.read(path)
+    except FileNotFoundError:
+        return _Segment(path, None, Batch([], []), [], b"")
+    batch, refused = billable.sort(content.events, timedelta(days=settings.usage_retention_days))
+    return _Segment(path, content, batch, refused, batch.copy_rows())
+
+
+def _finish(control_plane: ControlPlane, settings: Settings, segment: _Segment) -> Drained:
+    """What could not be undone comes last: damage is kept, then everything is committed, then the file goes."""
+    if segment.content is None:
+        return Drained(segment.path.stem, 0, 0, 0, 0, 0, 0.0)
+    if settings.usage_dry_run:
+        return _set_apart(control_plane, segment, segment.content)
+    spool.quarantine(segment.path, segment.content)
+    by_copy, ensured = True, False
+    while True:
+        try:
+            with control_plane.transaction() as connection:
+                inserted = _count_in(connection, segment.batch, segment.rows if by_copy else None)
+                _set_aside(connection, segment.path, segment.refused)
+                drained = _drained(segment, segment.content, inserted)
+                _audit(connection, drained)
+            break
+        except UniqueViolation:
+            if not by_copy:
+                raise
+            by_copy = False
+        except CheckViolation:  # a day without a partition; the only check these tables have
+            if ensured:
+                raise
+            ensured = True
+            gone = partitions.ensure(control_plane, segment.batch.days())
+            segment = _without(segment, gone)
+    unlink(segment.path)
+    return drained
+
+
+def _count_in(connection: Connection, batch: Batch, as_rows: bytes | None) -> int:
+    """Insert what is new and add it to the rollups; how many that were. `as_rows`: all of it must be new."""
+    if not batch.events:
+        return 0
+    if as_rows is not None:
+        copy(connection, "usage_copy", as_rows)
+        new = batch
+    else:
+        found = (row["request_id"] for portion in _portions(batch.events) for row in _insert(connection, portion))
+        new = batch.only(set(found))
+    if new.events:
+        sums = columns(new.sums())
+        rows(connection, "usage_hourly_add", **sums)
+        rows(connection, "usage_daily_add", **sums)
+    return len(new.events)
+
+
+def _portions(events: list[UsageEvent]) -> Iterator[list[UsageEvent]]:
+    for start in range(0, len(events), BATCH_EVENTS):
+        yield events[start : start + BATCH_EVENTS]
+
+
+def _insert(connection: Connection, events: list[UsageEvent]) -> list[DictRow]:
+    return rows(
+        connection,
+        "usage_insert",
+        request_id=[UUID(bytes=e.request_id) for e in events],
+        tenant_id=[e.tenant_id for e in events],
+        route=[e.route for e in events],
+        status=[e.status for e in events],
+        api_calls=[e.api_calls for e in events],
+        search_queries=[e.search_queries for e in events],
+        memories_created=[e.memories_created for e in events],
+        ts=[datetime.fromtimestamp(e.ts_us / 1e6, UTC) for e in events],
+    )
+
+
+def _set_aside(connection: Connection, path: Path, refused: Refused) -> None:
+    for event, reason in refused:
+        rows(
+            connection,
+            "usage_quarantine_insert",
+            segment=path.stem,
+            request_id=_quarantine_id(event),
+            tenant_id=event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            reason=reason,
+            event=Jsonb(_plain(event)),
+        )
+
+
+def _without(segment: _Segment, days: set[date]) -> _Segment:
+    """The segment when the events of these days cannot be billed any more."""
+    if not days:
+        return segment
+    late = [e for e in segment.batch.events if partitions.day_of(e.request_id) in days]
+    kept = {e.request_id for e in segment.batch.events} - {e.request_id for e in late}
+    batch = segment.batch.only({UUID(bytes=i) for i in kept})
+    refused = [*segment.refused, *((e, "the events of its day were dropped") for e in late)]
+    return _Segment(segment.path, segment.content, batch, refused, batch.copy_rows())
+
+
+def _drained(segment: _Segment, content: SegmentContent, inserted: int, *, dry_run: bool = False) -> Drained:
+    oldest_us = min((e.ts_us for e in content.events), default=time.time_ns() // 1000)
+    return Drained(
+        segment.path.stem,
+        len(content.events),
+        inserted,
+        len(content.events) - len(segment.refused) - inserted,
+        len(segment.refused),
+        content.corrupt_bytes,
+        max(0.0, time.time() - oldest_us / 1e6),
+        dry_run,
+    )
+
+
+def _audit(connection: Connection, drained: Drained) -> None:
+    rows(
+        connection,
+        "usage_segment_insert",
+        segment=drained.segment,
+        events=drained.events,
+        inserted=drained.inserted,
+        duplicates=drained.duplicates,
+        quarantined=drained.quarantined,
+        corrupt_bytes=drained.corrupt_bytes,
+    )
+
+
+def _set_apart(control_plane: ControlPlane, segment: _Segment, content: SegmentContent) -> Drained:
+    """Dry run: count what the segment would have added, keep the file beside the spool."""
+    known = 0
+    if events := segment.batch.events:
+        ids = [UUID(bytes=e.request_id) for e in events]
+        [row] = control_plane.rows("usage_known", request_id=ids, first=ids[0], last=ids[-1])
+        known = row["count"]
+    drained = _drained(segment, content, len(events) - known, dry_run=True)
+    directory = dry_run_dir(segment.path.parent)
+    directory.mkdir(exist_ok=True, mode=0o700)
+    try:
+        os.replace(segment.path, directory / segment.path.name)
+    except FileNotFoundError:  # another drainer was here first
+        return Drained(segment.path.stem, 0, 0, 0, 0, 0, 0.0, True)
+    fsync_path(directory)
+    fsync_path(segment.path.parent)
+    reasons = sorted({reason for _, reason in segment.refused})
+    log.info("usage_dry_run", **{f: getattr(drained, f) for f in Drained.__struct_fields__}, refused_because=reasons)
+    return drained
+
+
+def dry_run_dir(spool_dir: Path) -> Path:
+    return spool_dir / "dry-run"
+
+
+def _mention_dry_run(settings: Settings) -> None:
+    """Usage that was examined and not billed must not be forgotten when dry run is switched off."""
+    if not settings.usage_dry_run and (kept := len(spool.sealed(dry_run_dir(settings.spool_dir)))):
+        log.warning("usage_of_dry_runs_not_billed", segments=kept, directory=str(dry_run_dir(settings.spool_dir)))
 
 
 def _quarantine_id(event: UsageEvent) -> UUID:
@@ -146,29 +271,6 @@ def _quarantine_id(event: UsageEvent) -> UUID:
     if len(event.request_id) == 16:
         return UUID(bytes=event.request_id)
     return UUID(bytes=hashlib.sha256(spool.frame(event)).digest()[:16])
-
-
-def _batches(events: list[UsageEvent]) -> Iterator[list[UsageEvent]]:
-    ordered = sorted(events, key=lambda e: e.request_id)
-    for start in range(0, len(ordered), BATCH_EVENTS):
-        yield ordered[start : start + BATCH_EVENTS]
-
-
-def _insert(connection: Connection, batch: list[UsageEvent]) -> int:
-    [row] = rows(
-        connection,
-        "usage_insert",
-        request_id=[UUID(bytes=e.request_id) for e in batch],
-        tenant_id=[e.tenant_id for e in batch],
-        route=[e.route for e in batch],
-        status=[e.status for e in batch],
-        api_calls=[e.api_calls for e in batch],
-        search_queries=[e.search_queries for e in batch],
-        memories_created=[e.memories_created for e in batch],
-        ts=[datetime.fromtimestamp(e.ts_us / 1e6, UTC) for e in batch],
-    )
-    count: int = row["count"]
-    return count
 
 
 def _plain(event: UsageEvent) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -17,10 +18,14 @@ from flows.backup import backup
 from flows.drill import restore_test
 from flows.metering import metering
 from flows.restore import restore
+from flows.retention import retention
 from shared import catalogue, registry
+from shared import metering as metering_core
+from shared.control_plane import ControlPlane
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
 from tests.core_fixtures import World, event
+from tests.metering_fixtures import segment
 
 pytest_plugins = ("tests.core_fixtures",)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -128,6 +133,30 @@ def test_a_metering_run_drains_the_spool_once(flow_world: World) -> None:
     assert "25 of 25 events were new" in artifact_of(first)
     row = flow_world.control_plane.row("usage_event_count", tenant_id=flow_world.tenant_id)
     assert row is not None and row["count"] == 25
+
+
+def test_a_retention_run_shows_what_it_would_drop_then_drops_it_and_is_red_for_what_it_must_keep(
+    flow_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day is dropped under somebody's eyes, and one whose rollups differ is not passed over in silence."""
+    monkeypatch.setenv("ENGRAM_USAGE_RETENTION_DAYS", "30")
+    long_ago = [datetime.now(UTC) - timedelta(days=n) for n in (41, 40)]
+    with ControlPlane(flow_world.settings) as control_plane:
+        for at in long_ago:
+            segment(flow_world.settings, [event(flow_world.tenant_id, at=at)] * 2)
+        list(metering_core.drain_all(control_plane, flow_world.settings))
+        with control_plane.transaction() as connection:
+            sql = "UPDATE usage_daily SET api_calls = 9 WHERE tenant_id = %s AND bucket < %s"
+            connection.execute(
+                sql, (flow_world.tenant_id, long_ago[1].replace(hour=0, minute=0, second=0, microsecond=0))
+            )
+    cached_settings.cache_clear()
+    dry, state = retention(dry_run=True, return_state=True), retention(return_state=True)
+    assert dry.is_failed() and state.is_failed() and f"{long_ago[0]:%F}" in str(state.message)
+    assert "would be dropped" in artifact_of(dry)
+    assert f"| {long_ago[0]:%F} | attached | 1 |" in artifact_of(state) and "kept: its events" in artifact_of(state)
+    dropped = flow_world.control_plane.rows("usage_days_dropped", days=[at.date() for at in long_ago])
+    assert [row["day"] for row in dropped] == [long_ago[1].date()]
 
 
 def test_secrets_never_reach_parameters_or_artifacts(flow_world: World) -> None:

@@ -169,38 +169,59 @@ SELECT
     (SELECT EXTRACT(EPOCH FROM clock_timestamp() - coalesce(
         (SELECT max(finished_at) FROM restore_tests WHERE outcome = 'pass'),
         (SELECT min(created_at) FROM tenants WHERE state = 'active')))) AS drill_age_seconds,
-    (SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_locks;
+    (SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_locks,
+    -- Days after today, in a row, whose partition is there; -1 when today's is not.
+    (SELECT min(n) - 1 FROM generate_series(0, 400) AS n
+     WHERE NOT EXISTS (
+         SELECT 1 FROM pg_inherits
+         WHERE inhparent = 'usage_events'::regclass AND NOT inhdetachpending
+         AND inhrelid = to_regclass('usage_events_' || to_char((now() AT TIME ZONE 'UTC')::date + n, 'YYYYMMDD'))
+     )) AS usage_partitions_ahead_days;
+
+-- name: usage_copy
+-- Events that are expected to be new, sorted by id. One that is not fails it, and `usage_insert` takes its place.
+COPY usage_events (request_id, tenant_id, route, status, api_calls, search_queries, memories_created, ts)
+FROM STDIN (FORMAT BINARY);
 
 -- name: usage_insert
--- One statement: insert by request_id, and count into both rollups exactly the rows that were new. Every
--- INSERT is ordered by its key: unsorted overlapping batches deadlocked.
-WITH inserted AS (
-    INSERT INTO usage_events (request_id, tenant_id, route, status, api_calls, search_queries,
-                              memories_created, ts)
-    SELECT * FROM unnest(%(request_id)s::uuid[], %(tenant_id)s::text[], %(route)s::text[],
-                         %(status)s::smallint[], %(api_calls)s::int[], %(search_queries)s::int[],
-                         %(memories_created)s::int[], %(ts)s::timestamptz[])
-    ORDER BY 1
-    ON CONFLICT (request_id) DO NOTHING
-    RETURNING tenant_id, ts, api_calls, search_queries, memories_created
-), hourly AS (
-    INSERT INTO usage_hourly (tenant_id, bucket, api_calls, search_queries, memories_created)
-    SELECT tenant_id, date_trunc('hour', ts, 'UTC'), sum(api_calls), sum(search_queries), sum(memories_created)
-    FROM inserted GROUP BY 1, 2 ORDER BY 1, 2
-    ON CONFLICT (tenant_id, bucket) DO UPDATE
-    SET api_calls = usage_hourly.api_calls + EXCLUDED.api_calls,
-        search_queries = usage_hourly.search_queries + EXCLUDED.search_queries,
-        memories_created = usage_hourly.memories_created + EXCLUDED.memories_created
-), daily AS (
-    INSERT INTO usage_daily (tenant_id, bucket, api_calls, search_queries, memories_created)
-    SELECT tenant_id, date_trunc('day', ts, 'UTC'), sum(api_calls), sum(search_queries), sum(memories_created)
-    FROM inserted GROUP BY 1, 2 ORDER BY 1, 2
-    ON CONFLICT (tenant_id, bucket) DO UPDATE
-    SET api_calls = usage_daily.api_calls + EXCLUDED.api_calls,
-        search_queries = usage_daily.search_queries + EXCLUDED.search_queries,
-        memories_created = usage_daily.memories_created + EXCLUDED.memories_created
-)
-SELECT count(*) FROM inserted;
+-- Insert by request_id; the ids that were new. Ordered by its key: unsorted overlapping batches deadlocked.
+INSERT INTO usage_events (request_id, tenant_id, route, status, api_calls, search_queries, memories_created, ts)
+SELECT * FROM unnest(%(request_id)b::uuid[], %(tenant_id)b::text[], %(route)b::text[],
+                     %(status)b::smallint[], %(api_calls)b::int[], %(search_queries)b::int[],
+                     %(memories_created)b::int[], %(ts)b::timestamptz[])
+ORDER BY 1
+ON CONFLICT (request_id) DO NOTHING
+RETURNING request_id;
+
+-- name: usage_hourly_add
+-- The sums of new events. Hourly before daily, each ordered by its key, so that drains never wait in a circle.
+INSERT INTO usage_hourly (tenant_id, bucket, api_calls, search_queries, memories_created)
+SELECT * FROM unnest(%(tenant_id)b::text[], %(bucket)b::timestamptz[], %(api_calls)b::bigint[],
+                     %(search_queries)b::bigint[], %(memories_created)b::bigint[])
+ORDER BY 1, 2
+ON CONFLICT (tenant_id, bucket) DO UPDATE
+SET api_calls = usage_hourly.api_calls + EXCLUDED.api_calls,
+    search_queries = usage_hourly.search_queries + EXCLUDED.search_queries,
+    memories_created = usage_hourly.memories_created + EXCLUDED.memories_created;
+
+-- name: usage_daily_add
+-- From the same hours.
+INSERT INTO usage_daily (tenant_id, bucket, api_calls, search_queries, memories_created)
+SELECT tenant_id, date_trunc('day', bucket, 'UTC'), sum(api_calls), sum(search_queries), sum(memories_created)
+FROM unnest(%(tenant_id)b::text[], %(bucket)b::timestamptz[], %(api_calls)b::bigint[],
+            %(search_queries)b::bigint[], %(memories_created)b::bigint[])
+    AS added (tenant_id, bucket, api_calls, search_queries, memories_created)
+GROUP BY 1, 2
+ORDER BY 1, 2
+ON CONFLICT (tenant_id, bucket) DO UPDATE
+SET api_calls = usage_daily.api_calls + EXCLUDED.api_calls,
+    search_queries = usage_daily.search_queries + EXCLUDED.search_queries,
+    memories_created = usage_daily.memories_created + EXCLUDED.memories_created;
+
+-- name: usage_known
+-- Which of these ids are there already, between the smallest and the largest of them.
+SELECT count(*) FROM usage_events
+WHERE request_id = ANY (%(request_id)b::uuid[]) AND request_id BETWEEN %(first)s AND %(last)s;
 
 -- name: usage_quarantine_insert
 INSERT INTO usage_quarantine (segment, request_id, tenant_id, reason, event)
@@ -223,6 +244,62 @@ SELECT bucket, api_calls, search_queries, memories_created
 FROM usage_hourly
 WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s
 ORDER BY bucket;
+
+-- name: usage_by_tenant
+-- What the single events minted in [from, to) say, tenant by tenant: the ids are a range, so only the partitions of
+-- those days are read. For whole hours or days it equals the rollups.
+SELECT tenant_id, count(*) AS events, sum(api_calls)::bigint AS api_calls,
+       sum(search_queries)::bigint AS search_queries, sum(memories_created)::bigint AS memories_created
+FROM usage_events
+WHERE request_id >= usage_id_from(%(from)s) AND request_id < usage_id_from(%(to)s)
+GROUP BY tenant_id
+ORDER BY tenant_id;
+
+-- name: usage_day_check
+-- The events of a UTC day (`day` is its midnight), and how many tenants' sums are not those of usage_daily.
+WITH counted AS (
+    SELECT tenant_id, count(*) AS events, sum(api_calls) AS api_calls, sum(search_queries) AS search_queries,
+           sum(memories_created) AS memories_created
+    FROM usage_events
+    WHERE request_id >= usage_id_from(%(day)s) AND request_id < usage_id_from(%(day)s + interval '24 hours')
+    GROUP BY tenant_id
+), rolled AS (
+    SELECT tenant_id, api_calls, search_queries, memories_created FROM usage_daily WHERE bucket = %(day)s
+)
+SELECT coalesce(sum(c.events), 0)::bigint AS events,
+       count(*) FILTER (WHERE (coalesce(c.api_calls, 0), coalesce(c.search_queries, 0), coalesce(c.memories_created, 0))
+                       <> (coalesce(r.api_calls, 0), coalesce(r.search_queries, 0), coalesce(r.memories_created, 0)))
+           AS tenants_differing
+FROM counted c FULL JOIN rolled r USING (tenant_id);
+
+-- name: partitions_list
+-- Every table named as a day of usage_events, and whether it is one now.
+SELECT to_date(right(c.relname, 8), 'YYYYMMDD') AS day,
+       CASE WHEN i.inhrelid IS NULL THEN 'detached' WHEN i.inhdetachpending THEN 'pending' ELSE 'attached' END AS state
+FROM pg_class c
+LEFT JOIN pg_inherits i ON i.inhrelid = c.oid AND i.inhparent = 'usage_events'::regclass
+WHERE c.relname ~ '^usage_events_[0-9]{8}$' AND c.relkind = 'r'
+AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'usage_events'::regclass);
+
+-- name: partition_size
+SELECT pg_total_relation_size(to_regclass(%(table)s)) AS size_bytes;
+
+-- name: partitions_lock
+-- Held to the end of the transaction by whoever attaches, creates or drops a day.
+SELECT pg_advisory_xact_lock(x'656E6772616D01'::bigint);
+
+-- name: retention_lock
+-- One run at a time drops days.
+SELECT pg_try_advisory_xact_lock(x'656E6772616D02'::bigint) AS locked;
+
+-- name: usage_days_dropped
+SELECT day, events, size_bytes FROM usage_days_dropped WHERE day = ANY (%(days)s::date[]);
+
+-- name: usage_segments_expire
+-- The audit of segments drained before the retention; in portions, so that no statement grows with the backlog.
+DELETE FROM usage_segments WHERE segment IN (
+    SELECT segment FROM usage_segments WHERE drained_at < %(before)s LIMIT 10000
+);
 
 -- name: usage_event_count
 SELECT count(*) FROM usage_events WHERE tenant_id = %(tenant_id)s;

@@ -1,0 +1,120 @@
+"""Usage events on their way into PostgreSQL: sorted, each id once, as rows for COPY and as sums for the rollups.
+
+An event belongs to the hour and day, UTC, in which its id was minted: the partitions go by the id, so the rollups do
+too, and the two can be compared day by day.
+
+What costs time here is done once per kind of event, not once per event: events that differ only in id and time share
+the encoded middle of their row and are counted together (5,000 events of 100 tenants are about 200 kinds).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Collection, Iterable
+from datetime import UTC, date, datetime
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
+from uuid import UUID
+
+from shared.usage import Counters, UsageEvent
+
+_HOUR_MS = 3_600_000
+_KIND = attrgetter("tenant_id", "route", "status", "api_calls", "search_queries", "memories_created")
+_ID = attrgetter("request_id")
+Kind = tuple[str, str, int, int, int, int]
+Sums = dict[tuple[str, datetime], Counters]  # by tenant and hour
+
+# The binary format of COPY: a header, per row the number of fields and each field with its length, an end mark.
+_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_ROW = struct.pack(">hi", 8, 16)  # eight fields, the first a uuid
+_NUMBERS = struct.Struct(">ihiiiiiii").pack
+_TIME = struct.Struct(">q").pack
+_END = b"\xff\xff"
+_POSTGRES_EPOCH_US = 946_684_800_000_000  # 2000-01-01 UTC
+
+
+class Batch(NamedTuple):
+    """`events` are sorted by id, each id once, `kinds` beside them."""
+
+    events: list[UsageEvent]
+    kinds: list[Kind]
+
+    @classmethod
+    def of(cls, events: Iterable[UsageEvent]) -> Batch:
+        ordered = sorted(events, key=_ID)
+        first_of = {e.request_id: e for e in reversed(ordered)}  # of two with one id the first stays
+        unique = ordered if len(first_of) == len(ordered) else list(first_of.values())[::-1]
+        return cls(unique, list(map(_KIND, unique)))
+
+    def only(self, request_ids: Collection[UUID]) -> Batch:
+        wanted = {request_id.bytes for request_id in request_ids}
+        return Batch.of(e for e in self.events if e.request_id in wanted)
+
+    def days(self) -> set[date]:
+        """The UTC days its ids were minted in."""
+        return {_time_of(hour).date() for hour in set(map(_hour_of, self.events))}
+
+    def copy_rows(self) -> bytes:
+        """The events as one message of `COPY … (FORMAT BINARY)`, in the columns of the query `usage_copy`."""
+        middle = {kind: _middle(kind) for kind in set(self.kinds)}
+        pieces = [_HEADER]
+        for event, kind in zip(self.events, self.kinds, strict=True):
+            pieces += (_ROW, event.request_id, middle[kind], _TIME(event.ts_us - _POSTGRES_EPOCH_US))
+        pieces.append(_END)
+        return b"".join(pieces)
+
+    def sums(self) -> Sums:
+        """What these events add to the rollups."""
+        if not self.events:
+            return {}
+        first, last = _hour_of(self.events[0]), _hour_of(self.events[-1])
+        if first == last:
+            return _sums(first, self.kinds)
+        found: dict[tuple[str, datetime], Counters] = {}
+        for hour, pairs in groupby(zip(self.events, self.kinds, strict=True), key=lambda pair: _hour_of(pair[0])):
+            found |= _sums(hour, [kind for _, kind in pairs])
+        return found
+
+
+def columns(sums: Sums) -> dict[str, list[object]]:
+    """The parameters of `usage_hourly_add` and `usage_daily_add`."""
+    keys = sorted(sums)
+    return {
+        "tenant_id": [tenant_id for tenant_id, _ in keys],
+        "bucket": [bucket for _, bucket in keys],
+        **{name: [getattr(sums[key], name) for key in keys] for name in Counters._fields},
+    }
+
+
+def _hour_of(event: UsageEvent) -> int:
+    return int.from_bytes(event.request_id[:6], "big") // _HOUR_MS
+
+
+def _time_of(hour: int) -> datetime:
+    return datetime.fromtimestamp(hour * 3600, UTC)
+
+
+def _sums(hour: int, kinds: list[Kind]) -> Sums:
+    totals: dict[str, list[int]] = {}
+    for (tenant_id, _, _, api_calls, search_queries, memories_created), n in Counter(kinds).items():
+        total = totals.setdefault(tenant_id, [0, 0, 0])
+        total[0] += n * api_calls
+        total[1] += n * search_queries
+        total[2] += n * memories_created
+    bucket = _time_of(hour)
+    return {(tenant_id, bucket): Counters(*total) for tenant_id, total in totals.items()}
+
+
+def _middle(kind: Kind) -> bytes:
+    """A row between its id and its time; the length of the time included."""
+    tenant_id, route, status, api_calls, search_queries, memories_created = kind
+    return (
+        _text(tenant_id) + _text(route) + _NUMBERS(2, status, 4, api_calls, 4, search_queries, 4, memories_created, 8)
+    )
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack(">i", len(data)) + data

@@ -1,0 +1,420 @@
+"""Days of usage on a real PostgreSQL: made in time, found when late, dropped without loss, stall or double billing."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from shared import control_plane as module
+from shared import partitions
+from shared.control_plane import ControlPlane, queries
+from shared.errors import ControlPlaneUnavailable, Permanent
+from shared.settings import Settings
+from shared.usage import UsageEvent
+from tests.core_fixtures import event, settings_in, wait_until
+from tests.metering_fixtures import check_counted, drain, query, segment, totals
+
+pytest_plugins = ("tests.core_fixtures",)
+
+TODAY = datetime.now(UTC).date()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, control_plane_url: str) -> Settings:
+    return settings_in(tmp_path, control_plane_url, usage_retention_days=30)
+
+
+@pytest.fixture
+def control_plane(settings: Settings) -> Iterator[ControlPlane]:
+    with ControlPlane(settings) as opened:
+        yield opened
+
+
+def noon(days_ago: int) -> datetime:
+    return datetime(TODAY.year, TODAY.month, TODAY.day, 12, tzinfo=UTC) - timedelta(days=days_ago)
+
+
+def of_day(days_ago: int, tenant_id: str = "acme", count: int = 3) -> list[UsageEvent]:
+    return [event(tenant_id, at=noon(days_ago) + timedelta(seconds=n), memories_created=n) for n in range(count)]
+
+
+def drained_long_ago(control_plane: ControlPlane, settings: Settings, *days_ago: int) -> list[UsageEvent]:
+    """Events that were billed when the retention was longer."""
+    events = [e for n in days_ago for e in of_day(n)]
+    segment(settings, events)
+    drain(control_plane, settings.model_copy(update={"usage_retention_days": 400}))
+    return events
+
+
+def apply_retention(control_plane: ControlPlane, settings: Settings) -> list[date]:
+    """What the flow does; the days it dropped."""
+    partitions.take_back(control_plane, settings)
+    partitions.ensure_ahead(control_plane, settings)
+    found = partitions.expired(control_plane, settings)
+    return [partitions.drop(control_plane, settings, day).day for day in found if day.droppable]
+
+
+def ids(control_plane: ControlPlane) -> set[object]:
+    return {row[0] for row in query(control_plane, "SELECT request_id FROM usage_events")}
+
+
+# --- the migration ---
+
+
+@pytest.fixture
+def unpartitioned(
+    new_database: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[ControlPlane, set[object]]]:
+    """A control plane of the first two schemas with events of several days, one of them long ago; their ids."""
+    directory = tmp_path / "sql" / "schema"
+    directory.mkdir(parents=True)
+    for file in (resources.files("shared") / "sql" / "schema").iterdir():
+        if file.name < "0003":
+            (directory / file.name).write_text(file.read_text())
+    events = [e for n in (0, 1, 5, 390) for e in of_day(n)]
+    with ControlPlane(settings_in(tmp_path, new_database())) as opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.resources, "files", lambda _: tmp_path)
+            opened.migrate()
+        with opened.transaction() as connection:
+            for e in events:
+                connection.execute(
+                    "INSERT INTO usage_events VALUES (%s, %s, %s, %s, 1, 1, %s, NULL, now())",
+                    (UUID(bytes=e.request_id), e.tenant_id, e.route, e.status, e.memories_created),
+                )
+        yield opened, {UUID(bytes=e.request_id) for e in events}
+
+
+def test_existing_events_are_kept_row_by_row_and_lie_in_the_partition_of_their_day(
+    unpartitioned: tuple[ControlPlane, set[object]],
+) -> None:
+    """A control plane that has billed already is converted, not emptied."""
+    control_plane, before = unpartitioned
+    rows_before = query(control_plane, "SELECT * FROM usage_events ORDER BY 1")
+    control_plane.migrate()
+    assert query(control_plane, "SELECT * FROM usage_events ORDER BY 1") == rows_before
+    assert len(before) == len(rows_before) == 12
+    places = query(control_plane, "SELECT tableoid::regclass::text, request_id FROM usage_events")
+    assert all(
+        table == partitions.table_of(partitions.day_of(request_id.bytes))  # type: ignore[attr-defined]
+        for table, request_id in places
+    )
+    with pytest.raises(psycopg.errors.UniqueViolation), control_plane.transaction() as connection:
+        connection.execute("INSERT INTO usage_events SELECT * FROM usage_events LIMIT 1")
+
+
+def test_a_conversion_that_fails_leaves_the_old_table_with_its_rows(
+    unpartitioned: tuple[ControlPlane, set[object]],
+) -> None:
+    """All of it is one transaction: what comes last in the file fails, what came first is undone."""
+    control_plane, before = unpartitioned
+    with control_plane.transaction() as connection:
+        connection.execute("CREATE TABLE usage_days_dropped (in_the_way int)")
+    with pytest.raises(psycopg.errors.DuplicateTable):
+        control_plane.migrate()
+    assert ids(control_plane) == before
+    assert query(control_plane, "SELECT relkind::text FROM pg_class WHERE relname = 'usage_events'") == [("r",)]
+    with control_plane.transaction() as connection:
+        connection.execute("DROP TABLE usage_days_dropped")
+    control_plane.migrate()
+    assert ids(control_plane) == before
+
+
+# --- ids, days, ranges ---
+
+
+@pytest.mark.parametrize("days_ago", [0, 1, 31, 366, 20_000])
+def test_sql_and_python_agree_where_a_day_begins(control_plane: ControlPlane, days_ago: int) -> None:
+    """Bounds are made in Python, ranges are asked for in SQL."""
+    day = TODAY - timedelta(days=days_ago)
+    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    found = query(
+        control_plane,
+        "SELECT usage_id_from(%s) AS a, usage_id_from(%s) AS b",
+        midnight,
+        midnight + timedelta(days=1),
+    )
+    first, after = partitions.bounds_of(day)
+    assert found == [(first, after)]
+    assert partitions.day_of(first.bytes) == day
+    assert partitions.day_of(UUID(int=after.int - 1).bytes) == day
+
+
+def test_a_time_range_is_an_id_range_to_the_millisecond(control_plane: ControlPlane) -> None:
+    """Within a millisecond an id has no time: a bound inside of one takes the next, at both ends alike."""
+    [(at, inside, far)] = query(
+        control_plane,
+        "SELECT usage_id_from('1970-01-01 00:00:01.002+00') AS a, usage_id_from('1970-01-01 00:00:01.0011+00') AS b,"
+        " usage_id_from('infinity') AS c",
+    )
+    assert at == inside == UUID(int=1002 << 80)
+    assert far == UUID(int=((1 << 48) - 1) << 80)
+
+
+PRUNED: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
+    "usage_by_tenant": ({"from": noon(2), "to": noon(1)}, (2, 1)),
+    "usage_day_check": ({"day": noon(3).replace(hour=0)}, (3,)),
+    "usage_known": (
+        {
+            "request_id": [partitions.bounds_of(TODAY)[0]],
+            "first": partitions.bounds_of(TODAY)[0],
+            "last": partitions.bounds_of(TODAY)[0],
+        },
+        (0,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_query_over_a_time_range_reads_the_partitions_of_those_days_only(
+    control_plane: ControlPlane, name: str
+) -> None:
+    """Reconciling a day must not read a year."""
+    partitions.ensure(control_plane, [TODAY - timedelta(days=n) for n in range(40)])
+    parameters, days_ago = PRUNED[name]
+    with control_plane.transaction() as connection:
+        plan = connection.execute(f"EXPLAIN (FORMAT JSON) {queries()[name]}", parameters).fetchall()  # type: ignore[arg-type]
+    assert set(_tables(plan[0]["QUERY PLAN"])) == {partitions.table_of(TODAY - timedelta(days=n)) for n in days_ago}
+
+
+def _tables(plan: Any) -> Iterator[str]:
+    """The partitions a plan names."""
+    if isinstance(plan, list):
+        for part in plan:
+            yield from _tables(part)
+    elif isinstance(plan, dict):
+        if str(plan.get("Relation Name", "")).startswith("usage_events"):
+            yield plan["Relation Name"]
+        for part in plan.values():
+            yield from _tables(part)
+
+
+def test_every_query_over_single_events_was_asked_whether_it_prunes() -> None:
+    """A new query must join the list above."""
+    reading = {name for name, text in queries().items() if "FROM usage_events" in text}
+    assert reading - PRUNED.keys() == {"usage_event_count"}  # of a tenant over all time
+
+
+# --- created ahead, and when they are missing ---
+
+
+def test_days_are_created_ahead_and_the_gauge_says_how_many_in_a_row(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """A hole counts: the day behind it does not help tomorrow's events."""
+
+    def ahead() -> object:
+        row = control_plane.row("fleet_ages")
+        assert row is not None
+        return row["usage_partitions_ahead_days"]
+
+    partitions.ensure_ahead(control_plane, settings.model_copy(update={"usage_partitions_ahead_days": 12}))
+    assert ahead() == 12
+    for days, expected in ((4, 3), (0, -1)):
+        with control_plane.transaction() as connection:
+            connection.execute(f"DROP TABLE {partitions.table_of(TODAY + timedelta(days=days))}")  # type: ignore[arg-type]
+        assert ahead() == expected
+    partitions.ensure_ahead(control_plane, settings)
+    assert ahead() == 12
+
+
+def test_events_of_days_without_a_partition_are_billed_with_the_rest(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """Late events, a backfill, and a week in which the retention flow did not run."""
+    with control_plane.transaction() as connection:
+        connection.execute(f"DROP TABLE {partitions.table_of(TODAY)}")  # type: ignore[arg-type]
+    events = [*of_day(25), *of_day(11), event("acme")]
+    segment(settings, events)
+    [drained] = drain(control_plane, settings)
+    assert (drained.inserted, drained.quarantined) == (7, 0)
+    check_counted(control_plane, "acme", events)
+
+
+def test_many_at_once_make_each_day_once(control_plane: ControlPlane, settings: Settings) -> None:
+    """Every drain of the fleet meets the new day in the same second."""
+    days = [TODAY - timedelta(days=n) for n in range(20, 28)]
+    in_threads(*[lambda: partitions.ensure(control_plane, days)] * 6)
+    assert {day: state for day, state in partitions.states(control_plane).items() if day in days} == dict.fromkeys(
+        days, "attached"
+    )
+
+
+# --- dropped after the retention ---
+
+
+def test_whole_days_beyond_the_retention_are_dropped_and_their_rollups_stay(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """The day in which the retention begins is kept: part of it is still within."""
+    old, kept = drained_long_ago(control_plane, settings, 40, 35, 32), drained_long_ago(control_plane, settings, 30, 1)
+    before = totals(control_plane, "usage_daily", "acme")
+    assert apply_retention(control_plane, settings) == [TODAY - timedelta(days=n) for n in (40, 35, 32)]
+    assert ids(control_plane) == {UUID(bytes=e.request_id) for e in kept}
+    assert totals(control_plane, "usage_daily", "acme") == totals(control_plane, "usage_hourly", "acme") == before
+    counted = query(control_plane, "SELECT sum(events)::int, sum(memories_created)::int AS m FROM usage_days_dropped")
+    assert counted == [(len(old), sum(e.memories_created for e in old))]
+    assert apply_retention(control_plane, settings) == []
+
+
+@pytest.mark.parametrize("change", ["api_calls = api_calls + 1", "search_queries = 0", "tenant_id = 'other'"])
+def test_a_day_whose_rollups_differ_from_its_events_is_kept(
+    control_plane: ControlPlane, settings: Settings, change: str
+) -> None:
+    """The events are the only proof of what the rollups should have said; the other days go."""
+    drained_long_ago(control_plane, settings, 40, 35)
+    with control_plane.transaction() as connection:
+        connection.execute(f"UPDATE usage_daily SET {change} WHERE bucket = %s", (noon(40).replace(hour=0),))  # type: ignore[arg-type]
+    assert apply_retention(control_plane, settings) == [TODAY - timedelta(days=35)]
+    [differing] = partitions.expired(control_plane, settings)
+    assert differing.tenants_differing >= 1
+    with pytest.raises(Permanent, match="differ"):
+        partitions.drop(control_plane, settings, differing)
+    assert len(ids(control_plane)) == 3
+
+
+def test_events_of_a_dropped_day_are_set_aside_even_when_the_retention_is_longer_now(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """Their ids are gone, so a replay cannot be told from something new: it must not be billed again."""
+    replayed = drained_long_ago(control_plane, settings, 40)
+    apply_retention(control_plane, settings)
+    before = totals(control_plane, "usage_daily", "acme")
+    longer = settings.model_copy(update={"usage_retention_days": 400})
+    late = of_day(50)
+    segment(settings, [*replayed, *replayed, *late])
+    [drained] = drain(control_plane, longer)
+    assert (drained.inserted, drained.quarantined, drained.duplicates) == (3, 3, 3)
+    reasons = query(control_plane, "SELECT DISTINCT reason FROM usage_quarantine")
+    assert reasons == [("the events of its day were dropped",)]
+    assert totals(control_plane, "usage_daily", "acme") == tuple(a + b for a, b in zip(before, (3, 3, 3), strict=True))
+    check_counted_by_events(control_plane, late)
+
+
+def check_counted_by_events(control_plane: ControlPlane, events: list[UsageEvent]) -> None:
+    assert ids(control_plane) == {UUID(bytes=e.request_id) for e in events}
+
+
+def left_pending(control_plane: ControlPlane, settings: Settings) -> None:
+    """A run that was cut while it waited for a query: the first of the two transactions of a detach."""
+    with psycopg.connect(settings.control_plane_url.get_secret_value()) as reader:
+        reader.execute("SELECT count(*) FROM usage_events").fetchall()
+        [found] = partitions.expired(control_plane, settings)
+        impatient = settings.model_copy(update={"usage_detach_timeout_seconds": 0.2})
+        with pytest.raises(ControlPlaneUnavailable):
+            partitions.drop(control_plane, impatient, found)
+
+
+def left_detached(control_plane: ControlPlane, settings: Settings) -> None:
+    """A run that died between detach and drop."""
+    table = partitions.table_of(TODAY - timedelta(days=40))
+    with psycopg.connect(settings.control_plane_url.get_secret_value(), autocommit=True) as connection:
+        connection.execute(f"ALTER TABLE usage_events DETACH PARTITION {table} CONCURRENTLY")  # type: ignore[arg-type]
+
+
+LEFT = {"pending": left_pending, "detached": left_detached}
+
+
+@pytest.mark.parametrize("state", LEFT)
+def test_a_day_left_halfway_is_dropped_by_the_next_run(
+    control_plane: ControlPlane, settings: Settings, state: str
+) -> None:
+    """FINALIZE, then drop; and it is counted as if nothing had happened."""
+    drained_long_ago(control_plane, settings, 40)
+    day = TODAY - timedelta(days=40)
+    LEFT[state](control_plane, settings)
+    assert partitions.states(control_plane)[day] == state
+    assert apply_retention(control_plane, settings) == [day]
+    assert query(control_plane, "SELECT day, events FROM usage_days_dropped") == [(day, 3)]
+    assert day not in partitions.states(control_plane)
+
+
+@pytest.mark.parametrize("state", LEFT)
+@pytest.mark.parametrize("how", ["the next run", "a late event"])
+def test_a_day_left_halfway_is_attached_again_when_it_is_kept_now(
+    control_plane: ControlPlane, settings: Settings, state: str, how: str
+) -> None:
+    """Somebody raised the retention after the crash: nothing of it may be lost, and ids still stop replays."""
+    events = drained_long_ago(control_plane, settings, 40)
+    LEFT[state](control_plane, settings)
+    assert ids(control_plane) == set()
+    longer = settings.model_copy(update={"usage_retention_days": 400})
+    if how == "the next run":
+        assert apply_retention(control_plane, longer) == []
+        check_counted(control_plane, "acme", events)
+    events += of_day(40)
+    segment(settings, events)
+    [drained] = drain(control_plane, longer)
+    assert (drained.inserted, drained.duplicates) == (3, 3)
+    check_counted(control_plane, "acme", events)
+
+
+def test_while_a_detach_waits_for_a_long_query_usage_is_drained_even_into_a_new_day(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """The drain must not stall behind the retention, nor the two wait for one another."""
+    drained_long_ago(control_plane, settings, 40)
+    [found] = partitions.expired(control_plane, settings)
+    dropped: list[object] = []
+    with psycopg.connect(settings.control_plane_url.get_secret_value()) as reader:
+        reader.execute("SELECT count(*) FROM usage_events").fetchall()
+        work = threading.Thread(target=lambda: dropped.append(partitions.drop(control_plane, settings, found)))
+        work.start()
+        wait_until(lambda: partitions.states(control_plane)[found.day] == "pending")
+        events = [*of_day(20, "other"), *of_day(0, "other")]
+        segment(settings, events)
+        drain(control_plane, settings)
+        check_counted(control_plane, "other", events)
+        assert work.is_alive()
+        with pytest.raises(ControlPlaneUnavailable, match="another run"):
+            partitions.drop(control_plane, settings, found)
+        reader.rollback()
+        work.join(20)
+    assert [d.day for d in dropped] == [found.day]  # type: ignore[attr-defined]
+
+
+def test_drains_and_retention_at_once_lose_nothing_and_never_deadlock(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """Days are made and dropped under load; every event of a kept day is there, once."""
+    drained_long_ago(control_plane, settings, *range(35, 50))
+    tenant_id, events = f"m{secrets.token_hex(4)}", []
+    for n in range(40):
+        events += (new := [*of_day(n % 25, tenant_id, 5), *of_day(0, tenant_id, 5)])
+        segment(settings, new)
+        segment(settings, new[3:])
+    in_threads(
+        lambda: drain(control_plane, settings),
+        lambda: drain(control_plane, settings),
+        lambda: apply_retention(control_plane, settings),
+    )
+    check_counted(control_plane, tenant_id, events)
+    assert query(control_plane, "SELECT sum(events)::int AS n FROM usage_days_dropped") == [(45,)]
+
+
+def in_threads(*work: Callable[[], object]) -> None:
+    """Run all at once; raises what the first of them raised."""
+    failed: list[BaseException] = []
+
+    def run(one: Callable[[], object]) -> None:
+        try:
+            one()
+        except BaseException as e:  # noqa: BLE001
+            failed.append(e)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
