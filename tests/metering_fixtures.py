@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -54,3 +56,22 @@ def check_counted(control_plane: ControlPlane, tenant_id: str, events: list[Usag
 
 def drain(control_plane: ControlPlane, settings: Settings) -> list[metering.Drained]:
     return list(metering.drain_all(control_plane, settings))
+
+
+def at_once(*work: Callable[[], object]) -> None:
+    """Run each in a thread; raises what the first of them raised."""
+    failed: list[BaseException] = []
+
+    def run(one: Callable[[], object]) -> None:
+        try:
+            one()
+        except BaseException as e:  # noqa: BLE001
+            failed.append(e)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import secrets
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -22,7 +21,7 @@ from shared.errors import ControlPlaneUnavailable
 from shared.settings import Settings
 from shared.usage import UsageEvent
 from tests.core_fixtures import event, settings_in, start_child
-from tests.metering_fixtures import check_counted, drain, query, segment, totals
+from tests.metering_fixtures import at_once, check_counted, drain, query, segment, totals
 
 pytest_plugins = ("tests.core_fixtures",)
 
@@ -126,21 +125,12 @@ def test_two_drainers_at_once_count_once(core_control_plane: ControlPlane, setti
     for _ in range(24):
         segment(settings, chance.sample(events, 50))
     segment(settings, events)
-    failed: list[BaseException] = []
 
     def work() -> None:
-        try:
-            with ControlPlane(settings) as own:
-                drain(own, settings)
-        except BaseException as e:  # noqa: BLE001
-            failed.append(e)
+        with ControlPlane(settings) as own:
+            drain(own, settings)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    at_once(work, work, work)
     assert spool.sealed(settings.spool_dir) == []
     check_counted(core_control_plane, tenant_id, events)
 

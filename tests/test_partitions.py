@@ -21,7 +21,7 @@ from shared.errors import ControlPlaneUnavailable, Permanent
 from shared.settings import Settings
 from shared.usage import UsageEvent
 from tests.core_fixtures import event, settings_in, wait_until
-from tests.metering_fixtures import check_counted, drain, query, segment, totals
+from tests.metering_fixtures import at_once, check_counted, drain, query, segment, totals
 
 pytest_plugins = ("tests.core_fixtures",)
 
@@ -243,7 +243,7 @@ def test_events_of_days_without_a_partition_are_billed_with_the_rest(
 def test_many_at_once_make_each_day_once(control_plane: ControlPlane, settings: Settings) -> None:
     """Every drain of the fleet meets the new day in the same second."""
     days = [TODAY - timedelta(days=n) for n in range(20, 28)]
-    in_threads(*[lambda: partitions.ensure(control_plane, days)] * 6)
+    at_once(*[lambda: partitions.ensure(control_plane, days)] * 6)
     assert {day: state for day, state in partitions.states(control_plane).items() if day in days} == dict.fromkeys(
         days, "attached"
     )
@@ -392,29 +392,10 @@ def test_drains_and_retention_at_once_lose_nothing_and_never_deadlock(
         events += (new := [*of_day(n % 25, tenant_id, 5), *of_day(0, tenant_id, 5)])
         segment(settings, new)
         segment(settings, new[3:])
-    in_threads(
+    at_once(
         lambda: drain(control_plane, settings),
         lambda: drain(control_plane, settings),
         lambda: apply_retention(control_plane, settings),
     )
     check_counted(control_plane, tenant_id, events)
     assert query(control_plane, "SELECT sum(events)::int AS n FROM usage_days_dropped") == [(45,)]
-
-
-def in_threads(*work: Callable[[], object]) -> None:
-    """Run all at once; raises what the first of them raised."""
-    failed: list[BaseException] = []
-
-    def run(one: Callable[[], object]) -> None:
-        try:
-            one()
-        except BaseException as e:  # noqa: BLE001
-            failed.append(e)
-
-    threads = [threading.Thread(target=run, args=(one,)) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
