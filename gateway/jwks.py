@@ -16,6 +16,9 @@ waits for the same one; more than `MAX_WAITING` do not wait but are told that we
 waiting for a hanging issuer never fill the server. After a failure nothing is fetched for
 `jwks_cooldown_seconds`. An empty key set is a failure: it is what a broken issuer publishes.
 
+So a new key is accepted from its first token on, unless somebody's invented kid had used up the fetch of that
+cool-down: an issuer that publishes a key one cool-down (at the most one TTL) before it signs is never refused.
+
 `generation` counts changes of the key set and forced refreshes: whoever caches what a key said watches it.
 
 A key brings its algorithm (kty, crv → alg); the token's header can only agree with it.

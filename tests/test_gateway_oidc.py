@@ -128,10 +128,11 @@ def test_a_crowd_of_first_requests_and_a_flood_of_invented_kids_cost_one_fetch_a
 @pytest.mark.parametrize("world", [PATIENT], indirect=True)
 def test_a_verified_token_does_not_outlive_its_exp_or_a_forced_refresh_that_drops_its_key(world: World) -> None:
     """Both are remembered as good in both workers, and refused by both once their time has come."""
-    brief = world.token("rs", ttl_seconds=5)
     dropped, kept = world.token("es"), world.token("ed")
-    for token in (brief, dropped, kept):
+    for token in (dropped, kept):
         assert world.everywhere(token) == {ACCEPTED}
+    brief = world.token("rs", ttl_seconds=5)
+    assert world.everywhere(brief) == {ACCEPTED}
     expires_at = jwt.decode(brief, options={"verify_signature": False})["exp"]
     time.sleep(max(0.0, expires_at - time.time()))
     assert world.everywhere(brief) == {401}
@@ -163,7 +164,7 @@ def test_a_hanging_issuer_delays_only_those_who_need_it(world: World) -> None:
         assert set(waiting.result(30)) == {401}
 
 
-QUICK = {"jwks_ttl_seconds": 0.5, "jwks_cooldown_seconds": 0.2, "jwks_timeout_seconds": 1}
+QUICK = {"jwks_ttl_seconds": 0.5, "jwks_cooldown_seconds": 0.2, "jwks_timeout_seconds": 30}
 
 
 @pytest.mark.parametrize("world", [QUICK], indirect=True)
@@ -205,7 +206,7 @@ def test_keys_rotate_under_load_without_one_false_401_and_dropped_ones_are_refus
     assert counts.keys() == {ACCEPTED}, counts
 
 
-@pytest.mark.parametrize("world", [QUICK], indirect=True)
+@pytest.mark.parametrize("world", [QUICK | {"jwks_timeout_seconds": 1}], indirect=True)
 def test_whatever_the_issuer_breaks_the_last_good_keys_serve_and_it_recovers(world: World) -> None:
     """Every refresh fails, again and again, and nobody notices; the first good answer brings a new key."""
     known = world.token("es")
@@ -222,7 +223,7 @@ def test_whatever_the_issuer_breaks_the_last_good_keys_serve_and_it_recovers(wor
     world.everywhere_eventually(late, ACCEPTED)
 
 
-@pytest.mark.parametrize("world", [QUICK | {"jwks_stale_max_seconds": 1}], indirect=True)
+@pytest.mark.parametrize("world", [QUICK | {"jwks_stale_max_seconds": 2}], indirect=True)
 def test_past_the_hard_maximum_the_answer_is_503_until_the_issuer_is_back(world: World) -> None:
     """A 401 would tell clients to throw good tokens away. Nothing is restarted."""
     known = world.token("es")
