@@ -22,13 +22,13 @@ import psycopg
 
 from gateway.limits import Counter
 from gateway.problems import Problem, Refusal
-from gateway.usage import storage_bytes
 from shared import metrics
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable
 from shared.log import get_logger
 from shared.settings import Settings
 from shared.spool import Spool
+from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
 from shared.usage import UsageEvent
 

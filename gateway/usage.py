@@ -7,7 +7,6 @@ its connect time-out must not keep threads from the tenants' databases.
 from __future__ import annotations
 
 import asyncio
-import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -15,6 +14,7 @@ from gateway.problems import shed
 from gateway.schemas import UsageView
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
+from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
 
 _THREADS = 2
@@ -55,16 +55,3 @@ class UsageReport:
             memories_created=row["memories_created"],
             storage_bytes=storage_bytes(TenantPaths.of(self._tenants_dir, tenant_id)),
         )
-
-
-def storage_bytes(paths: TenantPaths) -> int:
-    """Size of the active database and its WAL. `stat` only: opening and closing a live database's file in this
-    process would drop its SQLite locks (FACTS)."""
-    file = os.path.realpath(paths.database)
-    size = 0
-    for name in (file, f"{file}-wal"):
-        try:
-            size += os.stat(name).st_size
-        except FileNotFoundError:
-            continue
-    return size

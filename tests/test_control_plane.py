@@ -57,6 +57,10 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     },
     "usage_hourly_add": SUMS,
     "usage_daily_add": SUMS,
+    **{
+        name: {"tenant_id": ["acme"], "storage_bytes": [1], "measured_at": datetime.now(UTC)}
+        for name in ("usage_hourly_storage", "usage_daily_storage")
+    },
     "usage_known": {"request_id": [uuid4()], "first": uuid4(), "last": uuid4()},
     "usage_day_check": {"day": datetime.now(UTC)},
     "usage_days_dropped": {"days": [datetime.now(UTC).date()]},

@@ -31,11 +31,11 @@ from gateway.schemas import (
     UpdateMemory,
 )
 from gateway.services import Services
-from gateway.usage import storage_bytes
 from shared.engine import memories
 from shared.engine.memories import Changes, NewMemory
 from shared.engine.schema import schema_version
 from shared.engine.search import search
+from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
 
 BATCH = 100

@@ -28,6 +28,9 @@ FROM tenants WHERE tenant_id = %(tenant_id)s;
 SELECT tenant_id, plan_id, state, schema_version, generation, machine_id, created_at
 FROM tenants ORDER BY tenant_id;
 
+-- name: tenants_of_machine
+SELECT tenant_id FROM tenants WHERE machine_id = %(machine_id)s AND state = 'active' ORDER BY tenant_id;
+
 -- name: tenant_states
 SELECT tenant_id, state FROM tenants;
 
@@ -218,6 +221,23 @@ SET api_calls = usage_daily.api_calls + EXCLUDED.api_calls,
     search_queries = usage_daily.search_queries + EXCLUDED.search_queries,
     memories_created = usage_daily.memories_created + EXCLUDED.memories_created;
 
+-- name: usage_hourly_storage
+-- A gauge: the last measurement of the hour stands. Same order of keys and of tables as the drain's sums.
+INSERT INTO usage_hourly (tenant_id, bucket, storage_bytes)
+SELECT tenant_id, date_trunc('hour', %(measured_at)s::timestamptz, 'UTC'), storage_bytes
+FROM unnest(%(tenant_id)b::text[], %(storage_bytes)b::bigint[]) AS measured (tenant_id, storage_bytes)
+ORDER BY 1, 2
+ON CONFLICT (tenant_id, bucket) DO UPDATE SET storage_bytes = EXCLUDED.storage_bytes
+WHERE usage_hourly.storage_bytes IS DISTINCT FROM EXCLUDED.storage_bytes;
+
+-- name: usage_daily_storage
+INSERT INTO usage_daily (tenant_id, bucket, storage_bytes)
+SELECT tenant_id, date_trunc('day', %(measured_at)s::timestamptz, 'UTC'), storage_bytes
+FROM unnest(%(tenant_id)b::text[], %(storage_bytes)b::bigint[]) AS measured (tenant_id, storage_bytes)
+ORDER BY 1, 2
+ON CONFLICT (tenant_id, bucket) DO UPDATE SET storage_bytes = EXCLUDED.storage_bytes
+WHERE usage_daily.storage_bytes IS DISTINCT FROM EXCLUDED.storage_bytes;
+
 -- name: usage_known
 -- Which of these ids are there already, between the smallest and the largest of them.
 SELECT count(*) FROM usage_events
@@ -240,7 +260,7 @@ FROM usage_hourly
 WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s;
 
 -- name: usage_buckets
-SELECT bucket, api_calls, search_queries, memories_created
+SELECT bucket, api_calls, search_queries, memories_created, storage_bytes
 FROM usage_hourly
 WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s
 ORDER BY bucket;
