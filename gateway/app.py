@@ -49,6 +49,7 @@ from shared.registry import KnownTenants
 from shared.settings import Settings
 from shared.settings import settings as settings_from_environment
 from shared.sweep import sweep_disk
+from shared.workers import Announcement
 
 FLEET_SECONDS = 15.0
 BACKLOG_SECONDS = 1.0
@@ -118,13 +119,19 @@ async def _running(
     )
     usage_spool.quotas = services.quotas
     limits.listen(_appliance(services))
+    announcement = Announcement(settings)
+
+    def look_at_limits() -> None:
+        limits.poll()
+        announcement.obeys(limits.version)
+
     services.tenants.start()
     tick_seconds = min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
         Periodic("spool", tick_seconds, usage_spool.tick).start(),
         Periodic("spool-age", BACKLOG_SECONDS, lambda: _observe_backlog(usage_spool)).start(),
-        Periodic("limits", settings.limits_poll_seconds, limits.poll).start(),
+        Periodic("limits", settings.limits_poll_seconds, look_at_limits, at_once=True).start(),
         Periodic("quota", settings.quota_refresh_seconds, services.quotas.refresh, at_once=True).start(),
         Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane)).start(),
     ]
@@ -150,6 +157,7 @@ async def _running(
             log.error("usage_events_unwritten", cause=str(e))
         await asyncio.to_thread(control_plane.close)
         services.rates.close()
+        announcement.close()
         log.info("worker_stopped", pid=os.getpid())
         access_log.drain()
 
@@ -185,7 +193,6 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
     metrics.backup_oldest_success_age_seconds.set(_number(row.get("backup_age_seconds")))
     metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
     metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
-    metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
     metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
 
 

@@ -18,6 +18,7 @@ the file every `limits_poll_seconds`, off the request path, and see an entry's e
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import time
@@ -91,19 +92,36 @@ def path_of(settings: Settings) -> Path:
     return settings.run_dir / "limits.json"
 
 
-def set_limit(settings: Settings, name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
-    """Set a limit for every worker of this machine until it expires. Raises `Permanent` for what makes no sense."""
+class BadLimit(Permanent):
+    """No such limit, or a value, time or reason that makes no sense; nothing was written."""
+
+    exit_code = 2
+
+
+def entry(name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
+    """A checked entry that begins now. Raises `BadLimit`."""
     _checked(name, value)
     if not 0 < ttl_seconds <= MAX_TTL_SECONDS:
-        raise Permanent(f"ttl_seconds must be above 0 and at most {MAX_TTL_SECONDS:.0f}")
+        raise BadLimit(f"ttl_seconds must be above 0 and at most {MAX_TTL_SECONDS:.0f}")
     if not reason.strip():
-        raise Permanent("a limit needs a reason")
+        raise BadLimit("a limit needs a reason")
     now = time.time()
-    entry = Entry(value, reason.strip(), now, now + ttl_seconds, secrets.token_hex(8))
+    return Entry(value, reason.strip(), now, now + ttl_seconds, secrets.token_hex(8))
+
+
+def put(settings: Settings, name: str, new: Entry) -> None:
+    """Have every worker of this machine obey the entry until it expires."""
     with _changing(settings) as entries:
-        entries[name] = entry
-    log.info("limit_set", limit=name, value=value, ttl_seconds=ttl_seconds, reason=reason)
-    return entry
+        entries[name] = new
+    ttl_seconds = round(new.expires_at - new.set_at, 3)
+    log.info("limit_set", limit=name, value=new.value, ttl_seconds=ttl_seconds, reason=new.reason)
+
+
+def set_limit(settings: Settings, name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
+    """Both in one. Raises `BadLimit`, or `Permanent` when the file is damaged."""
+    new = entry(name, value, ttl_seconds=ttl_seconds, reason=reason)
+    put(settings, name, new)
+    return new
 
 
 def clear(settings: Settings, name: str) -> bool:
@@ -120,8 +138,14 @@ def active(settings: Settings) -> dict[str, Entry]:
     return _unexpired(_read(path_of(settings)), time.time())
 
 
+def version_of(entries: dict[str, Entry]) -> str:
+    """Which entries these are, in 16 characters."""
+    ids = " ".join(sorted(e.id for e in entries.values()))
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+
 class Watch:
-    """A worker's view of the file. `poll` is for a thread, `now` for anybody."""
+    """A worker's view of the file. `poll` is for a thread, `now` and `version` (`version_of`) for anybody."""
 
     def __init__(self, settings: Settings) -> None:
         self._path = path_of(settings)
@@ -130,6 +154,7 @@ class Watch:
         self._ends_at = float("inf")
         self._listeners: list[Callable[[Limits], None]] = []
         self.now = Limits()
+        self.version = version_of({})
 
     def listen(self, listener: Callable[[Limits], None]) -> None:
         """`listener` is called in the polling thread with every change; and now, when something is set."""
@@ -152,28 +177,32 @@ class Watch:
         self._entries = _unexpired(self._entries, wall)
         self._ends_at = min((e.expires_at for e in self._entries.values()), default=float("inf"))
         found = _limits(self._entries)
-        if found == self.now:
-            return
-        self.now = found
-        log.info("limits_changed", limits=sorted(self._entries))
-        for listener in self._listeners:
-            listener(found)
+        if found != self.now:
+            self.now = found
+            log.info("limits_changed", limits=sorted(self._entries))
+            for listener in self._listeners:
+                listener(found)
+        self.version = version_of(self._entries)  # last: who reads it may rely on the listeners having been told
 
 
-def _checked(name: str, value: object) -> Any:
-    kind = _TYPES.get(name)
+def check_name(name: str) -> Any:
+    """The type of this limit's values. Raises `BadLimit` when there is none."""
     if name.startswith(_TENANT_RATE):
-        kind = Rate
         try:
             check_tenant_id(name.removeprefix(_TENANT_RATE))
         except UnsafeTenantId as e:
-            raise Permanent(str(e)) from e
-    if kind is None:
-        raise Permanent(f"no limit is called {name!r:.80}; there are {', '.join(sorted(_TYPES))}, {_TENANT_RATE}TENANT")
+            raise BadLimit(str(e)) from e
+        return Rate
+    if name not in _TYPES:
+        raise BadLimit(f"no limit is called {name!r:.80}; there are {', '.join(sorted(_TYPES))}, {_TENANT_RATE}TENANT")
+    return _TYPES[name]
+
+
+def _checked(name: str, value: object) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, check_name(name))
     except msgspec.ValidationError as e:
-        raise Permanent(f"{name} cannot be {value!r:.200}: {e}") from e
+        raise BadLimit(f"{name} cannot be {value!r:.200}: {e}") from e
 
 
 def _limits(entries: dict[str, Entry]) -> Limits:

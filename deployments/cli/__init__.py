@@ -21,6 +21,7 @@ COMMANDS = (
     "backup",
     "restore",
     "usage",
+    "act",
     "demo",
 )
 
