@@ -30,8 +30,8 @@ def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> li
     end = time.monotonic() + run_seconds
     quiet_since = time.monotonic()
     while True:
-        for path in segments:
-            drained.append(core.drain_segment(control_plane(), settings, path))
+        for one in core.drain(control_plane(), settings, segments):
+            drained.append(one)
             quiet_since = time.monotonic()
         now = time.monotonic()
         if now >= end or now - quiet_since >= linger_seconds:
@@ -52,11 +52,17 @@ def report(drained: list[Drained]) -> dict[str, Any]:
         "quarantined": sum(d.quarantined for d in drained),
         "corrupt bytes": sum(d.corrupt_bytes for d in drained),
         "oldest event in seconds": max((d.age_seconds for d in drained), default=0.0),
+        "segments of dry runs, not billed": len(core.dry_run_segments(configuration())),
     }
+    done = (
+        "would have been new: dry run, nothing inserted"
+        if any(d.dry_run for d in drained)
+        else "were new and are in the rollups"
+    )
     artifact.report(
         "metering",
         "Metering",
-        f"{totals['inserted']} of {totals['events']} events were new and are in the rollups",
+        f"{totals['inserted']} of {totals['events']} events {done}",
         totals,
         artifact.table(
             ("segment", "events", "inserted", "duplicates", "quarantined", "corrupt_bytes"),

@@ -12,9 +12,10 @@ Set aside (`usage_quarantine`, with the cause): what `shared.billable` refuses, 
 dropped (`shared.partitions`). Damaged bytes of a file go to `spool/quarantine/`.
 
 Dry run (`ENGRAM_USAGE_DRY_RUN`): everything but insert. A segment is read, judged and counted against what PostgreSQL
-holds, the counts are logged and reported, nothing is written there, and the file goes to `spool/dry-run/`. It is
-neither billed nor lost: moved back into the spool once dry run is off it is drained like any other, each event once
-(older than the retention: into the quarantine). Every drain says how many segments lie there.
+holds, the counts are logged and reported, nothing is written there, and the file goes to `spool/dry-run/`. There it
+stays, whatever the setting is later, until somebody decides: `bill_dry_runs` gives it back to the spool, and it is
+drained like any other, each event once (older than the retention by then: into the quarantine); or it is removed by
+hand. Every metering run reports how many segments lie there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from shared.usage import UsageEvent
 from shared.usage_batch import Batch, columns
 
 BATCH_EVENTS = 5_000
+_DRY_RUN = "dry-run"
 log = get_logger("metering")
 
 
@@ -91,7 +93,6 @@ def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -
 
 def drain(control_plane: ControlPlane, settings: Settings, paths: Iterable[Path]) -> Iterator[Drained]:
     """Drain segments in this order, one at a time; the next is read and encoded while PostgreSQL has this one."""
-    _mention_dry_run(settings)
     with ThreadPoolExecutor(1, thread_name_prefix="segment") as reader:
         following = None
         for path in paths:
@@ -243,7 +244,7 @@ def _set_apart(control_plane: ControlPlane, segment: _Segment, content: SegmentC
         [row] = control_plane.rows("usage_known", request_id=ids, first=ids[0], last=ids[-1])
         known = row["count"]
     drained = _drained(segment, content, len(events) - known, dry_run=True)
-    directory = dry_run_dir(segment.path.parent)
+    directory = segment.path.parent / _DRY_RUN
     directory.mkdir(exist_ok=True, mode=0o700)
     try:
         os.replace(segment.path, directory / segment.path.name)
@@ -256,14 +257,20 @@ def _set_apart(control_plane: ControlPlane, segment: _Segment, content: SegmentC
     return drained
 
 
-def dry_run_dir(spool_dir: Path) -> Path:
-    return spool_dir / "dry-run"
+def dry_run_segments(settings: Settings) -> list[Path]:
+    """Segments that dry runs examined: neither billed nor forgotten."""
+    return spool.sealed(settings.spool_dir / _DRY_RUN)
 
 
-def _mention_dry_run(settings: Settings) -> None:
-    """Usage that was examined and not billed must not be forgotten when dry run is switched off."""
-    if not settings.usage_dry_run and (kept := len(spool.sealed(dry_run_dir(settings.spool_dir)))):
-        log.warning("usage_of_dry_runs_not_billed", segments=kept, directory=str(dry_run_dir(settings.spool_dir)))
+def bill_dry_runs(settings: Settings) -> int:
+    """Give what dry runs examined back to the spool; how many segments. The next drain bills each event once."""
+    found = dry_run_segments(settings)
+    for path in found:
+        os.replace(path, settings.spool_dir / path.name)
+    if found:
+        fsync_path(settings.spool_dir)
+        fsync_path(settings.spool_dir / _DRY_RUN)
+    return len(found)
 
 
 def _quarantine_id(event: UsageEvent) -> UUID:

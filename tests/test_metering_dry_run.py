@@ -1,0 +1,85 @@
+"""A dry run does everything but insert, and nothing it has seen is lost or billed twice afterwards."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from shared import metering, spool
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from tests.core_fixtures import event, settings_in
+from tests.metering_fixtures import at_once, check_counted, drain, query, segment
+
+pytest_plugins = ("tests.core_fixtures",)
+
+WRITTEN = ("usage_events", "usage_hourly", "usage_daily", "usage_quarantine", "usage_segments")
+
+
+@pytest.fixture
+def tenant_id() -> str:
+    return f"m{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def dry(tmp_path: Path, core_url: str) -> Settings:
+    return settings_in(tmp_path, core_url, usage_dry_run=True)
+
+
+@pytest.fixture
+def wet(dry: Settings) -> Settings:
+    return dry.model_copy(update={"usage_dry_run": False})
+
+
+def written(control_plane: ControlPlane) -> list[object]:
+    return [query(control_plane, f"SELECT count(*) FROM {table}") for table in WRITTEN]
+
+
+def test_a_dry_run_says_what_would_be_billed_and_writes_nothing(
+    core_control_plane: ControlPlane, dry: Settings, wet: Settings, tenant_id: str
+) -> None:
+    """New, known, repeated and impossible events are told apart as the real drain would; the file is kept whole."""
+    known = [event(tenant_id) for _ in range(4)]
+    segment(wet, known)
+    drain(core_control_plane, wet)
+    before = written(core_control_plane)
+    new = [event(tenant_id, at=datetime.now(UTC) - timedelta(days=n)) for n in (0, 20, 300)]
+    path = segment(dry, [*known, *new, *new[:2], event(tenant_id, api_calls=-1)])
+    raw = path.read_bytes()
+    [seen] = drain(core_control_plane, dry)
+    assert (seen.events, seen.inserted, seen.duplicates, seen.quarantined) == (10, 3, 6, 1)
+    assert seen.dry_run
+    assert written(core_control_plane) == before
+    assert drain(core_control_plane, dry) == []
+    assert [kept.read_bytes() for kept in metering.dry_run_segments(dry)] == [raw]
+    check_counted(core_control_plane, tenant_id, known)
+
+
+def test_after_dry_run_is_switched_off_its_segments_are_billed_once_and_only_when_asked(
+    core_control_plane: ControlPlane, dry: Settings, wet: Settings, tenant_id: str
+) -> None:
+    """Neither lost in silence, nor billed by surprise, nor twice."""
+    staged, billed = [event(tenant_id) for _ in range(5)], [event(tenant_id) for _ in range(5)]
+    segment(dry, [*staged, *billed[:2]])
+    drain(core_control_plane, dry)
+    segment(wet, billed)
+    drain(core_control_plane, wet)
+    check_counted(core_control_plane, tenant_id, billed)
+    assert len(metering.dry_run_segments(wet)) == 1
+    assert (metering.bill_dry_runs(wet), metering.bill_dry_runs(wet)) == (1, 0)
+    [drained] = drain(core_control_plane, wet)
+    assert (drained.inserted, drained.duplicates, drained.dry_run) == (5, 2, False)
+    check_counted(core_control_plane, tenant_id, [*staged, *billed])
+
+
+def test_two_dry_runs_at_once_examine_every_segment(
+    core_control_plane: ControlPlane, dry: Settings, tenant_id: str
+) -> None:
+    """One moves the file while the other has it open."""
+    paths = {segment(dry, [event(tenant_id) for _ in range(20)]).name for _ in range(20)}
+    at_once(*[lambda: drain(core_control_plane, dry)] * 3)
+    assert spool.sealed(dry.spool_dir) == []
+    assert {path.name for path in metering.dry_run_segments(dry)} == paths
