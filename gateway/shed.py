@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from shared.settings import Settings
 
 ORDER: tuple[RouteClass, ...] = ("search", "list", "write", "get")  # the first is the first to go
 SHARE: dict[RouteClass, float] = {"search": 0.5, "list": 0.75, "write": 0.9, "get": 1.0}
-STEPS = 4_000  # of SQLite's machine between two looks at the clock: some 50 µs
+LOOK_SECONDS = 0.02  # between two looks at what is running; a query may take so much longer than its limit
 TOO_SLOW = Problem(503, "The query took too long; a narrower one may not.", reason="query too slow", retry_after=1)
 Result = TypeVar("Result")
 
@@ -119,16 +120,52 @@ class Gate:
         return False
 
 
+class _Watchdog:
+    """Interrupts what runs for too long: one thread looks at the clock for all of them. SQLite could look itself, by
+    a progress handler, but that is Python code in the middle of a statement: it must get hold of Python's lock, which
+    another thread has, every so many steps (measured: an eighth of a search on a busy worker)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends_at: dict[sqlite3.Connection, float] = {}
+        self._thread: threading.Thread | None = None
+
+    def begin(self, connection: sqlite3.Connection, limit_seconds: float) -> None:
+        with self._lock:
+            self._ends_at[connection] = time.monotonic() + limit_seconds
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="query-limit", daemon=True)
+                self._thread.start()
+
+    def end(self, connection: sqlite3.Connection) -> None:
+        """When this returns the connection will not be interrupted any more: it is somebody else's next."""
+        with self._lock:
+            del self._ends_at[connection]
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            if not self._ends_at:
+                continue
+            now = time.monotonic()
+            with self._lock:
+                for connection, ends_at in self._ends_at.items():
+                    if now >= ends_at:
+                        connection.interrupt()  # of a job between two statements it hits the next one, at the next look
+
+
+_watchdog = _Watchdog()
+
+
 def bounded(
     job: Callable[[sqlite3.Connection], Result], limit_seconds: float
 ) -> Callable[[sqlite3.Connection], Result]:
-    """The job, interrupted when its statements run for longer than this; 0 is no limit."""
+    """The job, interrupted when it runs for longer than this; 0 is no limit."""
     if limit_seconds == 0:
         return job
 
     def run(connection: sqlite3.Connection) -> Result:
-        ends_at = time.monotonic() + limit_seconds
-        connection.set_progress_handler(lambda: time.monotonic() >= ends_at, STEPS)
+        _watchdog.begin(connection, limit_seconds)
         try:
             return job(connection)
         except sqlite3.OperationalError as e:
@@ -136,7 +173,7 @@ def bounded(
                 raise Refusal(TOO_SLOW) from e
             raise
         finally:
-            connection.set_progress_handler(None, 0)
+            _watchdog.end(connection)
 
     return run
 

@@ -179,6 +179,13 @@ def test_search_ranks_filters_and_limits(connection: sqlite3.Connection) -> None
     assert found(connection, "apfel") == ["Äpfel"]
 
 
+def test_memories_of_one_score_come_in_the_order_they_were_made(connection: sqlite3.Connection) -> None:
+    """The same question gets the same answer, wherever the limit cuts."""
+    made = [memories.create(connection, NewMemory("apple pie")).id for _ in range(50)]
+    assert [hit.memory.id for hit in search.search(connection, "apple", limit=50)] == made
+    assert [hit.memory.id for hit in search.search(connection, "apple", limit=20)] == made[:20]
+
+
 HOSTILE = [
     *("", " ", "\t\n", "\x00", "a\x00b", '"', "'", "a'b", '"a', "*", "AND", "a AND", "OR b", "NOT", "a NOT", "NOT a"),
     *("(", ")", "((a)", "a)", "NEAR(", "a NEAR/", "^", "+", "a +", ":", "content:", "nosuch: a", "rank:a", "{a b}: c"),

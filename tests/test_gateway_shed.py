@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_no_place_is_lost_whatever_becomes_of_those_who_wait(tmp_path: Path) -> 
 
 def test_a_slow_query_is_interrupted_and_the_connection_is_good_afterwards() -> None:
     """503 with its own reason; a quick one and one without a limit run to their end."""
-    connection = sqlite3.connect(":memory:")
+    connection = sqlite3.connect(":memory:", check_same_thread=False)  # as `database.connect` opens it
 
     def endless(c: sqlite3.Connection) -> object:
         return c.execute(
@@ -138,6 +139,15 @@ def test_a_slow_query_is_interrupted_and_the_connection_is_good_afterwards() -> 
     assert bounded(quick, 0.05)(connection) == 7 == bounded(quick, 0)(connection)
     with pytest.raises(sqlite3.OperationalError):
         bounded(lambda c: c.execute("SELEC"), 1)(connection)
+
+
+def test_a_job_past_its_limit_never_interrupts_the_next_one_on_its_connection() -> None:
+    """The limit is kept by another thread, which may look late: by then the connection is somebody else's."""
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 100000) SELECT count(*) FROM n"
+    for _ in range(20):
+        bounded(lambda _: time.sleep(0.002), 0.001)(connection)
+        assert connection.execute(count).fetchone() == (100_000,)
 
 
 def test_an_operator_changes_what_all_workers_do_without_a_restart(stack: Stack) -> None:  # noqa: F811

@@ -2,6 +2,11 @@
 
 A query that FTS5 cannot parse is the caller's mistake, not a failure: `BadSearchQuery` carries SQLite's
 message (it names a token of the query, so it goes to the caller and not into logs).
+
+The score is computed once for each match, SQLite's sorter keeps the best `limit`, and only those are read. With
+`ORDER BY rank`, which FTS5's documentation suggests, FTS5 sorts all matches with their positions in a statement of its
+own and computes the scores of the best a second time: 510 µs a search instead of 370 (5,000 memories, 500 mixed
+queries, the same answers). Building the answer's JSON in SQL was measured too: no difference.
 """
 
 from __future__ import annotations
@@ -26,12 +31,12 @@ class Hit(msgspec.Struct, frozen=True):
 _SELECT = (
     "SELECT "
     + ", ".join(f"m.{c}" for c in COLUMNS.split(", "))
-    + ", -bm25(memories_fts) FROM memories_fts JOIN memories m ON m.seq = memories_fts.rowid"
-    " WHERE memories_fts MATCH ?"
+    + ", -best.cost FROM (SELECT memories_fts.rowid AS seq, bm25(memories_fts) AS cost FROM memories_fts"
 )
-_BY_TYPE = " AND m.memory_type = ?"
-_BY_TAG = " AND EXISTS (SELECT 1 FROM tags t WHERE t.tag = ? AND t.seq = m.seq)"
-_ORDER = " ORDER BY rank LIMIT ?"
+_MATCH = " WHERE memories_fts MATCH ?"
+_OF_TYPE = " CROSS JOIN memories t ON t.seq = memories_fts.rowid WHERE memories_fts MATCH ? AND t.memory_type = ?"
+_WITH_TAG = " AND EXISTS (SELECT 1 FROM tags WHERE tag = ? AND seq = memories_fts.rowid)"
+_BEST = " ORDER BY cost, seq LIMIT ?) best CROSS JOIN memories m ON m.seq = best.seq ORDER BY best.cost, best.seq"
 
 
 def search(
@@ -50,15 +55,15 @@ def search(
         raise BadSearchQuery(f"the query is longer than {MAX_QUERY_CHARACTERS} characters")
     if not query.strip() or "\x00" in query:
         raise BadSearchQuery("the query is empty" if "\x00" not in query else "the query contains a NUL")
-    sql, parameters = _SELECT, [query]
+    matching, parameters = _MATCH, [query]
     if memory_type is not None:
-        sql += _BY_TYPE
+        matching = _OF_TYPE
         parameters.append(memory_type)
     for tag in dict.fromkeys(tags or ()):
-        sql += _BY_TAG
+        matching += _WITH_TAG
         parameters.append(tag)
     try:
-        rows = connection.execute(sql + _ORDER, (*parameters, limit)).fetchall()
+        rows = connection.execute(_SELECT + matching + _BEST, (*parameters, limit)).fetchall()
     except UnicodeEncodeError as e:
         raise BadSearchQuery("the query is not valid Unicode") from e
     except sqlite3.OperationalError as e:
