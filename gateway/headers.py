@@ -23,7 +23,11 @@ MAX_FIELDS = 100
 PREFLIGHT_SECONDS = 600
 _LOCALHOST = re.compile(rb"http://(localhost|127\.0\.0\.1)(:\d{1,5})?\Z")
 _METHODS = b"GET, POST, PATCH, DELETE"
-_REQUEST_FIELDS = b"Authorization, Content-Type, X-Request-Id, X-Engram-Tenant, Mcp-Session-Id, Mcp-Protocol-Version"
+# What the web clients of both revisions of MCP send; a browser sends none of them unless all are allowed.
+_REQUEST_FIELDS = (
+    b"Authorization, Content-Type, X-Request-Id, X-Engram-Tenant, Mcp-Protocol-Version, Mcp-Method, Mcp-Name, "
+    b"Mcp-Session-Id, Last-Event-ID"
+)
 _ANSWER_FIELDS = (
     b"X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, RateLimit-Policy, "
     b"X-Engram-Quota-Warning, WWW-Authenticate, Mcp-Session-Id"
@@ -94,8 +98,9 @@ class Heads:
         try:
             await self._app(scope, receive, send)
         finally:
-            if exchange.leave is not None:
-                exchange.leave()
+            leave, exchange.leave = exchange.leave, None
+            if leave is not None:
+                leave()
 
     def _problem(self, scope: Scope, size: int, hosts: int, host: bytes) -> Problem | None:
         if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > self._url_limit:

@@ -27,7 +27,7 @@ COST_OF_ROUTE: dict[tuple[str, str], Cost] = {
     ("PATCH", "/v1/memories/{memory_id}"): Cost("write", "write", ("api_calls", "storage_bytes")),
     ("DELETE", "/v1/memories/{memory_id}"): Cost("write", "write", ("api_calls",)),  # the way out of a full quota
     ("GET", "/v1/usage"): Cost("read", "list", ()),  # who is refused may still ask why
-    ("POST", "/v1/mcp"): Cost("", "write", ("api_calls",)),  # its tools are of every class
+    ("POST", "/v1/mcp"): Cost("", "get", ("api_calls",)),  # until it is known which tool, and so which class, it is
 }
 
 

@@ -64,8 +64,9 @@ class Quotas:
         self._own: dict[tuple[str, str], list[int]] = {}  # by segment and tenant, in the order of COUNTERS
         self._failing = False
 
-    def check(self, tenant_id: str, counters: Iterable[Counter]) -> bytes | None:
-        """The value of the warning header, if a soft limit is reached. Raises a `Refusal` (402) at a hard one."""
+    def check(self, tenant_id: str, counters: Iterable[Counter], memories: int = 1) -> bytes | None:
+        """The value of the warning header, if a soft limit is reached. Raises a `Refusal` (402) for a request that
+        would pass a hard one; `memories` is how many it creates, when it creates any."""
         if time.monotonic() - self._read_at > self._stale_seconds:
             metrics.quota_unchecked_total.inc()
             return None
@@ -78,9 +79,10 @@ class Quotas:
                 continue
             current = allowance.used[counter] + allowance.own[counter]
             hard, soft = allowance.hard[counter], allowance.soft[counter]
-            if hard is not None and current >= hard:
+            wanted = memories if counter == "memories_created" else 1
+            if hard is not None and current + wanted > hard:
                 metrics.quota_exceeded_total.labels(counter).inc()
-                raise Refusal(_exceeded(counter, current, hard))
+                raise Refusal(_exceeded(counter, current, hard, wanted))
             if soft is not None and current >= soft:
                 warnings.append(f"{counter}; current={current}; limit={hard if hard is not None else soft}")
         return ", ".join(warnings).encode() or None
@@ -142,11 +144,12 @@ class CountingSpool(Spool):
         return segment
 
 
-def _exceeded(counter: Counter, current: int, limit: int) -> Problem:
+def _exceeded(counter: Counter, current: int, limit: int, wanted: int) -> Problem:
     period = "" if counter == "storage_bytes" else " of this month"
+    state = "are used up" if current >= limit else f"do not suffice for {wanted} more"
     return Problem(
         402,
-        f"The plan's {counter.replace('_', ' ')}{period} are used up.",
+        f"The plan's {counter.replace('_', ' ')}{period} {state}.",
         reason="quota exceeded",
         extra={"metric": counter, "current": current, "limit": limit},
     )

@@ -88,6 +88,8 @@ def test_a_preflight_is_answered_without_a_token() -> None:
     assert status == 204 and not body
     assert "PATCH" in fields["access-control-allow-methods"]
     assert "Authorization" in fields["access-control-allow-headers"]
+    mcp = {"Mcp-Protocol-Version", "Mcp-Method", "Mcp-Name", "Mcp-Session-Id", "Last-Event-ID"}
+    assert mcp <= set(fields["access-control-allow-headers"].split(", ")), "both revisions of MCP"
     assert "RateLimit-Remaining" in fields["access-control-expose-headers"]
     status, fields, body = ask(settings, (b"origin", b"https://evil"), asks, method="OPTIONS")
     assert status == 403 and "access-control-allow-origin" not in fields and json.loads(body)["status"] == 403

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -17,9 +18,14 @@ import pytest
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 
+from gateway.exchange import Exchange
+from gateway.mcp import tools
 from gateway.mcp.route import Origins
-from gateway.mcp.tools import BATCH, RESULT_BYTES
+from gateway.mcp.tools import BATCH, RESULT_BYTES, Call, change_place
+from gateway.problems import CLIENT_LEFT, Refusal
+from gateway.shed import Gate
 from shared import limits, registry
+from shared.limits import Watch
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
@@ -417,11 +423,15 @@ def test_limits_of_a_class_of_routes_hold_for_its_tools_too(stack: Stack) -> Non
 
 
 def test_a_used_up_quota_refuses_the_tools_that_draw_on_it(stack: Stack) -> None:  # noqa: F811
-    """402 as a tool error, with the counter; what draws on another counter is served."""
+    """402 as a tool error, with the counter; what draws on another counter is served. A batch counts as its parts
+    before it runs: four where three are allowed are refused, three are not."""
     with stack.control_plane.transaction() as connection:
         connection.execute(
-            "INSERT INTO plans (plan_id, search_queries_hard, memories_created_hard) VALUES ('mcp-nothing', 0, 0)"
+            "INSERT INTO plans (plan_id, search_queries_hard, memories_created_hard)"
+            " VALUES ('mcp-nothing', 0, 0), ('mcp-three', NULL, 3)"
         )
+    three = f"{stack.tenant()}-three"  # in the first snapshot that holds the poor one too
+    registry.create(stack.control_plane, stack.settings, three, plan_id="mcp-three")
     tenant = f"{stack.tenant()}-poor"
     registry.create(stack.control_plane, stack.settings, tenant, plan_id="mcp-nothing")
 
@@ -443,6 +453,47 @@ def test_a_used_up_quota_refuses_the_tools_that_draw_on_it(stack: Stack) -> None
         await mcp.ok("memory_list")
 
     within(stack, tenant, work)
+
+    async def batches(mcp: Session) -> None:
+        memories = [{"content": "x"}] * 4
+        for _ in range(4):
+            problem = await mcp.problem("memory_create_batch", 402, memories=memories)
+            assert (problem["metric"], problem["current"], problem["limit"]) == ("memories_created", 0, 3)
+            assert "4 more" in problem["detail"]
+        assert (await mcp.ok("memory_stats"))["memories"] == 0
+        assert (await mcp.ok("memory_create_batch", memories=memories[:3]))["count"] == 3
+
+    within(stack, three, batches)
+
+
+def test_a_tool_takes_a_place_of_its_own_class() -> None:
+    """Where half of the places are taken a search waits and a lookup does not; whose request is over takes none."""
+
+    async def test() -> None:
+        settings = Settings(inflight_requests=4, inflight_wait_seconds=0.05)
+        gate = Gate(settings, Watch(settings))
+        services = SimpleNamespace(gate=gate)
+        calls = []
+        for _ in range(3):
+            exchange = Exchange("POST", None)
+            exchange.tenant_id, exchange.leave = "acme", await gate.enter("acme", "get")
+            calls.append(Call(services, exchange))  # type: ignore[arg-type]
+        first, second, third = calls
+        await change_place(tools.TOOLS["memory_get"].cost, first)
+        with pytest.raises(Refusal) as refused:
+            await change_place(tools.TOOLS["memory_search"].cost, second)
+        assert refused.value.problem.reason == "shed" and second.exchange.leave is None, "and has given back its own"
+        third.exchange.status = CLIENT_LEFT.status
+        with pytest.raises(Refusal):
+            await change_place(tools.TOOLS["memory_get"].cost, third)
+        with pytest.raises(Refusal):
+            await change_place(tools.TOOLS["memory_get"].cost, third)
+        assert first.exchange.leave is not None
+        first.exchange.leave()
+        for leave in [await gate.enter("acme", "get") for _ in range(4)]:  # all four are free again
+            leave()
+
+    asyncio.run(test())
 
 
 def test_the_guard_of_rest_stands_before_mcp(stack: Stack) -> None:  # noqa: F811

@@ -18,7 +18,7 @@ from gateway import v1
 from gateway.exchange import Exchange
 from gateway.guard import TOO_MANY_REQUESTS
 from gateway.limits import Cost, cost_of
-from gateway.problems import Problem, Refusal, bad_request, forbidden
+from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request, forbidden
 from gateway.quota import WARNING_HEADER
 from gateway.ratelimit import too_many
 from gateway.schemas import (
@@ -123,26 +123,45 @@ async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
     """Raises what a REST handler raises; `gateway.problems.problem_of` says what the caller is told."""
     if tool.scope not in call.exchange.scopes:
         raise forbidden(f"The token lacks the scope {tool.scope}.")
-    _check_limits(tool.cost, call)
+    _check_rate(tool.cost, call)
     try:
         taken = msgspec.convert(arguments, tool.takes)
     except (msgspec.ValidationError, RecursionError) as e:
         raise bad_request(f"The arguments are not valid: {str(e)[:300]}") from None
+    _check_quota(tool.cost, call, len(taken.memories) if isinstance(taken, CreateMemories) else 1)
+    await change_place(tool.cost, call)
     return await tool.run(call, taken)
 
 
-def _check_limits(cost: Cost, call: Call) -> None:
-    """What the guard could not know: of which class the request is. Its place, the tenant's rate and the quota of
-    api_calls were the guard's."""
-    services, tenant_id = call.services, call.tenant_id
-    services.gate.check(cost.route_class)
-    decision = services.rates.within(tenant_id, cost.rate)
+def _check_rate(cost: Cost, call: Call) -> None:
+    """What the guard could not know: of which class the request is. The tenant's rate was the guard's."""
+    call.services.gate.check(cost.route_class)
+    decision = call.services.rates.within(call.tenant_id, cost.rate)
     if decision is not None and not decision.allowed:
         raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
+
+
+def _check_quota(cost: Cost, call: Call, memories: int) -> None:
+    """That of api_calls was the guard's."""
     counters = [counter for counter in cost.counters if counter != "api_calls"]
-    warning = services.quotas.check(tenant_id, counters) if counters else None
+    warning = call.services.quotas.check(call.tenant_id, counters, memories) if counters else None
     if warning is not None:
         call.exchange.headers.append((WARNING_HEADER, warning))
+
+
+async def change_place(cost: Cost, call: Call) -> None:
+    """Give the guard's place back for one of the tool's class, so that searches go first here too. The SDK runs a tool
+    in a task of its own, which may outlive its request: nobody would give back what is taken then."""
+    exchange = call.exchange
+    leave, exchange.leave = exchange.leave, None
+    if leave is None:
+        raise Refusal(CLIENT_LEFT)
+    leave()
+    leave = await call.services.gate.enter(call.tenant_id, cost.route_class)
+    if exchange.status:
+        leave()
+        raise Refusal(CLIENT_LEFT)
+    exchange.leave = leave
 
 
 def _result(document: object) -> Result:
