@@ -75,7 +75,10 @@ class Settings(BaseSettings):
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
-    tenant_pool_size: int = Field(default=256, ge=1, description="open tenant databases per gateway worker")
+    tenant_pool_size: int = Field(default=1_024, ge=1, description="open tenant databases per gateway worker")
+    sqlite_heap_bytes: int = Field(
+        default=268_435_456, ge=16_777_216, description="page caches of a gateway worker recycle above this"
+    )
     tenant_refresh_seconds: float = Field(default=2.0, gt=0)
     tenant_lock_wait_seconds: float = Field(default=2.0, ge=0)
     sqlite_busy_timeout_seconds: float = Field(default=5.0, ge=0)

@@ -212,3 +212,38 @@ def test_acknowledged_writes_of_a_killed_process_are_there(paths: TenantPaths) -
     rows = [int(row) for row in contents_of(paths.database)]
     assert rows == list(range(len(rows)))
     assert len(rows) >= len(acknowledged)
+
+
+def test_a_readonly_connection_migrates_and_cannot_write(paths: TenantPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands for the one that writes in everything but writing, and leaves what it finds beside the file."""
+    with opened(paths) as writer:
+        write_one(writer, "one")
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "CREATE TABLE added (x TEXT) STRICT;"))
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", schema.SCHEMA_VERSION + 1)
+    with closing(TenantDatabase(paths, readonly=True)) as tenant:
+        assert read_all(tenant) == ["one"]
+        with tenant.read() as connection:
+            assert connection.execute("SELECT count(*) FROM added").fetchone() == (0,)
+        with pytest.raises(ValueError), tenant.write():
+            pass
+        with pytest.raises(TenantDatabaseUnavailable, match="readonly"), tenant.read() as connection:
+            connection.execute("DELETE FROM memories")
+    assert (paths.generation_dir(1) / "engram.db-wal").exists()
+
+
+def test_while_a_file_is_held_open_closing_a_writer_does_not_checkpoint(paths: TenantPaths) -> None:
+    """The eviction of a tenant counts on it; and what was held is checked before it is first used."""
+    wal = paths.generation_dir(1) / "engram.db-wal"
+    with closing(TenantDatabase(paths, readonly=True)) as held:
+        held.hold()
+        with opened(paths) as writer:
+            write_one(writer, "one")
+            assert writer.wal_bytes() == wal.stat().st_size > 0
+        assert wal.stat().st_size > 0
+        with pytest.raises(InMaintenance):
+            held.look_up(memories.count)  # it would have to open it
+        assert read_all(held) == ["one"]
+        assert held.look_up(memories.count) == 1
+    with opened(paths) as writer:
+        assert read_all(writer) == ["one"]
+    assert not wal.exists()

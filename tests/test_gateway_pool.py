@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
+import shutil
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable
@@ -12,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from gateway.pool import PER_TENANT_QUEUE, TenantPool
+from gateway.handles import WAL_KEEP_BYTES
+from gateway.pool import FILES_FOR_THE_REST, FILES_PER_TENANT, PER_TENANT_QUEUE, TenantPool
 from gateway.problems import Refusal
 from shared.engine import database, memories
 from shared.engine.memories import NewMemory
@@ -26,16 +30,22 @@ def with_pool(tmp_path: Path, test: Callable[[TenantPool], Awaitable[None]], ten
     for n in range(tenants):
         database.create(TenantPaths.of(configured.tenants_dir, f"t{n}"))
 
+    open_at_the_end: list[str] = []
+
     async def run() -> None:
         pool = TenantPool(configured)
         try:
             await test(pool)
         finally:
+            open_at_the_end.extend(tenant.paths.tenant_id for tenant in pool._open.leaving())
             await asyncio.wait_for(pool.close(), 20)
 
     asyncio.run(run())
-    for n in range(tenants):  # the last close of each database checkpoints it away
-        assert not list((configured.tenants_dir / f"t{n}" / "generations").rglob("*-wal"))
+    for n in range(tenants):
+        left = list((configured.tenants_dir / f"t{n}" / "generations").rglob("*-wal"))
+        if f"t{n}" in open_at_the_end:
+            assert not left  # closing for good folds it into the database
+        assert all(wal.stat().st_size <= WAL_KEEP_BYTES for wal in left)
 
 
 def _open_count(pool: TenantPool) -> int:
@@ -238,3 +248,67 @@ def test_a_failing_write_fails_alone_and_a_failing_transaction_fails_all(tmp_pat
         assert (await pool.write("t0", jobs[0])).content == "x"
 
     with_pool(tmp_path, test, 1)
+
+
+def test_a_tenant_used_all_the_time_stays_open_through_a_sweep_over_all_others(tmp_path: Path) -> None:
+    """Each tenant of the sweep is used once; the hot one's handle is never opened a second time."""
+
+    async def test(pool: TenantPool) -> None:
+        for _ in range(2):
+            await pool.read("t0", memories.count)
+        hot = pool._open.get("t0")
+        for n in range(1, 8):
+            await pool.read(f"t{n}", memories.count)
+        assert hot is not None and pool._open.get("t0") is hot
+
+    with_pool(tmp_path, test, 8, tenant_pool_size=3)
+
+
+def test_an_eviction_leaves_the_wal_and_a_crash_after_it_loses_nothing(tmp_path: Path) -> None:
+    """Only closing got cheaper: what was acknowledged is in the -wal or in the file, and the next open reads both."""
+
+    async def test(pool: TenantPool) -> None:
+        wal = TenantPaths.of(tmp_path / "tenants", "t0").generation_dir(1) / "engram.db-wal"
+        for n in range(16):
+            await pool.write("t0", lambda c, n=n: memories.create(c, NewMemory(f"{n} " + "x" * 10_000)))
+            await pool.read("t1", memories.count)
+            assert await pool.read("t0", memories.count) == n + 1
+            await pool.read("t1", memories.count)
+            for _ in range(1_000):  # the thread that closes t0 may be behind
+                if not _has_open(wal.parent):
+                    break
+                await asyncio.sleep(0.005)
+            assert not wal.exists() or wal.stat().st_size <= WAL_KEEP_BYTES
+            if n == 0:
+                assert wal.stat().st_size > 0
+            copied = tmp_path / f"crash-{n}"
+            shutil.copytree(wal.parent, copied)  # as a crash would leave it
+            with contextlib.closing(sqlite3.connect(copied / "engram.db")) as found:
+                assert memories.count(found) == n + 1
+
+    with_pool(tmp_path, test, 2, tenant_pool_size=1)
+
+
+def _has_open(directory: Path) -> bool:
+    """Whether this process has a file in `directory` open."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"{directory}/"):
+                return True
+    return False
+
+
+def test_the_pool_never_grows_past_the_file_limit(tmp_path: Path) -> None:
+    """With too many open SQLite cannot make its files, and requests fail that only had to wait."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test(pool: TenantPool) -> None:
+        assert pool._open.size == 8
+        pool.resize(1_000)
+        assert pool._open.size == 8
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_FOR_THE_REST + 8 * FILES_PER_TENANT, hard))
+    try:
+        with_pool(tmp_path, test, 1, tenant_pool_size=1_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

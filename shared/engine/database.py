@@ -9,7 +9,11 @@ A `TenantDatabase` has its own lock descriptor and its own connection and must b
 time: a flock belongs to the open file, so two threads sharing one would release each other's.
 
 synchronous=FULL, because WAL with NORMAL lost 200 of 200 acknowledged rows at power loss (FACTS); opened
-mode=rw, because the default would make an empty database where the active one is missing.
+mode=rw or ro, because the default would make an empty database where the active one is missing.
+
+A `readonly` one is also the cheap one to close. SQLite checkpoints a database and removes its `-wal` when the last
+connection closes that could write it; one that cannot leaves both files for the next open. Measured on ext4, small
+database: open, read, close 1,040 µs and 430 µs of CPU read-write, 310 and 245 readonly.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +39,9 @@ _SHARED_NOW = fcntl.LOCK_SH | fcntl.LOCK_NB
 Result = TypeVar("Result")
 
 
-def connect(path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False) -> sqlite3.Connection:
+def connect(
+    path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False, cache_kib: int | None = CACHE_KIB
+) -> sqlite3.Connection:
     """Open an existing database with the pragmas of this house. Never creates a file.
 
     Raises `TenantDatabaseUnavailable` when it cannot be opened, `CorruptDatabase` when it is no database.
@@ -53,9 +59,11 @@ def connect(path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = F
     except sqlite3.OperationalError as e:
         raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
     try:
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        if cache_kib is not None:
+            connection.execute(f"PRAGMA cache_size = -{cache_kib}")  # reads the schema
+        if not readonly:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as e:
         connection.close()
         _raise_as_ours(e)
@@ -109,17 +117,27 @@ def create(paths: TenantPaths) -> bool:
 
 
 class TenantDatabase:
-    """One fenced connection. `read()` and `write()` yield the sqlite3 connection inside the fence."""
+    """One fenced connection. `read()` and `write()` yield the sqlite3 connection inside the fence.
+
+    A `readonly` one has no `write()`; it still migrates an older schema when it opens one.
+    """
 
     def __init__(
-        self, paths: TenantPaths, *, busy_timeout_seconds: float = 5.0, lock_wait_seconds: float = 2.0
+        self,
+        paths: TenantPaths,
+        *,
+        busy_timeout_seconds: float = 5.0,
+        lock_wait_seconds: float = 2.0,
+        readonly: bool = False,
     ) -> None:
+        self.readonly = readonly
         self._paths = paths
         self._busy_timeout_seconds = busy_timeout_seconds
         self._lock_wait_seconds = lock_wait_seconds
         self._current = str(paths.current)
         self._mark = str(paths.mark)
         self._generation = ""
+        self._file = ""
         self._connection: sqlite3.Connection | None = None
         self._lock = self._open_lock()
 
@@ -178,6 +196,8 @@ class TenantDatabase:
 
         Raises `InMaintenance` when a maintenance mark stands, else as `read`. An exception rolls back.
         """
+        if self.readonly:
+            raise ValueError("this connection was opened to read")
         connection = self._enter()
         try:
             if os.access(self._mark, os.F_OK):
@@ -196,8 +216,30 @@ class TenantDatabase:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
+    def hold(self) -> None:
+        """Keep the active generation's file open without checking or reading it (40 µs); the first use opens it anew.
+
+        While this stands, no other connection is the last one: closing a writer then does not checkpoint.
+        """
+        self._take_lock()
+        try:
+            file = self._paths.root / os.readlink(self._current) / "engram.db"
+            self._connection = connect(file, readonly=True, cache_kib=None)
+            self._connection.execute("PRAGMA user_version")  # takes SQLite's shared lock, and needs no schema
+        except (OSError, sqlite3.DatabaseError) as e:
+            raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def wal_bytes(self) -> int:
+        """The size of the open generation's `-wal`; 0 when there is none."""
+        try:
+            return os.stat(f"{self._file}-wal").st_size
+        except FileNotFoundError:
+            return 0
+
     def close(self) -> None:
-        """Close. The last connection of a database checkpoints it: not for an event loop."""
+        """Close. The last connection of a database that can write checkpoints it: not for an event loop."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -251,9 +293,12 @@ class TenantDatabase:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        file = Path(os.path.realpath(self._paths.root / link / "engram.db"))
-        connection = connect(file, busy_timeout_seconds=self._busy_timeout_seconds)
+        file = self._paths.root / link / "engram.db"
+        connection = connect(file, busy_timeout_seconds=self._busy_timeout_seconds, readonly=self.readonly)
         try:
+            if self.readonly and schema.is_older(connection):
+                with closing(connect(file, busy_timeout_seconds=self._busy_timeout_seconds)) as writer:
+                    schema.migrate(writer, self.tenant_id)
             schema.migrate(connection, self.tenant_id)
         except BaseException as e:
             connection.close()
@@ -261,7 +306,7 @@ class TenantDatabase:
                 _raise_as_ours(e)
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
             raise
-        self._connection, self._generation = connection, link
+        self._connection, self._generation, self._file = connection, link, str(file)
         return connection
 
 

@@ -77,6 +77,11 @@ def schema_version(connection: sqlite3.Connection) -> int:
     return version
 
 
+def is_older(connection: sqlite3.Connection) -> bool:
+    """Whether this is a tenant database that `migrate` would write to."""
+    return 0 < schema_version(connection) < SCHEMA_VERSION
+
+
 def migrate(connection: sqlite3.Connection, tenant_id: str, *, new: bool = False) -> int:
     """Bring the database to `SCHEMA_VERSION` in one transaction and return the version it had.
 

@@ -20,8 +20,9 @@ def main() -> None:
         "--only", action="append", default=[], help="cases that begin with this: bare edge get search create tenants"
     )
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "engram-bench-gateway.json")
+    parser.add_argument("--against", type=Path, help="another checkout, for the curve over tenants")
     options = parser.parse_args()
-    with world() as made, Bench(made, options.seconds, options.rounds, set(options.only)) as bench:
+    with world() as made, Bench(made, options.seconds, options.rounds, set(options.only), options.against) as bench:
         bench.run()
         show(bench)
         options.out.write_text(json.dumps(document(bench), indent=2))

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from tests.bench.gateway.curve import CONNECTIONS, Point, curve
 from tests.bench.gateway.floors import floor
 from tests.bench.gateway.load import Requests, Result, closed_loop, open_loop, request
 from tests.bench.gateway.world import MAIN_MEMORIES, MAIN_TENANT, Server, World, fill
-
-CONNECTIONS = 32
-TENANTS = (1, 100, 1_000, 5_000)
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,17 @@ class Measured:
 
 
 class Bench:
-    def __init__(self, world: World, seconds: float, rounds: int, only: set[str]) -> None:
+    def __init__(self, world: World, seconds: float, rounds: int, only: set[str], against: Path | None = None) -> None:
         self._world = world
         self._seconds = seconds
         self._rounds = rounds
         self._only = only
+        self._against = against
         self._stack = ExitStack()
         self._servers: dict[str, Server] = {}
         self._random = random.Random(2)
         self.measured: dict[str, Measured] = {}
-        self.tenants: list[dict[str, float]] = []
+        self.tenants: list[Point] = []
 
     def __enter__(self) -> Bench:
         return self
@@ -76,7 +75,7 @@ class Bench:
         if not self._only or "tenants" in self._only:
             self._stack.close()
             self._servers.clear()
-            self.tenants = [self._with_tenants(n) for n in TENANTS]
+            self.tenants = curve(self._world, self._seconds, self._rounds, self._against)
 
     def _saturate(self, case: Case) -> tuple[Result, float]:
         """One burst; with the server's CPU time a request, which neighbours on the core hardly change."""
@@ -132,34 +131,6 @@ class Bench:
             creates = [request("POST", "/v1/memories", headers, json.dumps(b).encode()) for b in bodies]
             cases.append(Case(f"create{name}", server, creates, world.paths(tenant_id).database, bodies))
         return cases
-
-    def _with_tenants(self, count: int) -> dict[str, float]:
-        """Mixed load (60% search, 20% get, 20% create) spread evenly over `count` tenants, the pool's cap held."""
-        world = self._world
-        names = world.small_tenants(count)
-        ids, headers = world.small_ids(), {name: world.headers(name) for name in names}
-        requests = [self._mixed(headers[self._random.choice(names)], ids) for _ in range(20_000)]
-        with world.server("gateway") as server:
-            closed_loop(server.port, requests, connections=CONNECTIONS, seconds=1)
-            before = server.cpu_seconds()
-            result = closed_loop(server.port, requests, connections=CONNECTIONS, seconds=max(2, self._seconds))
-            cpu_us = (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
-            return {
-                "tenants": count,
-                "rate": result.rate,
-                "cpu_us": cpu_us,
-                "p95_ms": result.percentile_ms(0.95),
-                "bad": result.bad,
-                "rss_mb": server.rss_bytes() / 1e6,
-            }
-
-    def _mixed(self, headers: dict[str, str], ids: list[str]) -> bytes:
-        kind = self._random.random()
-        if kind < 0.6:
-            return request("POST", "/v1/search", headers, json.dumps(self._world.corpus.query()).encode())
-        if kind < 0.8:
-            return request("GET", f"/v1/memories/{self._random.choice(ids)}", headers)
-        return request("POST", "/v1/memories", headers, json.dumps(self._world.corpus.memory()).encode())
 
 
 def _summary(results: list[tuple[Result, float]]) -> Measured:

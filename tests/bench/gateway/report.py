@@ -63,9 +63,11 @@ def show(bench: Bench) -> None:
         )
     console.print(cases, ratios)
     if bench.tenants:
-        curve = Table("tenants", "requests/s", "CPU µs", "p95 ms", "bad", "RSS MB")
+        curve = Table("tenants", "used", "code", "requests/s", "of rounds", "CPU µs", "p95 ms", "bad", "RSS MB")
         for t in bench.tenants:
-            curve.add_row(*(f"{t[k]:,.0f}" for k in ("tenants", "rate", "cpu_us", "p95_ms", "bad", "rss_mb")))
+            spread = f"{min(t.rates):,.0f}–{max(t.rates):,.0f}"
+            figures = (f"{t.rate:,.0f}", spread, f"{t.cpu_us:,.0f}", f"{t.p95_ms:.1f}", str(t.bad), f"{t.rss_mb:.0f}")
+            curve.add_row(f"{t.tenants:,}", t.used, t.code, *figures)
         console.print(curve)
 
 
@@ -76,5 +78,5 @@ def document(bench: Bench) -> dict[str, Any]:
             {"line": what, "measured": value, "sign": sign, "bound": bound, "by_cpu": by_cpu}
             for what, value, sign, bound, by_cpu in lines(bench.measured)
         ],
-        "tenants": bench.tenants,
+        "tenants": [asdict(t) for t in bench.tenants],
     }

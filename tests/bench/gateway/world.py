@@ -70,7 +70,7 @@ class World:
         self.control_plane = ControlPlane(self.settings)
         self.control_plane.migrate()
         self._url = url
-        self.made_small = 0
+        self._made: dict[str, int] = {}
         self.tenant(MAIN_TENANT)
         self.ids = fill(self.paths(MAIN_TENANT), self.corpus, MAIN_MEMORIES)
 
@@ -84,20 +84,20 @@ class World:
         token = self.issuer.token(tenant_id, exp=int(time.time()) + 7_200)
         return {"authorization": f"Bearer {token}"}
 
-    def small_tenants(self, count: int) -> list[str]:
+    def small_tenants(self, count: int, family: str = "small") -> list[str]:
         """`count` tenants with a few memories each: copies of one template, its identity changed."""
-        names = [f"small-{n}" for n in range(count)]
+        names = [f"{family}-{n}" for n in range(count)]
         template = self.paths("template")
         if not template.root.exists():
             database.create(template)
             fill(template, self.corpus, SMALL_MEMORIES)
-        for name in names[self.made_small :]:
+        for name in names[self._made.get(family, 0) :]:
             shutil.copytree(template.root, self.paths(name).root, symlinks=True)
             with contextlib.closing(sqlite3.connect(self.paths(name).database)) as connection:
                 connection.execute("PRAGMA synchronous = OFF")
                 connection.execute("UPDATE meta SET value = ? WHERE key = 'tenant_id'", (name,))
                 connection.commit()
-        self.made_small = max(self.made_small, count)
+        self._made[family] = max(self._made.get(family, 0), count)
         with psycopg.connect(self._url) as connection, connection.cursor() as cursor:
             cursor.executemany(
                 "INSERT INTO tenants (tenant_id, plan_id, state, schema_version, machine_id)"
@@ -115,12 +115,15 @@ class World:
         return ids
 
     @contextlib.contextmanager
-    def server(self, name: str, **settings: Any) -> Iterator[Server]:
-        """`targets` serving `name` on a port of its own, ready. `settings` go before the bench's own."""
+    def server(self, name: str, checkout: Path | None = None, **settings: Any) -> Iterator[Server]:
+        """`targets` serving `name` on a port of its own, ready. `settings` go before the bench's own; `checkout`
+        is where the code is, if not here."""
         port = free_port()
         environment = self.environment(gateway_port=port, **settings)
         environment["BENCH_JWK"] = json.dumps(self.issuer.keys[0].jwk())
         command = [sys.executable, "-m", "tests.bench.gateway.targets", name, str(port)]
+        if checkout is not None:  # the directory `python -m` looks in first
+            command = ["env", "-C", str(checkout), *command]
         with pinned(name, port, command, self.directory / f"{name}-{port}.log", environment) as server:
             yield server
 
