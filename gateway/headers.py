@@ -19,7 +19,7 @@ from gateway.exchange import exchange_of
 from gateway.problems import MEDIA_TYPE, Problem
 from shared.settings import Settings
 
-MAX_FIELDS = 100
+MAX_FIELDS = 64
 PREFLIGHT_SECONDS = 600
 _LOCALHOST = re.compile(rb"http://(localhost|127\.0\.0\.1)(:\d{1,5})?\Z")
 _METHODS = b"GET, POST, PATCH, DELETE"

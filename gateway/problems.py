@@ -83,6 +83,7 @@ CONTROL_PLANE = Problem(503, "The control plane did not answer.", reason="contro
 NO_SPACE = Problem(507, "There is no space left to store this.")
 INACTIVE_TENANT = Problem(403, "The token's tenant is not active here.")
 CLIENT_LEFT = Problem(499, "The client closed the connection before its request was whole.")
+BROKEN_BODY = Problem(400, "The body ended before it was whole.")
 INTERNAL = Problem(500, "The request failed; the cause is in the log under this request id.")
 
 
@@ -119,6 +120,8 @@ def answer(request: Request[Any, Any, Any], e: Exception) -> Response[bytes]:
     """Litestar's exception handler for everything; logs what an operator must see."""
     problem = problem_of(e)
     exchange = exchange_of(request.scope)
+    if problem is CLIENT_LEFT:  # counted as that; who is still there (its chunks were malformed) reads this
+        exchange.outcome, problem = CLIENT_LEFT.status, BROKEN_BODY
     exchange.shed = problem.reason in ("shed", "spool full")
     if problem.status >= 500 and problem is not MAINTENANCE and not isinstance(e, Refusal):
         log_failure(e, problem, exchange.request_id, exchange.tenant_id)

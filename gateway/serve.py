@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import granian._signals
 from granian._granian import WorkerSignal
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
@@ -78,6 +78,7 @@ def serve(settings: Settings) -> None:
         address=settings.gateway_host,
         port=settings.gateway_port,
         interface=Interfaces.ASGI,
+        http=HTTPModes.http1,  # to tell 1 from 2 Granian waits for the first bytes, without a time limit
         workers=settings.gateway_workers,
         backlog=settings.gateway_backlog,
         websockets=False,

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from gateway.exchange import SCOPE_KEY, Exchange
-from gateway.headers import Heads
+from gateway.headers import MAX_FIELDS, Heads
 from shared.settings import Settings
 from tests.gateway_stack import Stack, assert_problem, gateway, stack  # noqa: F401
 
@@ -149,7 +149,18 @@ def test_hostile_heads_and_slow_clients_get_an_answer_or_a_closed_connection(sta
     close = b"Host: x\r\nConnection: close\r\n"
     begin = b"POST /v1/memories HTTP/1.1\r\nContent-Type: application/json\r\n" + auth
     for data, expected in {
+        b"": b"",  # says nothing at all
         b"GET /health HTTP/1.1\r\nHos": b"",  # stalls inside its head
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00": b"",
+        b"GET /health\r\n\r\n": b"400",
+        b"GE T / HTTP/1.1\r\n" + close + b"\r\n": b"400",
+        b"GET /health HTTP/1.1\r\nX: a\x00b\r\n" + close + b"\r\n": b"400",
+        b"GET /health HTTP/1.1\r\nno colon\r\n" + close + b"\r\n": b"400",
+        begin + close + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}": b"400",
+        begin + close + b"Content-Length: -2\r\n\r\n{}": b"400",
+        begin + close + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n": b"400",
+        begin + close + b"Transfer-Encoding: gzip\r\n\r\n{}": b"400",
+        begin + close + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n": b"400",
         begin + close + b"Content-Length: 20\r\n\r\n{": b"408",  # stalls inside its body
         begin + close + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{": b"408",
         b"GET /v1/memories HTTP/1.1\r\nConnection: close\r\n" + auth + b"\r\n": b"400",
@@ -166,6 +177,15 @@ def test_hostile_heads_and_slow_clients_get_an_answer_or_a_closed_connection(sta
     }.items():
         answer = raw(cut.url, data)
         assert answer[9:12] == expected, (data[:60], answer[:200])
+    fields = b"".join(b"X%d: y\r\n" % n for n in range(MAX_FIELDS))
+    for data, status in (
+        (b"GET /health?" + b"x" * 9_000 + b" HTTP/1.1\r\n" + close + b"\r\n", 414),
+        (b"GET /health HTTP/1.1\r\n" + fields + close + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 300_000 + b"\r\n" + close + b"\r\n", 431),
+        (begin + close + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    ):  # within what the server below reads, the answer is ours
+        answer = raw(cut.url, data).partition(b"\r\n\r\n")[2]
+        assert json.loads(answer)["status"] == status, data[:60]
     for path in ("/v1/memories", "/nothing", "/health"):
         response = cut.client.get(path, headers={"Origin": "https://app.example"})
         assert response.headers["strict-transport-security"].startswith("max-age=31536000")
