@@ -18,7 +18,7 @@ from typing import Any
 from shared.settings import Settings
 from shared.settings import settings as settings_from_environment
 
-Loader = Callable[[Settings, int], Any]
+Loader = Callable[..., Any]
 
 
 def main(name: str, port: int) -> None:
@@ -67,10 +67,10 @@ def _load_bare(_settings: Settings, _parent_pid: int) -> Any:
     return Litestar([bare], openapi_config=None, logging_config=None)
 
 
-def _load_edge(settings: Settings, parent_pid: int) -> Any:
+def _load_edge(*given: Any) -> Any:
     import msgspec
 
-    from gateway.app import create_app
+    from gateway import serve
     from gateway.pool import TenantPool
     from shared.engine.memories import Memory
 
@@ -81,16 +81,14 @@ def _load_edge(settings: Settings, parent_pid: int) -> Any:
         return memory
 
     TenantPool.look_up = look_up  # type: ignore[method-assign, assignment]
-    return create_app(settings, parent_pid)
+    return serve.load(*given)  # in the worker, a fresh process, it is the real one
 
 
-def _load_single(settings: Settings, parent_pid: int) -> Any:
-    from gateway import pool
-    from gateway.app import create_app
+def _load_single(*given: Any) -> Any:
+    from gateway import pool, serve
 
-    if hasattr(pool, "BATCH"):
-        pool.BATCH = 1
-    return create_app(settings, parent_pid)
+    pool.BATCH = 1
+    return serve.load(*given)  # in the worker, a fresh process, it is the real one
 
 
 if __name__ == "__main__":
