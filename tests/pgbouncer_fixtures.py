@@ -137,7 +137,11 @@ class CommitCutter:
         with suppress(OSError):  # closed: the end
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:  # PostgreSQL is down, as it is without a proxy
+                    client.close()
+                    continue
                 wire = _Wire(self, client, server)
                 for work in (wire.forth, wire.back):
                     threading.Thread(target=work, daemon=True).start()
