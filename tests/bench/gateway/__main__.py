@@ -17,7 +17,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one burst")
     parser.add_argument("--rounds", type=int, default=3, help="bursts a case, taking turns")
     parser.add_argument(
-        "--only", action="append", default=[], help="cases that begin with this: bare edge get search create tenants"
+        "--only",
+        action="append",
+        default=[],
+        help="cases that begin with this: bare edge get search create mix tenants",
     )
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "engram-bench-gateway.json")
     parser.add_argument("--against", type=Path, help="another checkout, for the curve over tenants")

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
-from tests.bench.gateway.load import closed_loop, request
+from tests.bench.gateway.load import closed_loop, open_loop, request
 from tests.bench.gateway.world import World
 
 CONNECTIONS = 32
@@ -36,6 +36,7 @@ class Point:
     rates: list[float]
     cpu_us: float
     p95_ms: float
+    half_p95_ms: float
     bad: int
     rss_mb: float
 
@@ -51,8 +52,9 @@ def curve(world: World, seconds: float, rounds: int, against: Path | None) -> li
             for code, checkout in codes.items():
                 bursts[code].append(_burst(world, checkout, names[code], used, seconds))
         for code in codes:
-            rates, cpu_us, p95_ms, bad, rss_mb = (list(column) for column in zip(*bursts[code], strict=True))
-            figures = (median(rates), rates, median(cpu_us), median(p95_ms), int(sum(bad)), max(rss_mb))
+            rates, cpu_us, p95_ms, half_ms, bad, rss_mb = (list(c) for c in zip(*bursts[code], strict=True))
+            medians = (median(rates), rates, median(cpu_us), median(p95_ms), median(half_ms))
+            figures = (*medians, int(sum(bad)), max(rss_mb))
             points.append(Point(count, used, code, *figures))
     return points
 
@@ -60,7 +62,7 @@ def curve(world: World, seconds: float, rounds: int, against: Path | None) -> li
 def _burst(world: World, checkout: Path | None, names: list[str], used: str, seconds: float) -> tuple[float, ...]:
     path = f"/v1/memories/{world.small_ids()[0]}"
     first = [request("GET", path, world.headers(name)) for name in names]
-    requests = mixed(world, names, REQUESTS, used)
+    requests = mixed(world, names, world.small_ids(), REQUESTS, used)
     with world.server("gateway", checkout) as server:
         while first:  # every tenant has been there once: its token is known
             done = closed_loop(server.port, first, connections=CONNECTIONS, seconds=0.5)
@@ -69,13 +71,15 @@ def _burst(world: World, checkout: Path | None, names: list[str], used: str, sec
         before = server.cpu_seconds()
         result = closed_loop(server.port, requests[::-1], connections=CONNECTIONS, seconds=seconds)
         cpu_us = (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
-        return result.rate, cpu_us, result.percentile_ms(0.95), result.bad, server.rss_bytes() / 1e6
+        half = open_loop(server.port, requests, connections=128, seconds=seconds, rate=result.rate / 2)
+        p95_ms, half_p95_ms = result.percentile_ms(0.95), half.percentile_ms(0.95)
+        return result.rate, cpu_us, p95_ms, half_p95_ms, result.bad + half.bad, server.rss_bytes() / 1e6
 
 
-def mixed(world: World, names: list[str], count: int, used: str = "evenly") -> list[bytes]:
-    """`count` requests of the mix over the small tenants `names`, the same for every run."""
+def mixed(world: World, names: list[str], ids: list[str], count: int, used: str = "evenly") -> list[bytes]:
+    """`count` requests of the mix over the tenants `names`, which all have the memories `ids`."""
     chance = random.Random(len(names))
-    ids, headers = world.small_ids(), [world.headers(name) for name in names]
+    headers = [world.headers(name) for name in names]
     weights = list(accumulate(1.0 if used == "evenly" else 1 / (n + 1) for n in range(len(names))))
     requests = []
     for by in chance.choices(headers, cum_weights=weights, k=count):

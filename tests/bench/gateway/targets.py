@@ -31,6 +31,7 @@ def main(name: str, port: int) -> None:
             "tests.bench.gateway.usual:app",
             host="127.0.0.1",
             port=port,
+            http="httptools",  # the fast parser, as `uvicorn[standard]`; both sides run asyncio's own loop
             access_log=False,
             log_level="warning",
         )

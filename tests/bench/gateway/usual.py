@@ -3,6 +3,10 @@
 It does what a careful first version does: verify ES256 with PyJWT, check the scope, a token bucket, one SQLite
 connection per thread and tenant with synchronous=FULL, one usage line written to a file before the answer, a
 Prometheus counter and histogram, one JSON log line. No restore fence, no quotas, no problem documents.
+
+Where the usual way has choices it gets the better one: uvicorn's C parser (a fifth more requests than h11), one
+connection kept per thread and tenant instead of one opened per request, statements cached by `sqlite3`, an insert
+that takes the write lock with its first statement. A dependency written `async def` made no difference.
 """
 
 from __future__ import annotations

@@ -84,13 +84,13 @@ class World:
         token = self.issuer.token(tenant_id, exp=int(time.time()) + 7_200)
         return {"authorization": f"Bearer {token}"}
 
-    def small_tenants(self, count: int, family: str = "small") -> list[str]:
-        """`count` tenants with a few memories each: copies of one template, its identity changed."""
+    def small_tenants(self, count: int, family: str = "small", memories: int = SMALL_MEMORIES) -> list[str]:
+        """`count` tenants with as many memories each: copies of one template, its identity changed."""
         names = [f"{family}-{n}" for n in range(count)]
-        template = self.paths("template")
+        template = self.paths(f"template-{memories}")
         if not template.root.exists():
             database.create(template)
-            fill(template, self.corpus, SMALL_MEMORIES)
+            fill(template, self.corpus, memories)
         for name in names[self._made.get(family, 0) :]:
             shutil.copytree(template.root, self.paths(name).root, symlinks=True)
             with contextlib.closing(sqlite3.connect(self.paths(name).database)) as connection:
@@ -106,9 +106,9 @@ class World:
             )
         return names
 
-    def small_ids(self) -> list[str]:
-        """The ids every small tenant has."""
-        handle = TenantDatabase(self.paths("template"))
+    def small_ids(self, memories: int = SMALL_MEMORIES) -> list[str]:
+        """The ids every small tenant with so many memories has."""
+        handle = TenantDatabase(self.paths(f"template-{memories}"))
         with handle.read() as connection:
             ids = [row[0] for row in connection.execute("SELECT id FROM memories")]
         handle.close()
