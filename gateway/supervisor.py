@@ -2,7 +2,7 @@
 
 - A worker that dies is replaced at once, however soon it dies again: Granian gives the whole server up when the same
   worker dies twice within 5.5 s ("crash loop"), which turns two OOM kills into an outage. Given up is only what
-  cannot work: nobody has served yet and a worker dies, or `DEATHS` for each worker within `DEATHS_SECONDS`. Then the
+  cannot work: more deaths than workers before any has served, or `DEATHS` for each worker within `DEATHS_SECONDS`. Then the
   process exits 1, for whoever runs it (`engram up`, a container runtime) to start it again.
 - A worker whose heartbeat (`gateway.pulse`) stands still for `worker_silence_seconds` is killed and replaced: its
   socket would go on taking its share of the connections. Only time in which the supervisor itself ran counts, so a
@@ -75,8 +75,8 @@ class Supervisor(MPServer):
         self._deaths.extend([now] * dead)
         while self._deaths and now - self._deaths[0] > DEATHS_SECONDS:
             self._deaths.popleft()
-        if not self._served:
-            logger.error("A worker died before any has served, exiting")
+        if not self._served and len(self._deaths) > self.workers:
+            logger.error("Workers keep dying before any has served, exiting")
         elif len(self._deaths) > DEATHS * self.workers:
             logger.error(f"{len(self._deaths)} workers died within {DEATHS_SECONDS:.0f} s, exiting")
         else:

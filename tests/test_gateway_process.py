@@ -220,7 +220,7 @@ def test_workers_that_cannot_start_end_the_gateway_with_1(stack: Stack, tmp_path
     done = subprocess.run(
         [sys.executable, "-m", "gateway.serve"], env=environment, stderr=subprocess.PIPE, check=False, timeout=120
     )
-    assert done.returncode == 1 and b"before any has served" in done.stderr
+    assert done.returncode == 1 and b"keep dying before any has served" in done.stderr
 
 
 @pytest.mark.parametrize("delay_seconds", [0.1, 0.4, 0.8])
