@@ -2,8 +2,8 @@
 
 - A worker that dies is replaced at once, however soon it dies again: Granian gives the whole server up when the same
   worker dies twice within 5.5 s ("crash loop"), which turns two OOM kills into an outage. Given up is only what
-  cannot work: more deaths than workers before any has served, or `DEATHS` for each worker within `DEATHS_SECONDS`. Then the
-  process exits 1, for whoever runs it (`engram up`, a container runtime) to start it again.
+  cannot work: more deaths than workers before any has served, or `DEATHS` for each worker within `DEATHS_SECONDS`.
+  Then the process exits 1, for whoever runs it (`engram up`, a container runtime) to start it again.
 - A worker whose heartbeat (`gateway.pulse`) stands still for `worker_silence_seconds` is killed and replaced: its
   socket would go on taking its share of the connections. Only time in which the supervisor itself ran counts, so a
   machine that slept kills nobody.
