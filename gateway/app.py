@@ -25,7 +25,8 @@ from litestar.routes import HTTPRoute
 from gateway import document, health, v1
 from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
-from gateway.edge import Edge
+from gateway.durable import DurableAnswers
+from gateway.edge import ASGIApp, Edge
 from gateway.headers import Heads
 from gateway.jwks import Jwks
 from gateway.mcp import route as mcp
@@ -40,7 +41,7 @@ from gateway.shed import Gate
 from gateway.shortcut import Shortcut
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
-from shared import metrics, spool
+from shared import metrics
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, SpoolUnavailable
 from shared.limits import Limits, Watch
@@ -52,17 +53,17 @@ from shared.sweep import sweep_disk
 from shared.workers import Announcement
 
 FLEET_SECONDS = 15.0
-BACKLOG_SECONDS = 1.0
+MEASURE_SECONDS = 1.0
 PARENT_SECONDS = 0.5
 log = get_logger("gateway")
 
 
-def create() -> Edge:
+def create() -> ASGIApp:
     """The factory for an ASGI server started by hand; `engram serve` goes through `gateway.serve`."""
     return create_app(settings_from_environment())
 
 
-def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse | None = None) -> Edge:
+def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse | None = None) -> ASGIApp:
     """One worker's ASGI application. With `parent_pid` it ends itself when that process is gone, with `pulse` that
     process can see that it lives."""
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
@@ -87,7 +88,8 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
         request_max_body_size=settings.body_limit_bytes,
     )
     methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
-    return Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log)
+    edge = Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log)
+    return DurableAnswers(edge, usage_spool) if settings.usage_durability == "sync" else edge
 
 
 @contextlib.asynccontextmanager
@@ -130,7 +132,7 @@ async def _running(
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
         Periodic("spool", tick_seconds, usage_spool.tick).start(),
-        Periodic("spool-age", BACKLOG_SECONDS, lambda: _observe_backlog(usage_spool)).start(),
+        Periodic("spool-size", MEASURE_SECONDS, usage_spool.measure, at_once=True).start(),
         Periodic("limits", settings.limits_poll_seconds, look_at_limits, at_once=True).start(),
         Periodic("quota", settings.quota_refresh_seconds, services.quotas.refresh, at_once=True).start(),
         Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane)).start(),
@@ -179,10 +181,6 @@ def _appliance(services: Services) -> Callable[[Limits], None]:
         loop.call_soon_threadsafe(apply, limits)
 
     return listener
-
-
-def _observe_backlog(usage_spool: spool.Spool) -> None:
-    metrics.usage_oldest_unflushed_seconds.set(spool.oldest_age_seconds(usage_spool.dir))
 
 
 def _observe_fleet(control_plane: ControlPlane) -> None:

@@ -1,6 +1,7 @@
 """What every request under /v1 must pass before its handler runs; the order is the meaning.
 
-1. Can we record usage?  no → 503, before anything is done that would have to be billed
+1. Can we record usage?  no → 503, before anything is done that would have to be billed; for writes it is "no" while
+                         there still is room for the events of reads (`shared.spool_limit`)
 2. A good token?         no → 401, one body for every cause; the reason goes to a metric and the access line.
                          Too many bad ones from an address → 429, and no signature is verified for them
 3. Its tenant active?    no → 403. From here on the request is a usage event, whatever becomes of it
@@ -45,14 +46,14 @@ async def guard(request: Request[Any, Any, Any]) -> None:
 async def admit(services: Services, scope: Any, needed_scope: str | None) -> None:
     """The eight steps for one ASGI scope. What was found out is in its exchange."""
     exchange = exchange_of(scope)
-    if not services.spool.available:
+    cost = cost_of(scope["method"], scope.get("path_template", ""))
+    if not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes):
         raise Refusal(SPOOL_FULL)
     headers = scope["headers"]
     tenant_id, scopes = await _caller(services, exchange, scope)
     if await services.tenants.state(tenant_id) != "active":
         raise Refusal(INACTIVE_TENANT)
     exchange.reached = True
-    cost = cost_of(scope["method"], scope.get("path_template", ""))
     services.gate.check(cost.route_class)
     decision = services.rates.tenant(tenant_id, cost.rate)
     if decision is not None:

@@ -105,6 +105,24 @@ usage_oldest_unflushed_seconds = Gauge(
     registry=_registry,
     multiprocess_mode="mostrecent",  # "max" would keep what a dead worker last said
 )
+usage_spool_bytes = Gauge(
+    "engram_usage_spool_bytes",
+    "Size of the usage spool's directory on disk: all workers, sealed segments, quarantine and dry runs.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+usage_spool_limit_bytes = Gauge(
+    "engram_usage_spool_limit_bytes",
+    "Size of the usage spool from which on writes are refused.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+usage_quarantined_segments = Gauge(
+    "engram_usage_quarantined_segments",
+    "Segments with damaged bytes, kept in the spool's quarantine until a person has decided about them.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
 backup_oldest_success_age_seconds = Gauge(
     "engram_backup_oldest_success_age_seconds",
     "Age of the last good backup of the tenant whose last good backup is oldest.",

@@ -116,8 +116,20 @@ class Settings(BaseSettings):
     # Usage
     usage_flush_seconds: float = Field(default=1.0, gt=0)
     usage_flush_events: int = Field(default=5_000, ge=1)
-    usage_fsync_seconds: float = Field(default=0.5, gt=0)
-    usage_backlog_events: int = Field(default=10_000, ge=1)
+    usage_fsync_seconds: float = Field(default=0.5, gt=0, description="what a power loss may cost; see shared/spool.py")
+    usage_durability: Literal["async", "sync"] = Field(
+        default="async", description="sync: an answer waits until its usage would survive a power loss"
+    )
+    usage_backlog_events: int = Field(default=10_000, ge=1, description="kept in memory while the disk refuses them")
+    usage_spool_limit_bytes: int = Field(
+        default=1_073_741_824, ge=1, description="of the spool directory; writes are refused from there on"
+    )
+    usage_spool_reserve_bytes: int = Field(
+        default=67_108_864, ge=0, description="beyond the limit, for the events of what is not refused"
+    )
+    usage_at_limit: Literal["refuse", "drop"] = Field(
+        default="refuse", description="drop: serve on, and lose and count events when the reserve is used up"
+    )
     usage_retention_days: int = Field(default=400, ge=1, description="single events; rollups are kept")
     usage_partitions_ahead_days: int = Field(default=7, ge=1, le=366)
     usage_detach_timeout_seconds: float = Field(default=60.0, gt=0, description="waiting for queries on an old day")
@@ -154,6 +166,8 @@ class Settings(BaseSettings):
             self.object_store_url = (self.data_dir / "objects").as_uri()
         if "unauthenticated_rps" not in set_by_person and self.env != "dev":
             self.unauthenticated_rps = 20.0
+        if self.usage_durability == "sync" and self.usage_at_limit == "drop":
+            raise ValueError("usage_durability=sync loses no event and usage_at_limit=drop does: choose one")
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self

@@ -229,12 +229,12 @@ def test_beyond_the_backlog_an_event_is_dropped_counted_and_said(tmp_path: Path)
 
 def test_the_oldest_age_counts_open_and_sealed_segments_and_is_zero_when_drained(settings: Settings) -> None:
     """The alert on stuck usage reads this."""
-    assert spool.oldest_age_seconds(settings.spool_dir) == 0
+    assert spool.survey(settings.spool_dir).oldest_age_seconds == 0
     hour_ago = int((time.time() - 3600) * 1e6)
     segment(settings.spool_dir, [event()], f"{hour_ago:016d}-1-aa")
     producer = Spool(settings)
     producer.append(event())
-    assert 3600 <= spool.oldest_age_seconds(settings.spool_dir) < 3700
+    assert 3600 <= spool.survey(settings.spool_dir).oldest_age_seconds < 3700
     producer.close()
     drain(settings.spool_dir)
-    assert spool.oldest_age_seconds(settings.spool_dir) == 0
+    assert spool.survey(settings.spool_dir).oldest_age_seconds == 0

@@ -18,7 +18,7 @@ from gateway import v1
 from gateway.exchange import Exchange
 from gateway.guard import TOO_MANY_REQUESTS
 from gateway.limits import Cost, cost_of
-from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request, forbidden
+from gateway.problems import CLIENT_LEFT, SPOOL_FULL, Problem, Refusal, bad_request, forbidden
 from gateway.quota import WARNING_HEADER
 from gateway.ratelimit import too_many
 from gateway.schemas import (
@@ -123,6 +123,8 @@ async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
     """Raises what a REST handler raises; `gateway.problems.problem_of` says what the caller is told."""
     if tool.scope not in call.exchange.scopes:
         raise forbidden(f"The token lacks the scope {tool.scope}.")
+    if tool.cost.rate == "write" and not call.services.spool.takes_writes:
+        raise Refusal(SPOOL_FULL)
     _check_rate(tool.cost, call)
     try:
         taken = msgspec.convert(arguments, tool.takes)

@@ -1,0 +1,169 @@
+"""The spool's directory, as any process of the machine sees it: what dead workers left, what is sealed, how much it is.
+
+    spool/*.tmp, *.open, *.seg   segments (`shared.segment`)
+    spool/quarantine/*.bad       damaged bytes of drained segments, with their offsets; a person decides about them
+    spool/dry-run/*.seg          segments a dry run examined (`shared.metering`)
+
+A file that cannot be dealt with never holds up the others: it is logged, counted as a flush failure, and stays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared import metrics
+from shared.durable import fsync_path, write_file
+from shared.log import get_logger
+from shared.segment import MAGIC, SegmentContent
+
+_BLOCK_BYTES = 4_096
+_QUARANTINE = "quarantine"
+log = get_logger("spool")
+
+
+def flush_failed(step: str, e: OSError, segment: str = "") -> None:
+    metrics.usage_flush_failures_total.inc()
+    log.error("usage_flush_failed", step=step, segment=segment, errno=e.errno, cause=e.strerror or str(e))
+
+
+def adopt(directory: Path) -> list[Path]:
+    """Seal the segments of dead owners; return those sealed. A live owner's flock keeps us off."""
+    adopted: list[Path] = []
+    # `.tmp` first: beside an `.open` of its name it is an unfinished copy of that, and must not take its place.
+    for path in [*sorted(directory.glob("*.tmp")), *sorted(directory.glob("*.open"))]:
+        try:
+            if (sealed_path := _adopt(path)) is not None:
+                adopted.append(sealed_path)
+        except OSError as e:
+            flush_failed("adopt", e, path.stem)
+    return adopted
+
+
+def _adopt(path: Path) -> Path | None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _still_there(path, fd):  # sealed or replaced between listing and locking
+            return None
+        copy = path.suffix == ".tmp" and path.with_suffix(".open").exists()
+        if copy or os.fstat(fd).st_size <= len(MAGIC):
+            path.unlink()
+            return None
+        os.fdatasync(fd)
+        sealed_path = path.with_suffix(".seg")
+        os.rename(path, sealed_path)
+        fsync_path(path.parent)
+        log.info("usage_segment_adopted", segment=path.stem)
+        return sealed_path
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _still_there(path: Path, fd: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
+
+
+def sealed(directory: Path) -> list[Path]:
+    """Sealed segments, oldest first."""
+    return sorted(directory.glob("*.seg"))
+
+
+def quarantine(path: Path, content: SegmentContent) -> Path | None:
+    """Keep the damaged bytes of a segment beside the spool, durably; None when there is no damage. Doing it twice
+    is fine."""
+    if not content.damage:
+        return None
+    directory = path.parent / _QUARANTINE
+    directory.mkdir(exist_ok=True, mode=0o700)
+    fsync_path(path.parent)
+    kept = directory / f"{path.stem}.bad"
+    lines = [f"@{offset} {len(piece)}\n".encode() + piece + b"\n" for offset, piece in content.damage]
+    write_file(kept, b"".join(lines))
+    log.error("usage_segment_damaged", segment=path.stem, corrupt_bytes=content.corrupt_bytes, kept=str(kept))
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The whole directory at a glance: `size_bytes` in blocks as the disk has them, quarantine and dry runs included.
+
+    `oldest_age_seconds` is 0 when every event on this disk is drained.
+    """
+
+    size_bytes: int
+    oldest_age_seconds: float
+    quarantined: int
+
+
+class Surveyor:
+    """Looks again and again; what never changes any more (a sealed segment) is measured once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._sealed: dict[str, int] = {}
+
+    def look(self) -> Survey:
+        """Blocking: a directory listing, and a stat for each file that is new or still growing."""
+        size_bytes, quarantined = 0, 0
+        oldest: float | None = None
+        seen: dict[str, int] = {}
+        for entry in _entries(self._directory):
+            name = entry.name
+            is_sealed = name.endswith(".seg")
+            used = self._sealed.get(name) if is_sealed else None
+            if used is None:
+                if entry.is_dir(follow_symlinks=False):
+                    files = [_used(kept) for kept in _entries(entry)]
+                    size_bytes += sum(files)
+                    quarantined += len(files) if name == _QUARANTINE else 0
+                    continue
+                used = _used(entry)
+            size_bytes += used
+            if is_sealed:
+                seen[name] = used
+            if is_sealed or (name.endswith(".open") and used):
+                created = _created(name)
+                oldest = created if oldest is None else min(oldest, created)
+        self._sealed = seen
+        age = max(0.0, time.time() - oldest) if oldest is not None else 0.0
+        return Survey(size_bytes, age, quarantined)
+
+
+def survey(directory: Path) -> Survey:
+    return Surveyor(directory).look()
+
+
+def _entries(directory: os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            yield from entries
+    except FileNotFoundError:
+        return
+
+
+def _used(entry: os.DirEntry[str]) -> int:
+    """Bytes on the disk, by the block; 0 for a segment without an event yet and for a file that has just gone."""
+    try:
+        size = entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
+    return 0 if size <= len(MAGIC) else -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _created(name: str) -> float:
+    """Segments are named after the microsecond they were created in."""
+    digits = name.partition("-")[0]
+    return int(digits) / 1e6 if digits.isdecimal() else time.time()
