@@ -17,6 +17,7 @@ from shared.usage_batch import Batch, Kind
 _AHEAD = timedelta(minutes=5)
 _MAX_COUNT = 1_000_000  # of one request; far below what the columns hold
 _DAY_MS = 86_400_000
+_VERSION_7 = frozenset(range(0x70, 0x80))  # values of a UUID's seventh byte
 Refused = list[tuple[UsageEvent, str]]
 
 
@@ -41,16 +42,15 @@ def _all_billable(batch: Batch, earliest_ms: float, latest_ms: float) -> bool:
     """The same judgement over a whole batch, which is what nearly every segment needs: extremes, and each kind once."""
     if not batch.events:
         return True
-    ids = [e.request_id for e in batch.events]
-    if set(map(len, ids)) != {16} or {i[6] >> 4 for i in ids} != {7}:
+    ids, times_us = batch.ids, batch.times_us
+    if set(map(len, ids)) != {16} or not _VERSION_7.issuperset(b"".join(ids)[6::16]):
         return False
-    times = [e.ts_us for e in batch.events]
     first_ms, last_ms = _minted_ms(ids[0]), _minted_ms(ids[-1])
     return (
         earliest_ms <= first_ms
         and last_ms <= latest_ms
-        and max(max(times) / 1000 - first_ms, last_ms - min(times) / 1000) <= _DAY_MS
-        and _impossible(set(batch.kinds)) is None
+        and max(max(times_us) / 1000 - first_ms, last_ms - min(times_us) / 1000) <= _DAY_MS
+        and _impossible(batch.tally) is None
     )
 
 
@@ -64,7 +64,7 @@ def _unbillable(event: UsageEvent, earliest_ms: float, latest_ms: float) -> str 
         return "from the future"
     if abs(event.ts_us / 1000 - minted_ms) > _DAY_MS:
         return "time and request id disagree"
-    return _impossible(Batch.of([event]).kinds)
+    return _impossible(Batch.of([event]).tally)
 
 
 def _impossible(kinds: Iterable[Kind]) -> str | None:

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -93,7 +95,7 @@ def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -
 
 def drain(control_plane: ControlPlane, settings: Settings, paths: Iterable[Path]) -> Iterator[Drained]:
     """Drain segments in this order, one at a time; the next is read and encoded while PostgreSQL has this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="segment") as reader:
+    with _quick_handover(), ThreadPoolExecutor(1, thread_name_prefix="segment") as reader:
         following = None
         for path in paths:
             reading = reader.submit(_read, settings, path)
@@ -109,11 +111,23 @@ def drain_all(control_plane: ControlPlane, settings: Settings) -> Iterator[Drain
     return drain(control_plane, settings, pending(settings))
 
 
+@contextmanager
+def _quick_handover() -> Iterator[None]:
+    """By default a thread that computes keeps the interpreter for 5 ms, and the one that only passes results on to
+    PostgreSQL waits as long after each of them: a drain was a third slower."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def _read(settings: Settings, path: Path) -> _Segment:
     try:
         content = spool.read(path)
     except FileNotFoundError:
-        return _Segment(path, None, Batch([], []), [], b"")
+        return _Segment(path, None, Batch.of([]), [], b"")
     batch, refused = billable.sort(content.events, timedelta(days=settings.usage_retention_days))
     return _Segment(path, content, batch, refused, batch.copy_rows())
 

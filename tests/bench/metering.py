@@ -9,7 +9,7 @@ turns round by round, so that whatever else this machine does falls on all of th
     floor, one COPY a round     the same, one statement for the whole round
     executemany + rollups       INSERT … ON CONFLICT DO NOTHING RETURNING by executemany, the same exact rollups
     drain, all new              `metering.drain`: files read, judged, encoded, copied, rolled up, audited, removed
-    drain, N in 10 duplicates   one event in ten of every segment was drained before
+    drain, duplicates           one event in ten of every segment was drained before
     drain, replays              one segment in ten was drained before, as after a crash
 
 Then what a segment costs against the number of tenants in it: each is a row in two rollups.
@@ -33,7 +33,7 @@ import psycopg
 from psycopg import sql
 
 from deployments.postgres import EmbeddedPostgres
-from shared import metering, partitions
+from shared import log, metering, partitions
 from shared.control_plane import ControlPlane, queries, rows
 from shared.settings import Settings
 from shared.usage import UsageEvent
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--tenant-rows", type=int, default=250_000)
     chosen = parser.parse_args()
     a_round = min(chosen.round_rows, chosen.rows)
+    log.configure("warning")
     with (
         tempfile.TemporaryDirectory(prefix="engram-bench-") as temporary,
         EmbeddedPostgres(Path(temporary) / "server", free_ports(1)[0]) as server,
