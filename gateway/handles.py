@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import TypeVar
 
-from gateway.writes import WriteQueue
+from gateway.writes import Member, WriteQueue
 from shared import metrics
 from shared.engine import batch
 from shared.engine.database import TenantDatabase
@@ -79,8 +80,24 @@ def read(tenant: OpenTenant, job: Job[Result]) -> Result:
         return job(connection)
 
 
-def write(tenant: OpenTenant, jobs: list[batch.Job]) -> list[batch.Outcome]:
-    return batch.commit(_writer(tenant), jobs)
+def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Outcome]:
+    """One transaction of what waits in `tenant.writes`, and of what joins it while it runs; `members` gets who is in
+    it, in order. On one core that is most of them: a thread that wants to run statements waits for the busy loop.
+
+    When the transaction cannot begin, whoever waits first is its member, to be told why.
+    """
+
+    def waiting() -> Iterator[batch.Job]:
+        while len(members) < most and (member := tenant.writes.next()) is not None:
+            members.append(member)
+            yield member[0]
+
+    try:
+        return batch.commit(_writer(tenant), waiting())
+    except BaseException:
+        if not members:
+            deque(waiting(), maxlen=0)
+        raise
 
 
 def _writer(tenant: OpenTenant) -> TenantDatabase:

@@ -6,7 +6,8 @@ serves lookups by id on the event loop, in microseconds and without waiting for 
 threads: search, lists, writes (they fsync), opening, closing.
 
 Writes that arrive while a tenant's last transaction is being fsynced wait together and become the next one
-(`shared.engine.batch`): the busier a tenant, the fewer fsyncs a write costs it. Nobody is made to wait for company.
+(`shared.engine.batch`), and those that arrive while it still runs statements join it: the busier a tenant, the fewer
+fsyncs a write costs it. Nobody is made to wait for company.
 
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
@@ -33,8 +34,9 @@ from gateway.handles import Job, OpenTenant, Result, close, close_and_fold, read
 from gateway.problems import shed
 from gateway.recency import Recency
 from gateway.shed import bounded
-from gateway.writes import again
+from gateway.writes import Member, again
 from shared import metrics
+from shared.engine.batch import Outcome
 from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
 from shared.settings import Settings
 from shared.tenant import TenantPaths
@@ -88,7 +90,7 @@ class TenantPool:
         """Run `job` in a transaction in a thread; when this returns it is committed and fsynced.
 
         The transaction may hold other callers' jobs, and `job` may be run a second time after a rollback. A caller
-        that is cancelled before its transaction began leaves no trace; after that its job is stored all the same.
+        that is cancelled before its job began leaves no trace; after that the job is stored all the same.
         """
         tenant = await self._admit(tenant_id)
         waiting = tenant.writes.put(job)
@@ -130,14 +132,13 @@ class TenantPool:
     async def _write_waiting(self, tenant: OpenTenant) -> None:
         """Write what waits, one transaction after the other, until nothing does. One such task a tenant."""
         loop = asyncio.get_running_loop()
-        while True:
-            await tenant.lock.acquire()
-            members, left = tenant.writes.take(BATCH)
+        while tenant.writes:
+            members: list[Member] = []
+            outcomes: list[Outcome] = []
             error: BaseException | None = None
+            await tenant.lock.acquire()
             try:
-                if members:
-                    jobs = [job for job, _ in members]
-                    outcomes = await loop.run_in_executor(self._executor, write, tenant, jobs)
+                outcomes = await loop.run_in_executor(self._executor, write, tenant, members, BATCH)
             except BaseException as e:  # noqa: BLE001  it is the members' to raise
                 error = e
                 self._note(tenant, e)
@@ -149,12 +150,11 @@ class TenantPool:
                         waiting.set_result(outcomes[n].value)
                     else:
                         waiting.set_exception(again(failed))
-            if not members:
+            done, tenant.writes.left = len(members) + tenant.writes.left, 0
+            if not tenant.writes:
                 tenant.writing = None
-            for _ in range(len(members) + left):
+            for _ in range(done):
                 self._released(tenant)
-            if not members:
-                return
 
     async def _admit(self, tenant_id: str) -> OpenTenant:
         """The open tenant with one user more, within the bounds on what may wait."""

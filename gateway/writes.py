@@ -14,10 +14,16 @@ Member = tuple[Job, asyncio.Future[Any]]
 
 
 class WriteQueue:
-    __slots__ = ("_waiting",)
+    """`left` counts the members met whose callers had left; the pool sets it back."""
+
+    __slots__ = ("_waiting", "left")
 
     def __init__(self) -> None:
         self._waiting: deque[Member] = deque()
+        self.left = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
 
     def put(self, job: Job) -> asyncio.Future[Any]:
         """Queue a job; the future is its outcome. Cancelling it takes the job back if it has not begun."""
@@ -25,17 +31,14 @@ class WriteQueue:
         self._waiting.append((job, outcome))
         return outcome
 
-    def take(self, most: int) -> tuple[list[Member], int]:
-        """The next transaction, oldest first, and how many were met whose callers have left."""
-        members: list[Member] = []
-        left = 0
-        while self._waiting and len(members) < most:
+    def next(self) -> Member | None:
+        """The oldest whose caller still waits. For one thread at a time; `put` may run meanwhile on the loop."""
+        while self._waiting:
             member = self._waiting.popleft()
-            if member[1].done():
-                left += 1
-            else:
-                members.append(member)
-        return members, left
+            if not member[1].done():
+                return member
+            self.left += 1
+        return None
 
 
 def again(error: BaseException) -> BaseException:

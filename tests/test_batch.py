@@ -105,3 +105,24 @@ def test_a_maintenance_mark_refuses_all_before_any_runs(handle: TenantDatabase, 
     with pytest.raises(InMaintenance):
         batch.commit(handle, [lambda connection: ran.append(1)])
     assert ran == []
+
+
+def test_jobs_may_join_while_the_transaction_runs_even_behind_one_that_fails(
+    handle: TenantDatabase, paths: TenantPaths
+) -> None:
+    """They are taken one by one; nobody sees any of them before all are committed, and each has an outcome."""
+    other = TenantDatabase(paths)
+    seen_outside = []
+
+    def look(connection: sqlite3.Connection) -> None:
+        seen_outside.append(len(_contents(other)))
+
+    def fail(connection: sqlite3.Connection) -> None:
+        raise UnknownMemory("nobody's")
+
+    outcomes = batch.commit(handle, iter((_create("a"), look, fail, _create("b"), look)))
+    assert [o.error is None for o in outcomes] == [True, True, False, True, True]
+    assert set(seen_outside) == {0} and _contents(other) == ["a", "b"]
+    assert [o.error is None for o in batch.commit(handle, iter((fail, _create("c"))))] == [False, True]
+    assert _contents(other) == ["a", "b", "c"]
+    other.close()

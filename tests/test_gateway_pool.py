@@ -208,6 +208,36 @@ def test_writes_that_wait_become_one_transaction(tmp_path: Path) -> None:
     with_pool(tmp_path, test, 1)
 
 
+def test_a_write_that_arrives_during_a_transaction_joins_it(tmp_path: Path) -> None:
+    """The first is still running, so nothing of it can be seen outside; nor can it when the later ones run."""
+    seen_outside = []
+
+    async def test(pool: TenantPool) -> None:
+        entered, leave = threading.Event(), threading.Event()
+        file = TenantPaths.of(tmp_path / "tenants", "t0").database
+
+        def first(connection: sqlite3.Connection) -> None:
+            memories.create(connection, NewMemory("first"))
+            entered.set()
+            leave.wait(20)
+
+        def later(connection: sqlite3.Connection) -> None:
+            with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as outside:
+                seen_outside.append(memories.count(outside))
+            memories.create(connection, NewMemory("later"))
+
+        running = [asyncio.create_task(pool.write("t0", first))]
+        await asyncio.to_thread(entered.wait, 20)
+        running += [asyncio.create_task(pool.write("t0", later)) for _ in range(5)]
+        await asyncio.sleep(0)
+        leave.set()
+        await asyncio.gather(*running)
+        assert await pool.read("t0", memories.count) == 6
+
+    with_pool(tmp_path, test, 1)
+    assert seen_outside == [0] * 5
+
+
 def test_one_cancelled_write_cancels_no_other(tmp_path: Path) -> None:
     """Cancelled before its transaction began it leaves no trace; the rest of the group is stored."""
 
