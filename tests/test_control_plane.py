@@ -65,6 +65,11 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     "usage_day_check": {"day": datetime.now(UTC)},
     "usage_days_dropped": {"days": [datetime.now(UTC).date()]},
     "usage_segments_expire": {"before": datetime.now(UTC)},
+    "usage_segment_insert": {
+        "segment": ["a-segment"],
+        "by_day": [Jsonb({})],
+        **{name: [1] for name in ("events", "inserted", "duplicates", "quarantined", "corrupt_bytes")},
+    },
     "usage_quarantine_insert": {"request_id": uuid4()},
     "backup_insert": {"ts": datetime.now(UTC)},
     "quota_usage": {"segments": ["a-segment"]},

@@ -249,9 +249,19 @@ VALUES (%(segment)s, %(request_id)s, %(tenant_id)s, %(reason)s, %(event)s)
 ON CONFLICT (segment, request_id) DO NOTHING;
 
 -- name: usage_segment_insert
-INSERT INTO usage_segments (segment, events, inserted, duplicates, quarantined, corrupt_bytes)
-VALUES (%(segment)s, %(events)s, %(inserted)s, %(duplicates)s, %(quarantined)s, %(corrupt_bytes)s)
-ON CONFLICT (segment) DO NOTHING;
+-- A replay leaves the first record, unless it brings what was not there: then both are counted.
+INSERT INTO usage_segments (segment, events, inserted, duplicates, quarantined, corrupt_bytes, by_day, machine_id)
+SELECT *, %(machine_id)s
+FROM unnest(%(segment)s::text[], %(events)s::int[], %(inserted)s::int[], %(duplicates)s::int[],
+            %(quarantined)s::int[], %(corrupt_bytes)s::bigint[], %(by_day)s::jsonb[])
+ON CONFLICT (segment) DO UPDATE
+SET inserted = usage_segments.inserted + EXCLUDED.inserted,
+    by_day = (SELECT jsonb_object_agg(day, n) FROM (
+                  SELECT key AS day, sum(value::bigint) AS n
+                  FROM (SELECT * FROM jsonb_each_text(usage_segments.by_day)
+                        UNION ALL SELECT * FROM jsonb_each_text(EXCLUDED.by_day)) AS both_of_them
+                  GROUP BY key) AS added)
+WHERE EXCLUDED.inserted > 0;
 
 -- name: usage_totals
 SELECT coalesce(sum(api_calls), 0)::bigint AS api_calls, coalesce(sum(search_queries), 0)::bigint AS search_queries,

@@ -1,0 +1,123 @@
+"""What became of each drained segment, written in the transaction that drained it.
+
+`usage_segments` is the record: how many events it held, how many were new (by the UTC day of their ids), there already,
+or set aside. The sum of `by_day` over all segments is what `usage_events` must hold of a day (`shared.reconcile`).
+`usage_quarantine` keeps the events themselves that cannot be billed, with the cause.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+from psycopg.types.json import Jsonb
+
+from shared import partitions
+from shared.billable import Refused
+from shared.control_plane import Connection, rows
+from shared.receipt import Receipt
+from shared.spool import SegmentContent, frame
+from shared.usage import UsageEvent
+from shared.usage_batch import Batch
+
+
+class Drained(Receipt, frozen=True):
+    """What one segment held and what became of it; `events` = inserted + duplicates + quarantined.
+
+    In a dry run the same numbers say what would have become of it; `by_day` is empty then.
+    """
+
+    segment: str
+    events: int
+    inserted: int
+    duplicates: int
+    quarantined: int
+    corrupt_bytes: int
+    age_seconds: float
+    dry_run: bool = False
+    by_day: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+def of(path: Path, content: SegmentContent, refused: Refused, new: Batch) -> Drained:
+    """`new` are the segment's events that were not there before."""
+    inserted = len(new.events)
+    oldest_us = min((e.ts_us for e in content.events), default=time.time_ns() // 1000)
+    return Drained(
+        path.stem,
+        len(content.events),
+        inserted,
+        len(content.events) - len(refused) - inserted,
+        len(refused),
+        content.corrupt_bytes,
+        max(0.0, time.time() - oldest_us / 1e6),
+        by_day={str(day): n for day, n in by_day(new).items()},
+    )
+
+
+def nothing(path: Path) -> Drained:
+    """Of a segment that another drainer has just removed."""
+    return Drained(path.stem, 0, 0, 0, 0, 0, 0.0)
+
+
+def by_day(batch: Batch) -> dict[date, int]:
+    """How many events of each UTC day."""
+    if not batch.events:
+        return {}
+    first, last = (partitions.day_of(batch.events[at].request_id) for at in (0, -1))
+    if first == last:
+        return {first: len(batch.events)}
+    return dict(Counter(partitions.day_of(e.request_id) for e in batch.events))
+
+
+def write(connection: Connection, machine_id: str, drained: Iterable[Drained]) -> None:
+    """A replay of a segment leaves the first record: what it adds is written under a name of its own."""
+    found = list(drained)
+    rows(
+        connection,
+        "usage_segment_insert",
+        machine_id=machine_id,
+        segment=[d.segment for d in found],
+        by_day=[Jsonb(d.by_day) for d in found],
+        **{
+            name: [getattr(d, name) for d in found]
+            for name in ("events", "inserted", "duplicates", "quarantined", "corrupt_bytes")
+        },
+    )
+
+
+def set_aside(connection: Connection, path: Path, refused: Refused) -> None:
+    for event, reason in refused:
+        rows(
+            connection,
+            "usage_quarantine_insert",
+            segment=path.stem,
+            request_id=_quarantine_id(event),
+            tenant_id=event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            reason=reason,
+            event=Jsonb(_plain(event)),
+        )
+
+
+def _quarantine_id(event: UsageEvent) -> UUID:
+    """The request id, or for one of the wrong length a digest of the whole event, so that none hides another."""
+    if len(event.request_id) == 16:
+        return UUID(bytes=event.request_id)
+    return UUID(bytes=hashlib.sha256(frame(event)).digest()[:16])
+
+
+def _plain(event: UsageEvent) -> dict[str, object]:
+    return {
+        "request_id": event.request_id.hex(),
+        "route": event.route.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+        "status": event.status,
+        "api_calls": event.api_calls,
+        "search_queries": event.search_queries,
+        "memories_created": event.memories_created,
+        "ts_us": event.ts_us,
+    }
