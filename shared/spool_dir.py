@@ -2,7 +2,8 @@
 
     spool/*.tmp, *.open, *.seg   segments (`shared.segment`)
     spool/quarantine/*.bad       damaged bytes of drained segments, with their offsets; a person decides about them
-    spool/dry-run/*.seg          segments a dry run examined (`shared.metering`)
+    spool/dry-run/*.seg          segments a dry run examined (`shared.metering`); so does it about these
+    spool/stuck/*.seg            segments that could not be drained; they are tried again (`shared.stuck`)
 
 A file that cannot be dealt with never holds up the others: it is logged, counted as a flush failure, and stays.
 """
@@ -24,6 +25,7 @@ from shared.segment import MAGIC, SegmentContent
 
 _BLOCK_BYTES = 4_096
 _QUARANTINE = "quarantine"
+_A_PERSON_DECIDES = (_QUARANTINE, "dry-run")
 log = get_logger("spool")
 
 
@@ -98,9 +100,9 @@ def quarantine(path: Path, content: SegmentContent) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The whole directory at a glance: `size_bytes` in blocks as the disk has them, quarantine and dry runs included.
+    """The whole directory at a glance: `size_bytes` in blocks as the disk has them, of everything below it.
 
-    `oldest_age_seconds` is 0 when every event on this disk is drained.
+    `oldest_age_seconds` is 0 when every event here is drained, or waits for a person's decision.
     """
 
     size_bytes: int
@@ -116,30 +118,27 @@ class Surveyor:
         self._sealed: dict[str, int] = {}
 
     def look(self) -> Survey:
-        """Blocking: a directory listing, and a stat for each file that is new or still growing."""
+        """Blocking: a listing, and a stat for each file that is new or still growing."""
         size_bytes, quarantined = 0, 0
-        oldest: float | None = None
-        seen: dict[str, int] = {}
+        waiting: list[str] = []
+        sealed: dict[str, int] = {}
         for entry in _entries(self._directory):
             name = entry.name
-            is_sealed = name.endswith(".seg")
-            used = self._sealed.get(name) if is_sealed else None
-            if used is None:
-                if entry.is_dir(follow_symlinks=False):
-                    files = [_used(kept) for kept in _entries(entry)]
-                    size_bytes += sum(files)
-                    quarantined += len(files) if name == _QUARANTINE else 0
-                    continue
+            if name.endswith(".seg"):
+                used = sealed[name] = self._sealed.get(name) or _used(entry)
+                waiting.append(name)
+            elif entry.is_dir(follow_symlinks=False):
+                kept = list(_entries(entry))
+                used = sum(map(_used, kept))
+                quarantined += len(kept) if name == _QUARANTINE else 0
+                waiting += [] if name in _A_PERSON_DECIDES else [k.name for k in kept if k.name.endswith(".seg")]
+            else:
                 used = _used(entry)
+                waiting += [name] if name.endswith(".open") and used else []
             size_bytes += used
-            if is_sealed:
-                seen[name] = used
-            if is_sealed or (name.endswith(".open") and used):
-                created = _created(name)
-                oldest = created if oldest is None else min(oldest, created)
-        self._sealed = seen
-        age = max(0.0, time.time() - oldest) if oldest is not None else 0.0
-        return Survey(size_bytes, age, quarantined)
+        self._sealed = sealed
+        oldest = min(map(_created, waiting), default=None)
+        return Survey(size_bytes, max(0.0, time.time() - oldest) if oldest is not None else 0.0, quarantined)
 
 
 def survey(directory: Path) -> Survey:

@@ -77,7 +77,7 @@ class SpoolLimit:
             consequence = ("none", "none", "writes are refused", "everything is refused")[level]
         say(
             "usage_spool_level",
-            level=level.name.lower(),
+            now=level.name.lower(),
             spool_bytes=size_bytes,
             limit_bytes=self._limit_bytes,
             reserve_bytes=self._reserve_bytes,

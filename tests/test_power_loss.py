@@ -70,6 +70,7 @@ def cut_the_power(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY)
     print(f"@{time.time()}", flush=True)
     fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))
+    os.close(fd)
 
 
 @dataclass

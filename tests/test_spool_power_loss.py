@@ -1,0 +1,149 @@
+"""What a power loss costs: an ext4 that is shut down under a worker's spool (see `tests.test_power_loss`).
+
+The child appends as fast as it can, fsyncs as the gateway does, and reports through a pipe what it acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shared import spool
+from tests.core_fixtures import start_child
+from tests.test_power_loss import Disk, cut_the_power, disk
+
+assert disk  # a fixture
+pytestmark = pytest.mark.slow
+ROUNDS = 8 if os.environ.get("ENGRAM_CRASH_POINTS") == "all" else 1
+
+ASYNC = """
+    import os, sys, time
+    from pathlib import Path
+    from gateway.periodic import Periodic
+    from shared.spool import Spool
+    from tests.core_fixtures import event, settings_in
+    settings = settings_in(Path(sys.argv[1]), "", usage_fsync_seconds=0.1, usage_flush_events=700)
+    producer, numbers = Spool(settings), 0
+
+    def tick():
+        before = numbers
+        producer.tick()
+        if not producer._sealing and not producer._segment._suspect:
+            os.write(1, b"synced %d\\n" % before)
+
+    Periodic("spool", min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2, tick).start()
+    while True:
+        producer.append(event(memories_created=numbers))
+        os.write(1, b"acknowledged %d %.6f\\n" % (numbers, time.time()))
+        numbers += 1
+        time.sleep(0.0005)
+"""
+
+SYNC = """
+    import asyncio, itertools, os, sys, time
+    from pathlib import Path
+    from gateway.durable import GroupSync
+    from gateway.periodic import Periodic
+    from shared.errors import SpoolUnavailable
+    from shared.spool import Spool
+    from tests.core_fixtures import event, settings_in
+    settings = settings_in(Path(sys.argv[1]), "", usage_fsync_seconds=0.1, usage_flush_events=700)
+    producer, numbers = Spool(settings), itertools.count()
+
+    async def requests(group):
+        while True:
+            number = next(numbers)
+            producer.append(event(memories_created=number))
+            try:
+                await group.wait()
+            except SpoolUnavailable:
+                os.write(1, b"refused %d\\n" % number)
+                return
+            os.write(1, b"acknowledged %d %.6f\\n" % (number, time.time()))
+
+    async def main():
+        group = GroupSync(producer)
+        await asyncio.gather(*(requests(group) for _ in range(16)))
+
+    Periodic("spool", 0.05, producer.tick).start()
+    asyncio.run(main())
+"""
+
+
+@dataclass
+class Outcome:
+    """`acknowledged` says when each event was, by its number; `synced` events were before a tick that succeeded."""
+
+    acknowledged: dict[int, float]
+    synced: int
+    refused: int
+    read: set[int]
+    cut_at: float
+
+    @property
+    def lost(self) -> list[int]:
+        return [n for n, at in self.acknowledged.items() if at < self.cut_at and n not in self.read]
+
+
+def lose_power(disk: Disk, code: str, log_path: Path, seconds: float) -> Outcome:
+    with log_path.open("wb") as log:
+        child = start_child(code, disk.directory, stderr=log)
+        assert child.stdout is not None
+        lines = [child.stdout.readline()]
+        assert lines[0], log_path.read_text()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            lines.append(child.stdout.readline())
+        cut_at = time.time()
+        cut_the_power(disk.directory)
+        time.sleep(0.1)  # it goes on for a while, on a dead disk
+        child.kill()
+        lines += child.stdout.readlines()
+        child.wait()
+    disk.unmount()
+    disk.mount()
+    words = [line.split() for line in lines if line.endswith("\n")]
+    read: list[int] = []
+    spool.adopt(disk.directory / "spool")
+    for path in spool.sealed(disk.directory / "spool"):
+        read += [e.memories_created for e in spool.read(path).events]
+        path.unlink()
+    assert len(read) == len(set(read))
+    return Outcome(
+        {int(w[1]): float(w[2]) for w in words if w[0] == "acknowledged"},
+        max((int(w[1]) for w in words if w[0] == "synced"), default=0),
+        sum(w[0] == "refused" for w in words),
+        set(read),
+        cut_at,
+    )
+
+
+def test_async_loses_at_most_what_came_after_the_last_tick_began(disk: Disk, tmp_path: Path) -> None:
+    """Ticks begin every half of `usage_fsync_seconds`; what was appended before one that succeeded is on the disk."""
+    for round_number in range(ROUNDS):
+        found = lose_power(disk, ASYNC, tmp_path / "log", 0.8 + 0.23 * round_number)
+        assert found.synced > 0
+        assert set(range(found.synced)) <= found.read
+        ages = [found.cut_at - found.acknowledged[n] for n in found.lost]
+        print(
+            f"async: {len(found.acknowledged)} acknowledged, {found.synced} before the last tick, {len(found.lost)}"
+            f" lost, the oldest {max(ages, default=0) * 1000:.0f} ms old (fsync every 100 ms)"
+        )
+
+
+def test_sync_loses_nothing_that_was_acknowledged_and_refuses_what_it_cannot_make_durable(
+    disk: Disk, tmp_path: Path
+) -> None:
+    """16 requests at once share the fsyncs; on the dead disk each of them is refused, none told OK."""
+    for round_number in range(ROUNDS):
+        found = lose_power(disk, SYNC, tmp_path / "log", 0.8 + 0.23 * round_number)
+        assert len(found.acknowledged) > 16
+        assert found.lost == []
+        # The ioctl is not one instant as a real cut is: what was in flight in it may be told OK and be lost.
+        assert len(found.acknowledged.keys() - found.read) <= 16
+        assert found.refused == 16
+        print(f"sync: {len(found.acknowledged)} acknowledged, {len(found.read)} read back, none lost")
