@@ -16,6 +16,7 @@ from litestar.types.empty import Empty
 
 from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request
 from gateway.services import services_of
+from shared.settings import Settings
 
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
@@ -24,57 +25,75 @@ class JsonRequest(Request[Any, Any, Any]):
     async def body(self) -> bytes:
         """The raw body. Refuses with 415, 413 or 408."""
         if self._body is Empty:
-            self._check_content_type()
-            settings = services_of(self).settings
-            try:
-                async with asyncio.timeout(settings.body_timeout_seconds):
-                    self._body = await self._read(settings.body_limit_bytes)
-            except TimeoutError:
-                problem = Problem(408, f"The body did not arrive within {settings.body_timeout_seconds:g} s.")
-                raise Refusal(problem) from None
-            if not self._body:
-                raise bad_request("The body is empty.")
+            self._body = await read_body(self.scope, self.receive, services_of(self).settings)
         return self._body
 
     async def json(self) -> Any:
         """The body as the struct that the handler's `data` is annotated with."""
         field = self.route_handler.parsed_data_field
         assert field is not None  # Litestar asks for JSON only when a handler has `data`
-        wanted = field.annotation
-        decoder = _decoders.get(wanted)
-        if decoder is None:
-            decoder = _decoders[wanted] = msgspec.json.Decoder(wanted)
-        body = await self.body()
-        try:
-            return decoder.decode(body)
-        except UnicodeDecodeError:
-            raise bad_request("The body is not valid UTF-8.") from None
-        except RecursionError:
-            raise bad_request("The body is nested too deeply.") from None
-        except (msgspec.MsgspecError, ValueError, OverflowError) as e:
-            raise bad_request(f"The body is not valid: {str(e)[:300]}") from None
+        return decoded(await self.body(), field.annotation)
 
-    async def _read(self, limit: int) -> bytes:
-        too_large = Refusal(Problem(413, f"The body is larger than {limit} bytes."))
-        announced = self.headers.get("content-length", "0")
-        if announced.isascii() and announced.isdigit() and int(announced[:19]) > limit:
-            raise too_large
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message: Any = await self.receive()  # HTTPReceiveMessage
-            if message["type"] == "http.disconnect":
-                raise Refusal(CLIENT_LEFT)
-            size += len(message["body"])
-            if size > limit:
-                raise too_large
-            pieces.append(message["body"])
-            if not message["more_body"]:
-                return b"".join(pieces)
 
-    def _check_content_type(self) -> None:
-        media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not (
-            media_type.startswith("application/") and media_type.endswith("+json")
-        ):
-            raise Refusal(Problem(415, "The body must be application/json."))
+async def read_body(scope: Any, receive: Any, settings: Settings) -> bytes:
+    """The raw body of an ASGI request. Refuses with 415, 413 or 408."""
+    media_type, announced = b"", b"0"
+    for name, value in reversed(scope["headers"]):  # of a field that comes twice the first counts
+        if name == b"content-type":
+            media_type = value
+        elif name == b"content-length":
+            announced = value
+    if media_type != b"application/json" and not _is_json(media_type):
+        raise Refusal(Problem(415, "The body must be application/json."))
+    limit = settings.body_limit_bytes
+    if announced.isdigit() and int(announced[:19]) > limit:
+        raise _too_large(limit)
+    try:
+        async with asyncio.timeout(settings.body_timeout_seconds):
+            body = await _read(receive, limit)
+    except TimeoutError:
+        problem = Problem(408, f"The body did not arrive within {settings.body_timeout_seconds:g} s.")
+        raise Refusal(problem) from None
+    if not body:
+        raise bad_request("The body is empty.")
+    return body
+
+
+def decoded(body: bytes, wanted: Any) -> Any:
+    """The body as one of the structs of `gateway.schemas`. Refuses with 400."""
+    decoder = _decoders.get(wanted)
+    if decoder is None:
+        decoder = _decoders[wanted] = msgspec.json.Decoder(wanted)
+    try:
+        return decoder.decode(body)
+    except UnicodeDecodeError:
+        raise bad_request("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply.") from None
+    except (msgspec.MsgspecError, ValueError, OverflowError) as e:
+        raise bad_request(f"The body is not valid: {str(e)[:300]}") from None
+
+
+async def _read(receive: Any, limit: int) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message: Any = await receive()  # HTTPReceiveMessage
+        if message["type"] == "http.disconnect":
+            raise Refusal(CLIENT_LEFT)
+        piece: bytes = message["body"]
+        size += len(piece)
+        if size > limit:
+            raise _too_large(limit)
+        if not message["more_body"]:
+            return b"".join((*pieces, piece)) if pieces else piece
+        pieces.append(piece)
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(Problem(413, f"The body is larger than {limit} bytes."))
+
+
+def _is_json(content_type: bytes) -> bool:
+    media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))

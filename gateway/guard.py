@@ -60,8 +60,9 @@ async def admit(services: Services, scope: Any, needed_scope: str | None) -> Non
         exchange.headers.extend(decision.headers())
         if not decision.allowed:
             raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
-    if any(k == b"x-engram-tenant" and v.decode("latin-1") != tenant_id for k, v in headers):
-        raise forbidden("X-Engram-Tenant is not the token's tenant.")
+    for name, value in headers:
+        if name == b"x-engram-tenant" and value.decode("latin-1") != tenant_id:
+            raise forbidden("X-Engram-Tenant is not the token's tenant.")
     if needed_scope is not None and needed_scope not in scopes:
         raise forbidden(f"The token lacks the scope {needed_scope}.")
     warning = services.quotas.check(tenant_id, cost.counters)

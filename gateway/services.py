@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from litestar.connection import ASGIConnection
+from typing import Any, Protocol
 
 from gateway.auth import Authenticator
 from gateway.jwks import Jwks
@@ -17,6 +15,8 @@ from gateway.tenants import Tenants
 from gateway.usage import UsageReport
 from shared.settings import Settings
 from shared.spool import Spool
+
+SCOPE_KEY = "engram.services"
 
 
 @dataclass(slots=True)
@@ -33,6 +33,13 @@ class Services:
     gate: Gate
 
 
-def services_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Services:
-    services: Services = connection.app.state.services
+class Connection(Protocol):
+    """As much of a Litestar connection as tells the services."""
+
+    scope: Any
+
+
+def services_of(connection: Connection) -> Services:
+    """`gateway.shortcut`, which every request passes, hung them on its scope."""
+    services: Services = connection.scope[SCOPE_KEY]
     return services

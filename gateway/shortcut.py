@@ -5,10 +5,10 @@ an exit stack, validates keyword arguments and turns a response object into anot
 For these routes all of that is known beforehand, so it is done once, here.
 
 Nothing is decided twice: the token, the limits and the tenant are judged by the route's own `before_request` hook,
-the body is read by the route's request class, the handler is the one Litestar would call, and an exception becomes
-an answer through the same function. Whatever is out of the ordinary (a query string, an odd path or Host, another
-method) goes to Litestar, before anything was done. `tests/test_gateway_shortcut.py` sends one table of requests
-both ways and compares the answers, the events and the access lines.
+the body is read by the functions the route's request class uses, the handler is the one Litestar would call, and an
+exception becomes an answer through the same function. Whatever is out of the ordinary (a query string, an odd path or
+Host, another method) goes to Litestar, before anything was done. `tests/test_gateway_shortcut.py` sends one table of
+requests both ways and compares the answers, the events and the access lines.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from litestar import Litestar, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
-from gateway.body import JsonRequest
+from gateway.body import JsonRequest, decoded, read_body
 from gateway.problems import answer
+from gateway.services import SCOPE_KEY, Services
 
 _BY_ID = "/v1/memories/{memory_id}"
 ROUTES = (("GET", _BY_ID), ("POST", "/v1/memories"), ("POST", "/v1/search"))
@@ -33,11 +34,23 @@ Handle = Callable[..., Awaitable[Response[bytes]]]
 
 
 class _Route(NamedTuple):
+    """`takes` is the struct of the handler's `data`, None if it has none."""
+
     template: str
     route_handler: HTTPRouteHandler
-    before: Callable[[JsonRequest], Awaitable[Any]]
+    before: Callable[..., Awaitable[Any]]
     handle: Handle
-    has_data: bool
+    takes: Any
+
+
+class _Request:
+    """As much of a request as the hook and the three handlers ask for; Litestar's own takes 3 µs to make."""
+
+    __slots__ = ("route_handler", "scope")
+
+    def __init__(self, scope: Any, route_handler: HTTPRouteHandler) -> None:
+        self.scope = scope
+        self.route_handler = route_handler
 
 
 class Shortcut:
@@ -45,25 +58,31 @@ class Shortcut:
 
     def __init__(self, app: Litestar) -> None:
         self._app = app
+        self._services: Services | None = None
         routes = {(method, template): _route(app, method, template) for method, template in ROUTES}
         self._get = routes["GET", _BY_ID]
         self._post = {template: route for (method, template), route in routes.items() if method == "POST"}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        route = self._find(scope) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        services = self._services
+        if services is None:
+            services = self._services = self._app.state.services  # which the lifespan made
+        scope[SCOPE_KEY] = services
+        route = self._find(scope)
         if route is None:
             await self._app(scope, receive, send)
             return
-        scope["app"] = scope["litestar_app"] = self._app
-        scope.setdefault("state", {})
-        scope["route_handler"] = route.route_handler
         scope["path_template"] = route.template
-        request = JsonRequest(scope, receive, send)
+        request = _Request(scope, route.route_handler)
         started = False
         try:
             await route.before(request)
-            if route.has_data:
-                response = await route.handle(request=request, data=await request.json())
+            if route.takes is not None:
+                data = decoded(await read_body(scope, receive, services.settings), route.takes)
+                response = await route.handle(request=request, data=data)
             else:
                 response = await route.handle(request=request, **scope["path_params"])
             body = response.content
@@ -77,7 +96,9 @@ class Shortcut:
         except Exception as e:
             if started:
                 raise
-            refused = answer(request, e).to_asgi_response(app=None, request=request)
+            scope["app"] = scope["litestar_app"] = self._app
+            whole = JsonRequest(scope, receive, send)
+            refused = answer(whole, e).to_asgi_response(app=None, request=whole)
             await refused(scope, receive, send)
 
     def _find(self, scope: Any) -> _Route | None:
@@ -116,5 +137,5 @@ def _route(app: Litestar, method: str, template: str) -> _Route:
     relied_on = [name for name, value in left_out.items() if value]
     if relied_on or before is None or handler.resolve_request_class() is not JsonRequest:
         raise TypeError(f"{method} {template} cannot be taken past Litestar: {', '.join(relied_on) or 'request'}")
-    has_data = handler.parsed_data_field is not None
-    return _Route(template, handler, before, handler.fn, has_data)
+    data = handler.parsed_data_field
+    return _Route(template, handler, before, handler.fn, data.annotation if data is not None else None)

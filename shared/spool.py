@@ -39,6 +39,7 @@ from shared.usage import UsageEvent
 __all__ = ["MAGIC", "SegmentContent", "Spool", "adopt", "frame", "quarantine", "read", "sealed", "survey"]
 
 _RETRY_EVENTS = 200  # of the backlog, while `append` waits
+_count_event = metrics.adder(metrics.usage_events_total)
 log = get_logger("spool")
 
 
@@ -90,8 +91,8 @@ class Spool:
             except OSError as e:
                 flush_failed("write", e)
                 return self._keep(data, e.strerror or str(e))
-        metrics.usage_events_total.inc()
-        return segment
+            _count_event(1.0)  # under the lock, so that whoever appends may be in any thread
+            return segment
 
     def tick(self) -> None:
         """fsync what was written, seal what is due, retry what was refused. Blocking."""
@@ -141,7 +142,7 @@ class Spool:
         if not self._backlog:
             self._backlog_since = time.monotonic()
         self._backlog.append(data)
-        metrics.usage_events_total.inc()
+        _count_event(1.0)
         return ""
 
     def _lose(self, cause: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -140,6 +141,22 @@ def test_request_ids_are_version_7_and_sort_by_their_millisecond() -> None:
     assert ids == sorted(ids)
     assert all(i[6] >> 4 == 7 and i[8] >> 6 == 2 and len(i) == 16 for i in ids)
     assert int.from_bytes(ids[2][:6], "big") == 1_800_000_000_000
+
+
+def test_a_forked_process_never_mints_its_parents_ids() -> None:
+    """Random bytes are fetched ahead; two processes that shared them would overwrite each other's usage."""
+    mint(0)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"".join(mint(1) for _ in range(20)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reading, 320)
+    os.close(reading)
+    os.close(writing)
+    ids = {theirs[at : at + 16] for at in range(0, 320, 16)} | {mint(1) for _ in range(1_000)}
+    assert len(ids) == 1_020 and all(UUID(bytes=i).version == 7 for i in ids)
 
 
 def test_access_lines_leave_in_pieces_a_pipe_keeps_whole(tmp_path: Any) -> None:
