@@ -3,7 +3,8 @@
     python -m tests.bench.metering [RESULT.json] [--rows 5000000] [--segment-events 5000] [--round-rows 250000]
 
 Five ways of bringing the same number of rows into the embedded PostgreSQL, each into a database of its own, taking
-turns round by round, so that whatever else this machine does falls on all of them. Read the ratios.
+turns round by round, so that whatever else this machine does falls on all of them. Read the ratios; where other work
+takes the cores, the column of processor time (this process and the server's) says more than the clock.
 
     floor, one COPY a segment   pre-encoded rows, COPY (FORMAT BINARY) into an unlogged table without a key
     floor, one COPY a round     the same, one statement for the whole round
@@ -18,6 +19,7 @@ Then what a segment costs against the number of tenants in it: each is a row in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,9 +28,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from uuid import UUID
 
+import psutil
 import psycopg
 from psycopg import sql
 
@@ -71,12 +74,31 @@ class Source:
         return UsageEvent(request_id, tenant, route, status, 1, int(search), int(not search), self._us)
 
 
+class Cost(NamedTuple):
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def plus(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
+
+def cpu_seconds(server: EmbeddedPostgres) -> float:
+    """Of this process and of the server's, those that ended and were waited for included."""
+    used = sum(psutil.Process().cpu_times()[:2])
+    postmaster = psutil.Process(server.child.pid)
+    for process in (postmaster, *postmaster.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used += sum(process.cpu_times()[: 4 if process == postmaster else 2])
+    return used
+
+
 class Place:
     """A database of its own, migrated, with a spool of its own."""
 
     def __init__(self, server: EmbeddedPostgres, directory: Path, name: str) -> None:
         with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        self._server = server
         self.settings = Settings(data_dir=directory / name, control_plane_url=server.url(name))  # type: ignore[arg-type]
         self.control_plane = ControlPlane(self.settings)
         self.control_plane.migrate()
@@ -87,12 +109,17 @@ class Place:
         with self.control_plane.transaction() as connection:
             connection.execute(statement)  # type: ignore[arg-type]
 
-    def drain(self, segments: Segments) -> float:
-        """Seconds for draining these, all of which were written to the spool before."""
+    def cost_of(self, work: Callable[[], object]) -> Cost:
+        cpu, start = cpu_seconds(self._server), time.perf_counter()
+        work()
+        return Cost(time.perf_counter() - start, cpu_seconds(self._server) - cpu)
+
+    def drain(self, segments: Segments) -> Cost:
+        """Of draining these, all of which were written to the spool before."""
         for events in segments:
             segment(self.settings, events)
         os.sync()
-        return timed(lambda: sum(d.inserted for d in metering.drain_all(self.control_plane, self.settings)))
+        return self.cost_of(lambda: sum(d.inserted for d in metering.drain_all(self.control_plane, self.settings)))
 
     def check(self) -> None:
         """The rollups say what the events say."""
@@ -109,13 +136,7 @@ class Place:
                 raise AssertionError(f"{table} is not exact: {found}")
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def floor(place: Place, encoded: list[bytes]) -> float:
+def floor(place: Place, encoded: list[bytes]) -> Cost:
     """Each element of `encoded` in a transaction of its own."""
     statement = queries()["usage_copy"].replace("COPY usage_events", "COPY bare")
 
@@ -128,7 +149,7 @@ def floor(place: Place, encoded: list[bytes]) -> float:
             ):
                 sink.write(data)
 
-    return timed(work)
+    return place.cost_of(work)
 
 
 def joined(encoded: list[bytes]) -> bytes:
@@ -136,7 +157,7 @@ def joined(encoded: list[bytes]) -> bytes:
     return encoded[0][:19] + b"".join(data[19:-2] for data in encoded) + b"\xff\xff"
 
 
-def executemany(place: Place, segments: Segments) -> float:
+def executemany(place: Place, segments: Segments) -> Cost:
     """What one writes first: a prepared INSERT a row, pipelined by psycopg, and the rollups of what was new."""
     insert = (
         "INSERT INTO usage_events (request_id, tenant_id, route, status, api_calls, search_queries, memories_created,"
@@ -158,7 +179,7 @@ def executemany(place: Place, segments: Segments) -> float:
                 rows(connection, "usage_hourly_add", **sums)
                 rows(connection, "usage_daily_add", **sums)
 
-    return timed(work)
+    return place.cost_of(work)
 
 
 def e_fields(event: UsageEvent) -> tuple[object, ...]:
@@ -172,14 +193,16 @@ def e_fields(event: UsageEvent) -> tuple[object, ...]:
     )
 
 
-def compare(server: EmbeddedPostgres, directory: Path, total: int, size: int, a_round: int) -> dict[str, Any]:
-    """Rows a second of each way."""
+def compare(
+    server: EmbeddedPostgres, directory: Path, total: int, size: int, a_round: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each way: rows a second, and processor µs a row."""
     names = ("floor", "floor_one", "executemany", "drain", "duplicates", "replays")
     places = {name: Place(server, directory, f"bench_{name}") for name in names}
     for name in ("floor", "floor_one"):
         places[name].execute("CREATE UNLOGGED TABLE bare (LIKE usage_events)")
     source, chance = Source(TENANTS), random.Random(7)
-    seconds = dict.fromkeys(names, 0.0)
+    costs = dict.fromkeys(names, Cost())
     sent = dict.fromkeys(names, 0)
     drained: Segments = []
     for _ in range(total // a_round):
@@ -187,7 +210,7 @@ def compare(server: EmbeddedPostgres, directory: Path, total: int, size: int, a_
         encoded = [Batch.of(s).copy_rows() for s in segments]
         again = [_with_duplicates(s, drained, chance) for s in segments]
         replays = [chance.choice(drained) if drained and chance.random() < DUPLICATE_SHARE else s for s in segments]
-        turns: dict[str, Callable[[], float]] = {
+        turns: dict[str, Callable[[], Cost]] = {
             "floor": lambda: floor(places["floor"], encoded),  # noqa: B023
             "floor_one": lambda: floor(places["floor_one"], [joined(encoded)]),  # noqa: B023
             "executemany": lambda: executemany(places["executemany"], segments),  # noqa: B023
@@ -196,14 +219,17 @@ def compare(server: EmbeddedPostgres, directory: Path, total: int, size: int, a_
             "replays": lambda: places["replays"].drain(replays),  # noqa: B023
         }
         for name in chance.sample(names, len(names)):
-            seconds[name] += turns[name]()
+            costs[name] = costs[name].plus(turns[name]())
             sent[name] += a_round
         drained = segments
     for name in ("executemany", "drain", "duplicates", "replays"):
         places[name].check()
     for place in places.values():
         place.control_plane.close()
-    return {name: sent[name] / seconds[name] for name in names}
+    return (
+        {n: sent[n] / costs[n].seconds for n in names},
+        {n: costs[n].cpu_seconds / sent[n] * 1e6 for n in names},
+    )
 
 
 def _with_duplicates(events: list[UsageEvent], drained: Segments, chance: random.Random) -> list[UsageEvent]:
@@ -221,7 +247,7 @@ def by_tenants(server: EmbeddedPostgres, directory: Path, total: int, size: int)
     portions = max(1, total // size // 5)
     for _ in range(5):
         for n in TENANTS_A_SEGMENT:
-            seconds[n] += places[n].drain(sources[n].segments(portions, size))
+            seconds[n] += places[n].drain(sources[n].segments(portions, size)).seconds
     for place in places.values():
         place.check()
         place.control_plane.close()
@@ -238,12 +264,12 @@ LABELS = {
 }
 
 
-def report(rates: dict[str, float], tenants: dict[int, float]) -> Iterator[str]:
-    yield f"{'':36}{'rows/s':>12}{'of floor':>10}{'of one COPY':>13}{'× executemany':>15}"
+def report(rates: dict[str, float], cpu: dict[str, float], tenants: dict[int, float]) -> Iterator[str]:
+    yield f"{'':36}{'rows/s':>12}{'of floor':>10}{'of one COPY':>13}{'× executemany':>15}{'cpu µs/row':>12}"
     for name, label in LABELS.items():
         rate = rates[name]
         shares = f"{rate / rates['floor']:>10.1%}{rate / rates['floor_one']:>13.1%}{rate / rates['executemany']:>15.2f}"
-        yield f"{label:36}{rate:>12,.0f}{shares}"
+        yield f"{label:36}{rate:>12,.0f}{shares}{cpu[name]:>12.2f}"
     yield ""
     for n, cost in tenants.items():
         yield f"{n:>6,} tenants a segment: {cost:.2f} µs an event"
@@ -263,13 +289,14 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="engram-bench-") as temporary,
         EmbeddedPostgres(Path(temporary) / "server", free_ports(1)[0]) as server,
     ):
-        rates = compare(server, Path(temporary), chosen.rows, chosen.segment_events, a_round)
+        rates, cpu = compare(server, Path(temporary), chosen.rows, chosen.segment_events, a_round)
         tenants = by_tenants(server, Path(temporary), chosen.tenant_rows, chosen.segment_events)
-    print("\n".join(report(rates, tenants)))
+    print("\n".join(report(rates, cpu, tenants)))
     result = {
         "rows": chosen.rows,
         "segment_events": chosen.segment_events,
         "rows_per_second": rates,
+        "cpu_us_per_row": cpu,
         "of_floor": rates["drain"] / rates["floor"],
         "of_one_copy": rates["drain"] / rates["floor_one"],
         "times_executemany": rates["drain"] / rates["executemany"],
