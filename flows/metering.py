@@ -14,7 +14,7 @@ from pydantic import Field
 from flows import artifact, policy
 from flows.core import configuration, control_plane
 from shared import metering as core
-from shared.metering import Drained
+from shared.usage_audit import Drained
 
 
 @task(name="collect", **policy.READ)

@@ -6,7 +6,7 @@ functions. Lone surrogates and invalid UTF-8 never get this far: the JSON decode
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -108,8 +108,22 @@ class SearchResults(msgspec.Struct):
     count: int
 
 
+class UsageBucket(msgspec.Struct):
+    """An hour or a day (UTC), named by its start; `storage_bytes` is the last measurement in it."""
+
+    bucket: Time
+    api_calls: int
+    search_queries: int
+    memories_created: int
+    storage_bytes: int | None
+
+
 class UsageView(msgspec.Struct, rename={"from_": "from"}):
-    """Whole hours that begin in [from, to); `storage_bytes` is the size now."""
+    """Whole hours that begin in [from, to); `storage_bytes` is the size now.
+
+    Every request that began before `complete_until` is counted; later ones may be on their way. `buckets` are those
+    with any usage, oldest first; they add up to the totals.
+    """
 
     tenant_id: str
     from_: Time
@@ -118,6 +132,9 @@ class UsageView(msgspec.Struct, rename={"from_": "from"}):
     search_queries: int
     memories_created: int
     storage_bytes: int
+    granularity: Literal["hour", "day"]
+    complete_until: Time | None
+    buckets: list[UsageBucket]
 
 
 class ProblemView(msgspec.Struct):

@@ -36,9 +36,11 @@ from shared.engine import memories
 from shared.engine.memories import Changes, NewMemory
 from shared.engine.search import search
 from shared.errors import UnknownMemory
+from shared.usage_report import Granularity
 
 _JSON = "application/json"
 _MEMORY_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+_HOURLY_WINDOW = timedelta(days=92)  # some 300 KB
 _CURSOR = re.compile(r"[A-Za-z0-9_-]{22}\Z")
 _encode = msgspec.json.Encoder().encode
 
@@ -179,8 +181,9 @@ async def get_usage(
     request: JsonRequest,
     since: Annotated[str | None, Parameter(query="from", max_length=64, description="ISO 8601")] = None,
     until: Annotated[str | None, Parameter(query="to", max_length=64, description="ISO 8601")] = None,
+    granularity: Annotated[Granularity, Parameter(description="Of the buckets, in UTC.")] = "day",
 ) -> Response[bytes]:
-    """The tenant's own counters; by default this UTC month until now."""
+    """The tenant's own counters, in sum and by hour or day; by default this UTC month until now."""
     services, tenant_id = _tenancy(request)
     now = datetime.now(UTC)
     first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -188,7 +191,9 @@ async def get_usage(
     end = _time(until, "to") if until is not None else now + timedelta(hours=1)
     if begin >= end:
         raise bad_request("`from` must be before `to`.")
-    return _answer(_encode(await services.usage.of(tenant_id, begin, end)))
+    if granularity == "hour" and end - begin > _HOURLY_WINDOW:
+        raise bad_request(f"By hour at most {_HOURLY_WINDOW.days} days can be asked for.")
+    return _answer(_encode(await services.usage.of(tenant_id, begin, end, granularity)))
 
 
 def _time(text: str, name: str) -> datetime:

@@ -61,6 +61,8 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         name: {"tenant_id": ["acme"], "storage_bytes": [1], "measured_at": datetime.now(UTC)}
         for name in ("usage_hourly_storage", "usage_daily_storage")
     },
+    "usage_by_bucket": {"granularity": "day"},
+    "usage_watermark_set": {"complete_until": datetime.now(UTC)},
     "usage_known": {"request_id": [uuid4()], "first": uuid4(), "last": uuid4()},
     "usage_day_check": {"day": datetime.now(UTC)},
     "usage_days_dropped": {"days": [datetime.now(UTC).date()]},

@@ -115,6 +115,7 @@ def test_usage_answers_the_rollups_of_the_window_and_the_size_on_disk(stack: Sta
         month = api.get("/v1/usage").json()
         assert month.keys() == {
             "tenant_id", "from", "to", "api_calls", "search_queries", "memories_created", "storage_bytes",
+            "granularity", "complete_until", "buckets",
         }  # fmt: skip
         assert (month["api_calls"], month["search_queries"], month["memories_created"]) == (5, 2, 1)
         assert month["tenant_id"] == tenant and month["storage_bytes"] > 4_096

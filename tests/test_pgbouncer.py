@@ -113,7 +113,7 @@ def test_drains_retention_and_quotas_at_once_are_exact_through_the_pooler(pooled
         window = {"tenant_id": pooled.tenant_id, "from": now - timedelta(days=30), "to": now}
         for _ in range(10):
             control_plane.rows("quota_usage", segments=["none"])
-            control_plane.rows("usage_totals", **window)
+            control_plane.rows("usage_by_bucket", granularity="day", **window)
             control_plane.rows("usage_by_tenant", **{"from": window["from"], "to": window["to"]})
             control_plane.rows("fleet_ages")
 

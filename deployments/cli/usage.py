@@ -1,15 +1,21 @@
-"""`engram usage`: a tenant's counters, by hour."""
+"""`engram usage`: a tenant's counters, by hour or day."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from deployments.cli import beside
-from deployments.cli.output import Json, print_json, print_table
+from deployments.cli.output import Json, note, print_json, print_table
 from deployments.cli.restore import parse_time
+
+
+class By(StrEnum):
+    HOUR = "hour"
+    DAY = "day"
 
 
 def register(app: typer.Typer) -> None:
@@ -20,28 +26,40 @@ def usage(
     tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
     start: Annotated[str | None, typer.Option("--from", metavar="TIME", help="Default: this month's start.")] = None,
     end: Annotated[str | None, typer.Option("--to", metavar="TIME", help="Default: now.")] = None,
+    by: Annotated[By, typer.Option("--by", help="Buckets, in UTC.")] = By.HOUR,
     as_json: Json = False,
 ) -> None:
-    """What a tenant used, from the hourly rollups."""
-    from shared import registry
+    """What a tenant used, from the hourly rollups, and until when that is complete."""
+    from shared import registry, usage_report
 
     now = datetime.now(UTC)
     first = parse_time(start) or now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     last = parse_time(end) or now + timedelta(hours=1)
     if first >= last:
         raise typer.BadParameter("--from must be before --to")
-    with beside.control_plane() as (_, control_plane):
+    with beside.control_plane() as (settings, control_plane):
         registry.get(control_plane, tenant_id)
-        window = {"tenant_id": tenant_id, "from": first, "to": last}
-        totals = control_plane.row("usage_totals", **window) or {}
-        buckets = control_plane.rows("usage_buckets", **window)
+        found = usage_report.read(control_plane, settings, tenant_id, first, last, by.value)
     if as_json:
-        print_json({**window, **totals, "hours": buckets})
+        buckets = [
+            {"bucket": b.bucket, **b.counters._asdict(), "storage_bytes": b.storage_bytes} for b in found.buckets
+        ]
+        window = {"tenant_id": tenant_id, "from": first, "to": last}
+        window |= {"granularity": by.value, "complete_until": found.complete_until}
+        print_json({**window, **found.totals._asdict(), "buckets": buckets})
         return
+    form = "%F %H:00" if by is By.HOUR else "%F"
     print_table(
-        ("hour (UTC)", "api_calls", "search_queries", "memories_created"),
+        (f"{by.value} (UTC)", *found.totals._fields, "storage_bytes"),
         [
-            *((f"{b['bucket']:%F %H:00}", b["api_calls"], b["search_queries"], b["memories_created"]) for b in buckets),
-            ("total", totals["api_calls"], totals["search_queries"], totals["memories_created"]),
+            *(
+                (f"{b.bucket:{form}}", *b.counters, "—" if b.storage_bytes is None else b.storage_bytes)
+                for b in found.buckets
+            ),
+            ("total", *found.totals, ""),
         ],
     )
+    if found.complete_until is None:
+        note("complete until: unknown, no drain has reported yet")
+    else:
+        note(f"complete until {found.complete_until:%F %H:%M:%S} UTC")

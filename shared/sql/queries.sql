@@ -263,18 +263,6 @@ SET inserted = usage_segments.inserted + EXCLUDED.inserted,
                   GROUP BY key) AS added)
 WHERE EXCLUDED.inserted > 0;
 
--- name: usage_totals
-SELECT coalesce(sum(api_calls), 0)::bigint AS api_calls, coalesce(sum(search_queries), 0)::bigint AS search_queries,
-       coalesce(sum(memories_created), 0)::bigint AS memories_created
-FROM usage_hourly
-WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s;
-
--- name: usage_buckets
-SELECT bucket, api_calls, search_queries, memories_created, storage_bytes
-FROM usage_hourly
-WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s
-ORDER BY bucket;
-
 -- name: usage_by_tenant
 -- What the single events minted in [from, to) say, tenant by tenant: the ids are a range, so only the partitions of
 -- those days are read. For whole hours or days it equals the rollups.
@@ -356,3 +344,25 @@ WITH limited AS (
 )
 SELECT used.tenant_id, used.api_calls, used.search_queries, used.memories_created, limited.*, drained.segments
 FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON true;
+
+-- The books of usage: what is complete, what agrees, what was corrected by hand.
+
+-- name: usage_by_bucket
+-- A tenant's usage by hour or day, from the hours that begin in [from, to). Storage is a gauge: the last one stands.
+SELECT date_trunc(%(granularity)s, bucket, 'UTC') AS bucket, sum(api_calls)::bigint AS api_calls,
+       sum(search_queries)::bigint AS search_queries, sum(memories_created)::bigint AS memories_created,
+       (array_agg(storage_bytes ORDER BY bucket DESC) FILTER (WHERE storage_bytes IS NOT NULL))[1] AS storage_bytes
+FROM usage_hourly
+WHERE tenant_id = %(tenant_id)s AND bucket >= %(from)s AND bucket < %(to)s
+GROUP BY 1
+ORDER BY 1;
+
+-- name: usage_watermark_set
+-- It goes back when an old segment was put into the spool again.
+INSERT INTO usage_watermarks (machine_id, complete_until) VALUES (%(machine_id)s, %(complete_until)s)
+ON CONFLICT (machine_id) DO UPDATE SET complete_until = EXCLUDED.complete_until, updated_at = clock_timestamp();
+
+-- name: usage_watermark_of_tenant
+SELECT t.machine_id, w.complete_until
+FROM tenants t LEFT JOIN usage_watermarks w USING (machine_id)
+WHERE t.tenant_id = %(tenant_id)s;

@@ -4,7 +4,7 @@
 -- NULL in rows from before this migration.
 ALTER TABLE usage_segments ADD COLUMN machine_id text, ADD COLUMN by_day jsonb;
 
--- Everything a machine's gateway answered before `complete_until` is in usage_events and the rollups.
+-- Every request that began on a machine before `complete_until` is in usage_events and the rollups.
 CREATE TABLE usage_watermarks (
     machine_id     text PRIMARY KEY,
     complete_until timestamptz NOT NULL,
