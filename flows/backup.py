@@ -1,35 +1,56 @@
-"""backup: snapshot → upload → register for each tenant asked for; what fails is listed, the rest goes on."""
+"""backup: choose → back-up. One run for all tenants of a machine; what fails is listed, the rest goes on."""
 
-from pathlib import Path
-from typing import Any, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
+from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
-from shared import backup as core
+from shared import backup as backup_core
+from shared import fleet as core
 from shared import registry
-from shared.catalogue import Backup, Stored
-from shared.errors import EngramError, Permanent
-from shared.snapshot import Snapshot
+from shared.errors import Permanent
+from shared.fleet import Chosen, Done, Run
+from shared.receipt import Receipt
+
+_LISTED = 200  # tenants in the report; all that failed come first
 
 
-@task(name="snapshot", task_run_name="snapshot-{tenant_id}", **policy.READ)
-def snapshot(tenant_id: str, directory: Path) -> Snapshot:
-    return core.take(configuration(), tenant_id, directory)
+class Tenants(Receipt, frozen=True):
+    """Whom a run is for: one value, so that Prefect does not look into thousands."""
+
+    chosen: list[Chosen]
 
 
-@task(name="upload", **policy.READ)
-def upload(taken: Snapshot) -> Stored:
-    return core.store(objects(), taken)
+@task(name="choose", **policy.READ)
+def choose(run: Run, tenants: list[str] | None) -> Tenants:
+    began = core.begin(control_plane(), run)
+    found = core.choose(control_plane(), run, tenants)
+    get_run_logger().info("run %s of machine %s, begun %s: %d tenants", run.run_id, run.machine_id, began, len(found))
+    return Tenants(found)
 
 
-@task(name="register", **policy.READ)
-def register(stored: Stored, kind: str) -> Backup:
-    return core.register(control_plane(), stored, kind=kind, flow_run_id=artifact.flow_run_id())
+@task(name="back-up", **policy.ONCE)
+def back_up(run: Run, tenants: Tenants) -> list[Done]:
+    """Retries are inside, tenant by tenant."""
+    settings, total, log = configuration(), len(tenants.chosen), get_run_logger()
+    fleet = core.Fleet(settings, control_plane(), objects(), run)
+    progress = artifact.Progress("backup-progress", f"{total} tenants of machine {run.machine_id}")
+    ended: list[Done] = []
+    with backup_core.work(settings.data_dir / "tmp", "backup") as directory:
+        for done in fleet.back_up(tenants.chosen, directory):
+            ended.append(done)
+            if done.error is not None:
+                log.error("backup of tenant %s failed: %s", done.tenant_id, done.error)
+            if progress.show(len(ended), total):
+                log.info("%d of %d tenants, %d failed", len(ended), total, sum(d.error is not None for d in ended))
+    fleet.record(ended)
+    return ended
 
 
 def run_name() -> str:
@@ -44,77 +65,78 @@ def backup(
     tenants: list[str] | None = None,
     all: bool = False,
     kind: Literal["manual", "scheduled"] = "manual",
+    force: bool = False,
+    shard: Annotated[int, Field(ge=0)] = 0,
+    shards: Annotated[int, Field(ge=1, le=1000)] = 1,
+    run_id: Annotated[str, Field(max_length=100)] | None = None,
 ) -> list[dict[str, Any]] | State[list[dict[str, Any]]]:
     """Take a consistent snapshot of each tenant's database, store it, read it back, enter it in the catalogue.
 
     Args:
-        tenants: Ids of the tenants to back up now. Leave it None when all is on.
-        all: Back up every tenant of this machine.
+        tenants: Ids of the tenants to back up now, changed or not. Leave it None when all is on.
+        all: Back up every tenant of this machine that changed since its last backup.
         kind: What the catalogue says of these backups.
+        force: With all, also back up tenants that did not change.
+        shard: With all, only this part of the tenants, counted from 0.
+        shards: Into how many parts the tenants are divided.
+        run_id: Go on with this run: tenants it has finished are not done again. None starts one of its own.
     """
-    chosen = _choose(tenants, all)
-    results: list[dict[str, Any]] = []
-    progress = artifact.Progress("backup-progress", f"{len(chosen)} tenants")
-    with core.work(configuration().data_dir / "tmp", "backup") as directory:
-        for done, tenant_id in enumerate(chosen, start=1):
-            results.append(_one(tenant_id, directory, kind))
-            progress.show(done, len(chosen))
-    failed = [r for r in results if r["error"]]
-    _report(results, failed)
+    settings = configuration()
+    if bool(tenants) == all:
+        raise Permanent("name the tenants or choose all, one of the two")
+    if shard >= shards:
+        raise Permanent(f"shard {shard} of {shards}: shards count from 0")
+    own_id = artifact.flow_run_id()
+    run = Run(
+        run_id=run_id or own_id or core.new_run_id(),
+        machine_id=settings.machine_id,
+        kind=kind,
+        shard=shard,
+        shards=shards,
+        force=force or bool(tenants),
+        flow_run_id=own_id,
+    )
+    if tenants:
+        named = [registry.get_active(control_plane(), t).tenant_id for t in dict.fromkeys(tenants)]
+        return _end(run, back_up(run, choose(run, named)))
+    with core.holding(settings, run):
+        return _end(run, back_up(run, choose(run, None)))
+
+
+def _end(run: Run, ended: list[Done]) -> list[dict[str, Any]] | State[list[dict[str, Any]]]:
+    """Report; Failed when any tenant failed, with the causes in the state's message."""
+    failed = [done for done in ended if done.error is not None]
+    _report(run, ended, failed)
+    results = [done.as_dict() for done in ended]
     if failed:
-        causes = "; ".join(f"{r['tenant_id']}: {r['error']}" for r in failed[:5])
-        return Failed(message=f"{len(failed)} of {len(results)} backups failed: {causes}", data=results)
+        causes = "; ".join(f"{done.tenant_id}: {done.error}" for done in failed[:5])
+        return Failed(message=f"{len(failed)} of {len(ended)} backups failed: {causes}", data=results)
     return results
 
 
-def _choose(tenants: list[str] | None, all_tenants: bool) -> list[str]:
-    if bool(tenants) == all_tenants:
-        raise Permanent("name the tenants or choose all, one of the two")
-    if tenants:
-        return [registry.get_active(control_plane(), t).tenant_id for t in dict.fromkeys(tenants)]
-    machine = configuration().machine_id
-    return [
-        t.tenant_id for t in registry.list_all(control_plane()) if t.machine_id == machine and t.state != "creating"
-    ]
-
-
-def _one(tenant_id: str, directory: Path, kind: str) -> dict[str, Any]:
-    try:
-        taken = snapshot(tenant_id, directory)
-        stored = upload(taken)
-        made = register(stored, kind)
-    except EngramError as e:
-        get_run_logger().error("backup of tenant %s failed: %s", tenant_id, e)
-        return _result(tenant_id, error=str(e))
-    finally:
-        (directory / f"{tenant_id}.sqlite").unlink(missing_ok=True)
-    return _result(tenant_id, made=made)
-
-
-def _result(tenant_id: str, *, made: Backup | None = None, error: str | None = None) -> dict[str, Any]:
-    return {
-        "tenant_id": tenant_id,
-        "backup_id": str(made.backup_id) if made else None,
-        "key": made.key if made else None,
-        "sha256": made.sha256 if made else None,
-        "size_bytes": made.size_bytes if made else None,
-        "skipped": False,
-        "error": error,
-    }
-
-
-def _report(results: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    good = len(results) - len(failed)
+def _report(run: Run, ended: list[Done], failed: list[Done]) -> None:
+    skipped = sum(done.skipped for done in ended)
+    made = [done for done in ended if not done.skipped and done.error is None]
+    said = [f"{len(made)} of {len(ended)} tenants backed up", f"{skipped} unchanged", f"{len(failed)} failed"]
+    shown = sorted(ended, key=lambda done: (done.error is None, done.skipped))[: max(_LISTED, len(failed))]
+    causes = Counter(done.error for done in failed).most_common(10)
     artifact.report(
         "backup",
         "Backup",
-        f"{good} of {len(results)} tenants backed up" + (f", {len(failed)} failed" if failed else ""),
-        {"bytes": sum(r["size_bytes"] or 0 for r in results)},
+        ", ".join(said),
+        {
+            "machine": run.machine_id,
+            "shard": f"{run.shard} of {run.shards}",
+            "run": run.run_id,
+            "bytes": sum(done.size_bytes or 0 for done in made),
+        },
+        *([artifact.table(("cause", "tenants"), causes)] if len(failed) > _LISTED else []),
         artifact.table(
             ("tenant", "result", "size_bytes", "backup_id", "key"),
             (
-                (r["tenant_id"], r["error"] or "ok", r["size_bytes"], r["backup_id"], r["key"])
-                for r in sorted(results, key=lambda r: r["error"] is None)
+                (d.tenant_id, d.error or ("unchanged" if d.skipped else "ok"), d.size_bytes, d.backup_id, d.key)
+                for d in shown
             ),
         ),
+        *([f"{len(ended) - len(shown)} more tenants are not listed."] if len(shown) < len(ended) else []),
     )

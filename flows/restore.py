@@ -47,7 +47,7 @@ def safety_backup(staged: Staged) -> Safety:
     settings, tenant_id = configuration(), staged.plan.tenant_id
     try:
         with backup_core.work(settings.data_dir / "tmp", "safety") as directory:
-            stored = backup_core.store(objects(), backup_core.take(settings, tenant_id, directory))
+            stored = backup_core.store(objects(), backup_core.take(settings, tenant_id, directory), control_plane())
     except (CorruptDatabase, TenantDatabaseUnavailable) as e:
         get_run_logger().warning("no safety backup: %s", e)
         return Safety(None, str(e))

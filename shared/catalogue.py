@@ -15,6 +15,7 @@ from uuid6 import uuid7
 
 from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
+from shared.pack import PLAIN, Packing, PackingName
 from shared.receipt import Receipt
 from shared.snapshot import Snapshot
 from shared.tenant import check_tenant_id, object_key
@@ -26,10 +27,13 @@ class Stored(Receipt, frozen=True):
     snapshot: Snapshot
     key: str
     stored_bytes: int
+    stored_sha256: str
+    packing: PackingName = "none"
+    key_id: UUID | None = None
 
 
 class Backup(Receipt, frozen=True):
-    """One row of `backups`."""
+    """One row of `backups`. `sha256` and `size_bytes` are the plain file's, `stored_*` the object's."""
 
     backup_id: UUID
     tenant_id: str
@@ -38,6 +42,9 @@ class Backup(Receipt, frozen=True):
     size_bytes: int
     stored_bytes: int
     sha256: str
+    stored_sha256: str
+    packing: str
+    key_id: UUID | None
     key: str
     kind: str
     status: str
@@ -46,8 +53,8 @@ class Backup(Receipt, frozen=True):
     created_at: datetime
 
 
-def key_of(snapshot: Snapshot) -> str:
-    return object_key(snapshot.tenant_id, snapshot.ts, snapshot.manifest.schema_version)
+def key_of(snapshot: Snapshot, packing: Packing = PLAIN) -> str:
+    return object_key(snapshot.tenant_id, snapshot.ts, snapshot.manifest.schema_version, packing.suffix)
 
 
 def register(
@@ -64,6 +71,9 @@ def register(
         size_bytes=snapshot.size_bytes,
         stored_bytes=stored.stored_bytes,
         sha256=snapshot.sha256,
+        stored_sha256=stored.stored_sha256,
+        packing=stored.packing,
+        key_id=stored.key_id,
         key=stored.key,
         kind=kind,
         manifest=Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),

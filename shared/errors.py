@@ -79,8 +79,19 @@ class ObjectStoreUnavailable(Transient):
     """The object store did not answer, or answered with a server error, within its retries."""
 
 
+class KeyUnavailable(Permanent):
+    """The key of an encrypted backup cannot be had: no master key, the wrong one, or an erased tenant key.
+
+    Says nothing about the object: a backup is not corrupt because its reader has lost the key.
+    """
+
+
 class ObjectStoreRefused(Permanent):
     """The object store refused: credentials, permissions or an object that must not be overwritten."""
+
+
+class KeyTaken(ObjectStoreRefused):
+    """An object with other bytes lies under the key; it was left as it is."""
 
 
 class NoSpace(Transient):

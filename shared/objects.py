@@ -11,11 +11,9 @@ permanent: 404 is the builtin FileNotFoundError; refused credentials are permane
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,8 +30,10 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store
 
+from shared import pack
 from shared.durable import fsync_path
-from shared.errors import CorruptBackup, NoSpace, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.errors import CorruptBackup, KeyTaken, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.pack import Progress
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,14 +43,13 @@ _SINGLE_PUT_BYTES = 32 << 20  # a conditional put is one request; above this, pa
 _PART_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
 
-Progress = Callable[[int], None]
-
 
 class ObjectStore:
     """One bucket and prefix, or one local directory."""
 
     def __init__(self, settings: Settings) -> None:
         settings.require("object_store_url")
+        self.settings = settings
         self._retries = settings.object_store_retries
         self._local_root: Path | None = None
         url = urlsplit(settings.object_store_url)
@@ -88,7 +87,7 @@ class ObjectStore:
         stored, size = self.sha256(key)
         if stored != sha256:
             if existed:
-                raise ObjectStoreRefused(f"{key} already exists with other content")
+                raise KeyTaken(f"{key} already exists with other content")
             raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent")
         self._fsync_local(key)
         return size
@@ -107,29 +106,12 @@ class ObjectStore:
 
         Raises `CorruptBackup` when it is missing or its sha256 differs; the file is removed then.
         """
-        digest, size = hashlib.sha256(), 0
-        try:
-            with _disk_errors(destination), destination.open("wb") as file:
-                for chunk in self._chunks(key):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-                    if progress is not None:
-                        progress(size)
-                file.flush()
-                os.fsync(file.fileno())
-            if digest.hexdigest() != sha256:
-                raise CorruptBackup(f"{key}: sha256 is {digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
-            fsync_path(destination.parent)
-        except BaseException:
-            destination.unlink(missing_ok=True)
-            raise
-        return size
+        return pack.receive(self.chunks(key), destination, sha256, name=key, progress=progress).size_bytes
 
     def sha256(self, key: str) -> tuple[str, int]:
         """Hex sha256 and size in bytes of a stored object. Raises `CorruptBackup` when it is missing."""
         digest, size = hashlib.sha256(), 0
-        for chunk in self._chunks(key):
+        for chunk in self.chunks(key):
             digest.update(chunk)
             size += len(chunk)
         return digest.hexdigest(), size
@@ -155,7 +137,8 @@ class ObjectStore:
         except CorruptBackup:
             return
 
-    def _chunks(self, key: str) -> Iterator[Any]:
+    def chunks(self, key: str) -> Iterator[Any]:
+        """The bytes of an object as they arrive. Raises `CorruptBackup` when it is missing."""
         with _translated(key):
             response = obstore.get(self._store, key)
             expected = response.meta["size"]
@@ -176,16 +159,6 @@ class ObjectStore:
             fsync_path(directory)
             if directory == self._local_root:
                 return
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"no space left for {path}") from e
-        raise
 
 
 class _Exists(Exception):

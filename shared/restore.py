@@ -18,13 +18,15 @@ from pathlib import Path
 from uuid import UUID
 
 from shared import generation, lease, previous, snapshot
+from shared.backup import fetch
 from shared.engine import schema
 from shared.engine.database import connect
 from shared.errors import CorruptBackup, CorruptDatabase, Permanent
 from shared.fence import Fence, Mark, read_mark
 from shared.hold import Hold, finish, holding, running
 from shared.lease import Lease
-from shared.objects import ObjectStore, Progress
+from shared.objects import ObjectStore
+from shared.pack import Progress
 from shared.plan import Plan
 from shared.receipt import Receipt
 from shared.repair import Outcome, check_active
@@ -83,7 +85,7 @@ def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progre
     backup = chosen.backup
     if backup is None:
         raise Permanent("an undo has no backup to download")
-    objects.download(backup.key, _clear(hold.paths.restore_file), backup.sha256, progress=progress)
+    fetch(objects, backup, _clear(hold.paths.restore_file), hold.control_plane, progress=progress)
     return _stage(hold, chosen, f"backup {backup.backup_id}")
 
 

@@ -51,6 +51,17 @@ class Settings(BaseSettings):
     object_store_retries: int = Field(default=4, ge=0)
     object_store_retry_timeout_seconds: float = Field(default=60.0, gt=0)
 
+    # How new backups are packed (shared/pack.py) and who can open them (shared/keys.py)
+    backup_compression: Literal["none", "zstd"] = "none"
+    backup_compression_level: int = Field(default=3, ge=1, le=12, description="of zstd; memory grows with it")
+    backup_encryption: Literal["none", "age"] = "none"
+    backup_master_key: SecretStr = Field(
+        default=SecretStr(""), description="an age identity, AGE-SECRET-KEY-1…; wraps the tenants' keys"
+    )
+    backup_master_keys_older: SecretStr = Field(
+        default=SecretStr(""), description="comma-separated; they still open keys, until `engram keys rotate`"
+    )
+
     # Tokens
     jwt_issuer: str = ""
     jwt_audience: str = "engram"
@@ -138,6 +149,15 @@ class Settings(BaseSettings):
     drain_poll_seconds: float = Field(default=1.0, gt=0)
     drain_linger_seconds: float = Field(default=3.0, ge=0)
     drain_run_seconds: float = Field(default=60.0, gt=0)
+
+    # Backup of all tenants of a machine: shared/fleet.py
+    backup_parallel: int = Field(default=2, ge=1, le=64, description="tenants at a time in one run")
+    backup_staging_bytes: int = Field(
+        default=4_294_967_296, ge=1, description="temporary disk of one run; a larger tenant is refused"
+    )
+    backup_force_days: float = Field(
+        default=7.0, ge=0, description="an unchanged tenant is stored anew when its last backup is older"
+    )
 
     # Restore
     lease_seconds: float = Field(default=30.0, gt=0)

@@ -30,7 +30,9 @@ from shared.errors import UnsafeTenantId
 TENANT_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 _TENANT_ID = re.compile(TENANT_ID_PATTERN.removesuffix("$") + r"\Z")
 _KEY = re.compile(
-    r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d{1,9})\.sqlite\Z", re.ASCII
+    r"tenants/(?P<tenant>[a-z0-9][a-z0-9_-]{0,62})/db/(?P<ts>\d{8}T\d{6}\.\d{6}Z)_v(?P<v>\d{1,9})\.sqlite"
+    r"(?:\.zst)?(?:\.age)?\Z",
+    re.ASCII,
 )
 _TS_FORMAT = "%Y%m%dT%H%M%S.%fZ"
 
@@ -97,10 +99,13 @@ class TenantPaths:
         return int(os.path.basename(os.readlink(self.current)))
 
 
-def object_key(tenant_id: str, ts: datetime, schema_version: int) -> str:
-    """`tenants/{tenant_id}/db/{ts}_v{schema_version}.sqlite`, ts in UTC with microseconds."""
+def object_key(tenant_id: str, ts: datetime, schema_version: int, suffix: str = "") -> str:
+    """`tenants/{tenant_id}/db/{ts}_v{schema_version}.sqlite{suffix}`, ts in UTC with microseconds.
+
+    The suffix says what the object is packed with: `.zst`, `.age` or `.zst.age`; see `shared.pack`.
+    """
     stamp = ts.astimezone(UTC).strftime(_TS_FORMAT)
-    return f"tenants/{check_tenant_id(tenant_id)}/db/{stamp}_v{schema_version}.sqlite"
+    return f"tenants/{check_tenant_id(tenant_id)}/db/{stamp}_v{schema_version}.sqlite{suffix}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,8 @@ class World:
 
     def back_up(self, kind: str = "manual") -> Backup:
         taken = backup.take(self.settings, self.tenant_id, self.settings.data_dir)
-        return backup.register(self.control_plane, backup.store(self.objects, taken), kind=kind)
+        stored = backup.store(self.objects, taken, self.control_plane)
+        return backup.register(self.control_plane, stored, kind=kind)
 
     def object_path(self, made: Backup) -> Path:
         """The stored object of the local store."""

@@ -90,7 +90,8 @@ def test_keys_of_one_tenant_sort_by_time(tenant_id: str, instants: list[datetime
     [
         "",
         "tenants/acme/db/20260304T050607.000008Z_v1.sqlite\n",
-        "tenants/acme/db/20260304T050607.000008Z_v1.sqlite.zst",
+        "tenants/acme/db/20260304T050607.000008Z_v1.sqlite.gz",
+        "tenants/acme/db/20260304T050607.000008Z_v1.sqlite.age.zst",
         "tenants/../db/20260304T050607.000008Z_v1.sqlite",
         "x/tenants/acme/db/20260304T050607.000008Z_v1.sqlite",
         "tenants/acme/db/20260304T050607.000008_v1.sqlite",

@@ -35,19 +35,22 @@ SELECT tenant_id FROM tenants WHERE machine_id = %(machine_id)s AND state = 'act
 SELECT tenant_id, state FROM tenants;
 
 -- name: backup_insert
-INSERT INTO backups (backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256, key, kind,
-                     status, manifest, flow_run_id, verified_at)
+INSERT INTO backups (backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+                     stored_sha256, packing, key_id, key, kind, status, manifest, flow_run_id, verified_at)
 VALUES (%(backup_id)s, %(tenant_id)s, %(ts)s, %(schema_version)s, %(size_bytes)s, %(stored_bytes)s, %(sha256)s,
-        %(key)s, %(kind)s, 'available', %(manifest)s, %(flow_run_id)s, clock_timestamp())
+        %(stored_sha256)s, %(packing)s, %(key_id)s, %(key)s, %(kind)s, 'available', %(manifest)s, %(flow_run_id)s,
+        clock_timestamp())
 ON CONFLICT (key) DO NOTHING;
 
 -- name: backup_get
-SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256, key, kind, status, manifest,
+SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+       coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
        verified_at, created_at
 FROM backups WHERE backup_id = %(backup_id)s;
 
 -- name: backup_newest
-SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256, key, kind, status, manifest,
+SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+       coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
        verified_at, created_at
 FROM backups
 WHERE tenant_id = %(tenant_id)s AND status = 'available' AND verified_at IS NOT NULL
@@ -56,12 +59,14 @@ WHERE tenant_id = %(tenant_id)s AND status = 'available' AND verified_at IS NOT 
 ORDER BY ts DESC LIMIT 1;
 
 -- name: backup_list
-SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256, key, kind, status, manifest,
+SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+       coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
        verified_at, created_at
 FROM backups WHERE tenant_id = %(tenant_id)s ORDER BY ts DESC LIMIT %(limit)s;
 
 -- name: backup_mark_corrupt
-UPDATE backups SET status = 'corrupt' WHERE backup_id = %(backup_id)s AND status = 'available';
+UPDATE backups SET status = 'corrupt', status_at = clock_timestamp(), status_reason = 'found by a restore test'
+WHERE backup_id = %(backup_id)s AND status = 'available';
 
 -- name: lease_acquire
 INSERT INTO maintenance_locks (tenant_id, epoch, holder, reason, acquired_at, expires_at)
@@ -345,6 +350,38 @@ WITH limited AS (
 SELECT used.tenant_id, used.api_calls, used.search_queries, used.memories_created, limited.*, drained.segments
 FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON true;
 
+-- Keys of encrypted backups, and uploads under way (shared/keys.py, shared/backup.py)
+
+-- name: tenant_key_current
+SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys
+WHERE tenant_id = %(tenant_id)s AND retired_at IS NULL;
+
+-- name: tenant_key_get
+SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys WHERE key_id = %(key_id)s;
+
+-- name: tenant_key_insert
+INSERT INTO tenant_keys (key_id, tenant_id, recipient, wrapped, master)
+VALUES (%(key_id)s, %(tenant_id)s, %(recipient)s, %(wrapped)s, %(master)s)
+ON CONFLICT (tenant_id) WHERE retired_at IS NULL DO NOTHING
+RETURNING key_id, tenant_id, recipient, wrapped, master;
+
+-- name: tenant_key_retire
+UPDATE tenant_keys SET retired_at = clock_timestamp() WHERE tenant_id = %(tenant_id)s AND retired_at IS NULL;
+
+-- name: tenant_keys_of_other_masters
+SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys
+WHERE master <> %(master)s AND (%(after)s::uuid IS NULL OR key_id > %(after)s::uuid)
+ORDER BY key_id LIMIT 500;
+
+-- name: tenant_key_rewrap
+UPDATE tenant_keys SET wrapped = %(wrapped)s, master = %(master)s WHERE key_id = %(key_id)s AND master = %(was)s;
+
+-- name: tenant_keys_count
+SELECT count(*) AS count FROM tenant_keys WHERE master = %(master)s;
+
+-- name: tenant_keys_erase
+DELETE FROM tenant_keys WHERE tenant_id = %(tenant_id)s RETURNING key_id;
+
 -- The books of usage: what is complete, what agrees, what was corrected by hand.
 
 -- name: usage_by_bucket
@@ -366,3 +403,140 @@ ON CONFLICT (machine_id) DO UPDATE SET complete_until = EXCLUDED.complete_until,
 SELECT t.machine_id, w.complete_until
 FROM tenants t LEFT JOIN usage_watermarks w USING (machine_id)
 WHERE t.tenant_id = %(tenant_id)s;
+
+-- Fleet: backups of all tenants of one machine (shared/fleet.py).
+
+-- name: fleet_run_begin
+-- The same run again goes on with what it did not finish.
+INSERT INTO fleet_runs (run_id, machine_id, shard, shards, kind, flow_run_id)
+VALUES (%(run_id)s, %(machine_id)s, %(shard)s, %(shards)s, %(kind)s, %(flow_run_id)s)
+ON CONFLICT (run_id, machine_id, shard, shards)
+DO UPDATE SET finished_at = NULL, flow_run_id = EXCLUDED.flow_run_id
+RETURNING started_at;
+
+-- name: fleet_run_finish
+UPDATE fleet_runs
+SET finished_at = clock_timestamp(), made = %(made)s, skipped = %(skipped)s, failed = %(failed)s
+WHERE run_id = %(run_id)s AND machine_id = %(machine_id)s AND shard = %(shard)s AND shards = %(shards)s;
+
+-- name: fleet_run_newest
+SELECT run_id, started_at, finished_at, failed FROM fleet_runs
+WHERE machine_id = %(machine_id)s AND shard = %(shard)s AND shards = %(shards)s
+ORDER BY started_at DESC LIMIT 1;
+
+-- name: fleet_tenants
+-- A machine's tenants with their last good backup and the mark beside it; those longest without a true one first.
+SELECT t.tenant_id, m.fingerprint, m.run_id, m.backup_id AS marked_backup_id,
+       b.backup_id, b.ts, b.key, b.sha256, b.size_bytes, b.packing
+FROM tenants t
+LEFT JOIN backup_marks m ON m.tenant_id = t.tenant_id
+LEFT JOIN LATERAL (
+    SELECT backup_id, ts, key, sha256, size_bytes, packing, current_at FROM backups
+    WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
+    ORDER BY ts DESC LIMIT 1
+) b ON true
+WHERE t.machine_id = %(machine_id)s AND t.state IN ('active', 'suspended')
+  AND (%(tenant_ids)s::text[] IS NULL OR t.tenant_id = ANY (%(tenant_ids)s::text[]))
+ORDER BY coalesce(b.current_at, b.ts) NULLS FIRST, t.tenant_id;
+
+-- name: fleet_machines
+SELECT machine_id, count(*) AS tenants FROM tenants WHERE state IN ('active', 'suspended')
+GROUP BY machine_id ORDER BY machine_id;
+
+-- name: backup_mark
+-- Tenants whose database is what the backup holds, seen at `checked_at`. Returns those whose backup can still be
+-- trusted; for the others nothing is written.
+WITH seen AS (
+    SELECT * FROM unnest(%(tenant_ids)s::text[], %(backup_ids)s::uuid[], %(fingerprints)s::text[],
+                         %(checked_at)s::timestamptz[]) AS s (tenant_id, backup_id, fingerprint, checked_at)
+), trusted AS (
+    UPDATE backups b SET current_at = greatest(b.current_at, s.checked_at)
+    FROM seen s
+    WHERE b.backup_id = s.backup_id AND b.tenant_id = s.tenant_id AND b.status = 'available'
+      AND b.verified_at IS NOT NULL
+    RETURNING s.tenant_id, s.backup_id, s.fingerprint, s.checked_at
+)
+INSERT INTO backup_marks AS m (tenant_id, backup_id, fingerprint, run_id, checked_at)
+SELECT tenant_id, backup_id, fingerprint, %(run_id)s, checked_at FROM trusted ORDER BY tenant_id
+ON CONFLICT (tenant_id) DO UPDATE
+SET backup_id = EXCLUDED.backup_id, fingerprint = EXCLUDED.fingerprint, run_id = EXCLUDED.run_id,
+    checked_at = EXCLUDED.checked_at
+RETURNING m.tenant_id;
+
+-- Retention of backups (shared/retention.py decides, shared/expiry.py deletes).
+
+-- name: retention_tenants
+SELECT tenant_id FROM tenants WHERE tenant_id > %(after)s ORDER BY tenant_id LIMIT %(limit)s;
+
+-- name: retention_lock
+-- Before a decision is carried out: nobody marks these corrupt, restores from them or changes the tenant meanwhile.
+-- FOR UPDATE, so that a restore's row, whose foreign key locks its backup, is either seen or waits.
+WITH owners AS (
+    SELECT tenant_id FROM tenants WHERE tenant_id = ANY (%(tenant_ids)s::text[]) ORDER BY tenant_id FOR SHARE
+)
+SELECT b.backup_id FROM backups b
+WHERE b.tenant_id IN (SELECT tenant_id FROM owners) AND b.status IN ('available', 'corrupt')
+ORDER BY b.backup_id FOR UPDATE;
+
+-- name: retention_rows
+-- The backups of some tenants that are there, each with its tenant, its plan and what needs it. One row with nulls
+-- for a tenant without any.
+SELECT t.tenant_id, t.plan_id, p.plan_id IS NOT NULL AS plan_known, p.backups_last AS last,
+       p.backups_hourly AS hourly, p.backups_daily AS daily, p.backups_weekly AS weekly,
+       p.backups_monthly AS monthly, p.backups_yearly AS yearly, p.backups_safety_days AS safety_days,
+       CASE WHEN t.state = 'deleted' THEN t.updated_at END AS deleted_at, clock_timestamp() AS now,
+       b.backup_id, b.ts, b.created_at AS entered_at, b.kind, b.status, b.verified_at, b.status_at,
+       CASE WHEN r.backup_id IS NOT NULL THEN 'a restore is running'
+            WHEN b.held_until > clock_timestamp() THEN coalesce(b.hold_reason, 'by hand') END AS held
+FROM tenants t
+LEFT JOIN plans p USING (plan_id)
+LEFT JOIN backups b ON b.tenant_id = t.tenant_id AND b.status IN ('available', 'corrupt')
+LEFT JOIN (SELECT DISTINCT backup_id FROM restores WHERE state = 'running') r ON r.backup_id = b.backup_id
+WHERE t.tenant_id = ANY (%(tenant_ids)s::text[])
+ORDER BY t.tenant_id;
+
+-- name: backups_mark_deleting
+UPDATE backups b
+SET status = 'deleting', status_before = b.status, status_reason = m.reason, status_at = clock_timestamp(),
+    delete_error = NULL
+FROM unnest(%(backup_ids)s::uuid[], %(reasons)s::text[]) AS m (backup_id, reason)
+WHERE b.backup_id = m.backup_id AND b.status IN ('available', 'corrupt')
+RETURNING b.backup_id;
+
+-- name: backups_deleting
+SELECT backup_id FROM backups
+WHERE status = 'deleting' AND (%(after)s::uuid IS NULL OR backup_id > %(after)s::uuid)
+ORDER BY backup_id LIMIT %(limit)s;
+
+-- name: backup_deleting_lock
+-- One that is to go, for this run alone; and whether its tenant can still do without it.
+SELECT b.backup_id, b.tenant_id, b.key, b.status_before,
+       coalesce(b.held_until > clock_timestamp(), false) AS held,
+       t.state = 'deleted' OR EXISTS (
+           SELECT 1 FROM backups g
+           WHERE g.tenant_id = b.tenant_id AND g.status = 'available' AND g.verified_at IS NOT NULL
+             AND (g.kind <> 'safety' OR b.kind = 'safety' OR b.status_before = 'corrupt')
+       ) AS expendable
+FROM backups b JOIN tenants t USING (tenant_id)
+WHERE b.backup_id = %(backup_id)s AND b.status = 'deleting'
+FOR NO KEY UPDATE OF b SKIP LOCKED;
+
+-- name: backup_deleted
+UPDATE backups SET status = 'deleted', status_at = clock_timestamp(), delete_error = NULL
+WHERE backup_id = %(backup_id)s AND status = 'deleting';
+
+-- name: backup_delete_failed
+UPDATE backups SET delete_error = %(error)s WHERE backup_id = %(backup_id)s AND status = 'deleting';
+
+-- name: backup_taken_back
+UPDATE backups
+SET status = %(status)s, status_before = NULL, status_reason = %(reason)s, status_at = clock_timestamp(),
+    delete_error = NULL,
+    verified_at = CASE WHEN %(status)s = 'available' THEN clock_timestamp() ELSE verified_at END
+WHERE backup_id = %(backup_id)s AND status = 'deleting';
+
+-- name: backup_hold
+-- Keep a backup that is there until a time at least; a longer hold stands.
+UPDATE backups SET held_until = greatest(held_until, %(until)s), hold_reason = %(reason)s
+WHERE backup_id = %(backup_id)s AND status = 'available'
+RETURNING backup_id;

@@ -1,0 +1,306 @@
+"""How a stored object is packed: plain SQLite, a zstd frame, an age file, or a zstd frame inside an age file.
+
+The formats are the public ones, so a backup opens without this product: `age -d -i tenant.key X.sqlite.zst.age |
+zstd -d > X.sqlite`. What may be needed to open it is in its name: `.zst`, `.age`, `.zst.age`.
+
+Both ways stream. pyrage reads 8 KiB and writes 64 KiB at a time, zstd's window is limited below, so a gigabyte needs
+no more memory than a kilobyte. Nothing unpacked is trusted before its sha256 is the catalogue's: a frame cut short, a
+flipped bit and another tenant's object are all `CorruptBackup`, and what was written by then is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import pyrage
+import zstandard
+
+from shared.durable import fsync_path
+from shared.errors import CorruptBackup, NoSpace
+from shared.receipt import Receipt
+from shared.settings import Settings
+
+PackingName = Literal["none", "zstd", "age", "zstd+age"]
+Identity = pyrage.x25519.Identity
+Progress = Callable[[int], None]
+
+_CHUNK_BYTES = 1 << 20
+_WINDOW_BYTES = 8 << 20  # what zstd's level 19 uses; a frame that asks for more is not ours
+
+
+class Packing(Receipt, frozen=True):
+    """What is done to the plain file, in this order."""
+
+    zstd: bool
+    age: bool
+    level: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Packing:
+        """How new backups are packed."""
+        return cls(
+            zstd=settings.backup_compression == "zstd",
+            age=settings.backup_encryption == "age",
+            level=settings.backup_compression_level,
+        )
+
+    @classmethod
+    def named(cls, name: str) -> Packing:
+        """The inverse of `name`, for unpacking. Raises `CorruptBackup` for a packing this build does not know."""
+        if name not in ("none", "zstd", "age", "zstd+age"):
+            raise CorruptBackup(f"the catalogue names an unknown packing {name!r:.40}")
+        return cls(zstd="zstd" in name, age="age" in name)
+
+    @property
+    def name(self) -> PackingName:
+        if self.zstd:
+            return "zstd+age" if self.age else "zstd"
+        return "age" if self.age else "none"
+
+    @property
+    def suffix(self) -> str:
+        """What an object's key ends with after `.sqlite`."""
+        return (".zst" if self.zstd else "") + (".age" if self.age else "")
+
+
+PLAIN = Packing(zstd=False, age=False)
+
+
+class Packed(Receipt, frozen=True):
+    """A packed file on local disk."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+class Received(Receipt, frozen=True):
+    """A plain file on local disk that is what the catalogue says, and where the time went."""
+
+    size_bytes: int
+    stored_bytes: int
+    download_ms: float
+    decrypt_ms: float
+    decompress_ms: float
+    write_ms: float  # sha256, write and fsync of the plain file
+
+
+def pack(source: Path, destination: Path, packing: Packing, recipient: str = "") -> Packed:
+    """Write `source` packed to `destination` (replaced) and hash what is written. Not fsynced: it is on its way out.
+
+    Raises `NoSpace`. `recipient` is an age X25519 recipient, looked at only for encryption.
+    """
+    sink = _Sink()
+    with disk_errors(destination), source.open("rb") as file, destination.open("wb") as out:
+        sink.file = out
+        reader: Any = file
+        if packing.zstd:
+            compressor = zstandard.ZstdCompressor(level=packing.level, write_checksum=True)
+            reader = compressor.stream_reader(file, size=source.stat().st_size, read_size=_CHUNK_BYTES, closefd=False)
+        if packing.age:
+            to = [pyrage.x25519.Recipient.from_str(recipient)]
+            _through(lambda r, w: pyrage.encrypt_io(r, w, to), reader, sink)
+        else:
+            while chunk := reader.read(_CHUNK_BYTES):
+                sink.write(chunk)
+    return Packed(destination, sink.size, sink.digest.hexdigest())
+
+
+def receive(
+    chunks: Iterable[Any],
+    destination: Path,
+    sha256: str,
+    *,
+    name: str,
+    packing: Packing = PLAIN,
+    identity: Identity | None = None,
+    size_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Received:
+    """Unpack a stored object's bytes into `destination` (replaced), fsynced.
+
+    `name` is for messages; `size_bytes`, where it is known, ends an unpacking that becomes larger; `progress` is told
+    the plain bytes written so far. Raises `CorruptBackup` when the result has another sha256 than the catalogue says,
+    or cannot be unpacked; `NoSpace`. The file is removed whenever this raises.
+    """
+    started = time.perf_counter()
+    sink = _Sink(limit=size_bytes, progress=progress)
+    try:
+        with disk_errors(destination), destination.open("wb") as file:
+            sink.file = file
+            timings = _unpack(chunks, sink, name, packing, identity)
+            with sink.clock:
+                file.flush()
+                os.fsync(file.fileno())
+        if sink.digest.hexdigest() != sha256:
+            raise CorruptBackup(f"{name}: sha256 is {sink.digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
+        fsync_path(destination.parent)
+    except BaseException:
+        destination.unlink(missing_ok=True)
+        raise
+    source, unzip = timings
+    total, write = time.perf_counter() - started, sink.clock.seconds
+    decompress = unzip.seconds - (write if packing.zstd else 0.0)
+    decrypt = total - source.clock.seconds - write - decompress if packing.age else 0.0
+    return Received(
+        sink.size,
+        source.size,
+        *(round(max(0.0, s) * 1000, 3) for s in (source.clock.seconds, decrypt, decompress, write)),
+    )
+
+
+def digest(chunks: Iterable[Any], *, name: str, packing: Packing, identity: Identity | None) -> tuple[str, int]:
+    """Hex sha256 and size in bytes of what a stored object unpacks to. Raises `CorruptBackup`."""
+    sink = _Sink()
+    _unpack(chunks, sink, name, packing, identity)
+    return sink.digest.hexdigest(), sink.size
+
+
+def _unpack(
+    chunks: Iterable[Any], sink: _Sink, name: str, packing: Packing, identity: Identity | None
+) -> tuple[_Source, _Clock]:
+    source, unzip = _Source(chunks), _Clock()
+    try:
+        if packing.zstd:
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+            # Writes on in pieces: a frame that grows without end is stopped by the sink's limit, not by the memory.
+            writer: Any = _Timed(
+                decompressor.stream_writer(cast(BinaryIO, sink), write_size=_CHUNK_BYTES, closefd=False), unzip
+            )
+        else:
+            writer = sink
+        if packing.age:
+            identities = [identity] if identity is not None else []
+            _through(lambda r, w: pyrage.decrypt_io(r, w, identities), source, writer)
+        else:
+            while chunk := source.read(_CHUNK_BYTES):
+                writer.write(chunk)
+    except pyrage.DecryptError as e:
+        raise CorruptBackup(f"{name}: age cannot decrypt it: {e}") from e
+    except zstandard.ZstdError as e:
+        raise CorruptBackup(f"{name}: zstd cannot decompress it: {e}") from e
+    except _TooLarge as e:
+        raise CorruptBackup(f"{name}: unpacks to more than the {sink.limit} bytes of the catalogue") from e
+    return source, unzip
+
+
+def _through(cipher: Callable[[Any, Any], object], reader: Any, writer: Any) -> None:
+    """Run age between a reader and a writer. What they raise comes out as it was: pyrage would make its text of it."""
+    failures: list[BaseException] = []
+    try:
+        cipher(_Guard(reader, failures), _Guard(writer, failures))
+    except Exception as e:
+        if failures:
+            raise failures[0] from e
+        raise
+
+
+class _Guard:
+    """A file object for pyrage that remembers what was raised."""
+
+    def __init__(self, inner: Any, failures: list[BaseException]) -> None:
+        self._inner, self._failures = inner, failures
+
+    def read(self, count: int) -> bytes:
+        return cast(bytes, self._guarded(self._inner.read, count))
+
+    def write(self, data: bytes) -> int:
+        return cast(int, self._guarded(self._inner.write, data))
+
+    def flush(self) -> None:
+        pass
+
+    def _guarded(self, call: Callable[[Any], Any], argument: Any) -> Any:
+        if self._failures:
+            raise self._failures[0]
+        try:
+            return call(argument)
+        except BaseException as e:
+            self._failures.append(e)
+            raise
+
+
+class _Clock:
+    """Seconds spent inside `with`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._begun
+
+
+class _Timed:
+    """A writer whose time is counted, that of the sink behind it included."""
+
+    def __init__(self, inner: Any, clock: _Clock) -> None:
+        self._inner, self._clock = inner, clock
+
+    def write(self, data: Any) -> int:
+        with self._clock:
+            return int(self._inner.write(data))
+
+
+class _TooLarge(Exception):
+    """More bytes than the catalogue says."""
+
+
+class _Source:
+    """The object's chunks as a file to read. Waiting for them is the download."""
+
+    def __init__(self, chunks: Iterable[Any]) -> None:
+        self._chunks, self._rest = iter(chunks), memoryview(b"")
+        self.clock, self.size = _Clock(), 0
+
+    def read(self, count: int) -> bytes:
+        while not self._rest:
+            with self.clock:
+                chunk = next(self._chunks, None)
+            if chunk is None:
+                return b""
+            self._rest = memoryview(chunk)
+            self.size += len(self._rest)
+        data, self._rest = bytes(self._rest[:count]), self._rest[count:]
+        return data
+
+
+class _Sink:
+    """The end of the line: a file, its sha256 and its size."""
+
+    def __init__(self, *, limit: int | None = None, progress: Progress | None = None) -> None:
+        self.file: BinaryIO | None = None
+        self.limit, self._progress = limit, progress
+        self.digest, self.size, self.clock = hashlib.sha256(), 0, _Clock()
+
+    def write(self, data: Any) -> int:
+        with self.clock:
+            self.size += len(data)
+            if self.limit is not None and self.size > self.limit:
+                raise _TooLarge
+            self.digest.update(data)
+            if self.file is not None:
+                self.file.write(data)
+        if self._progress is not None:
+            self._progress(self.size)
+        return len(data)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk is `NoSpace`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space left for {path}") from e
+        raise
