@@ -19,7 +19,7 @@ def pick(tenant_id: str | None) -> Picked:
 
 @task(name="download", **policy.ONCE)
 def download(picked: Picked, sandbox: Path) -> Fetched:
-    return core.fetch(objects(), picked, sandbox)
+    return core.fetch(objects(), picked, sandbox, control_plane())
 
 
 @task(name="smoke", **policy.ONCE)

@@ -23,10 +23,10 @@ from uuid import UUID
 from psycopg.types.json import Jsonb
 from uuid6 import uuid7
 
-from shared import catalogue, generation, registry, smoke
+from shared import backup, catalogue, generation, registry, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
-from shared.errors import CorruptBackup, ObjectStoreRefused, Transient, UnknownBackup
+from shared.errors import CorruptBackup, KeyUnavailable, ObjectStoreRefused, Transient, UnknownBackup
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
 from shared.settings import Settings
@@ -79,8 +79,8 @@ def pick(control_plane: ControlPlane, tenant_id: str | None = None) -> Picked:
     else:
         registry.get_active(control_plane, tenant_id)
         reason = "asked for"
-    backup = catalogue.newest(control_plane, tenant_id)
-    return Picked(UUID(int=uuid7().int), tenant_id, backup, reason, datetime.now(UTC))
+    newest = catalogue.newest(control_plane, tenant_id)
+    return Picked(UUID(int=uuid7().int), tenant_id, newest, reason, datetime.now(UTC))
 
 
 @contextmanager
@@ -90,17 +90,17 @@ def sandbox(settings: Settings) -> Iterator[Path]:
         yield directory
 
 
-def fetch(objects: ObjectStore, picked: Picked, directory: Path) -> Fetched:
+def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: ControlPlane | None = None) -> Fetched:
     """Download into the sandbox and compare sha256. Never raises for a bad or unreachable object."""
     clock = time.perf_counter()
     file, failure = directory / "backup.sqlite", None
     inconclusive = False
     try:
-        size = objects.download(picked.backup.key, file, picked.backup.sha256)
-        seen = f"{size} bytes, sha256 {picked.backup.sha256[:12]}… as in the catalogue"
+        received = backup.fetch(objects, picked.backup, file, control_plane)
+        seen = f"{received.size_bytes} bytes, sha256 {picked.backup.sha256[:12]}… as in the catalogue"
     except CorruptBackup as e:
         failure = str(e)
-    except (Transient, ObjectStoreRefused) as e:
+    except (Transient, ObjectStoreRefused, KeyUnavailable) as e:
         failure, inconclusive = str(e), True
     ms = round((time.perf_counter() - clock) * 1000, 3)
     check = Check("sha256", failure is None, failure or seen, ms)

@@ -29,7 +29,7 @@ from shared.settings import Settings
 
 PackingName = Literal["none", "zstd", "age", "zstd+age"]
 Identity = pyrage.x25519.Identity
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 _CHUNK_BYTES = 1 << 20
 _WINDOW_BYTES = 8 << 20  # what zstd's level 19 uses; a frame that asks for more is not ours
