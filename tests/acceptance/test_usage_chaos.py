@@ -205,8 +205,9 @@ def rage(place: Place, drains: Drains, seconds: float, seed: int) -> Counter[str
                 done["drains killed"] += 1
             case "worker":
                 with contextlib.suppress(psutil.Error):
-                    chance.choice(place.gateway.workers() or [psutil.Process()]).kill()
-                    done["gateway workers killed"] += 1
+                    for worker in place.gateway.workers()[:1]:  # none while both are being replaced
+                        worker.kill()
+                        done["gateway workers killed"] += 1
             case "postgres":
                 family = psutil.Process(place.postgres.child.pid)
                 for process in [family, *family.children(recursive=True)]:
