@@ -2,7 +2,7 @@
 
 | flow         | deployment                | steps                                                      |
 |--------------|---------------------------|------------------------------------------------------------|
-| backup       | daily, all tenants        | snapshot → upload → register, tenant by tenant             |
+| backup       | daily, all tenants        | choose → back-up (one run a machine and shard)             |
 | restore      | on demand (form in the UI) | plan → download → safety-backup → lock → swap → verify → release |
 | restore-undo | on demand                 | plan → copy → lock → swap → verify → release               |
 | sweep        | every minute              | disk → records → runs                                      |

@@ -44,11 +44,18 @@ class Progress:
             self._id = cast(UUID, create_progress_artifact(0.0, key=key_, description=description))
 
     def show(self, done: int, total: int) -> None:
+        self.move(done, total)
+
+    def move(self, done: int, total: int) -> bool:
+        """`show`, and whether the bar moved."""
         percent = min(100, 100 * done // max(1, total))
-        if self._id is not None and (percent >= self._shown + 10 or percent == 100 > self._shown):
-            self._shown = percent
+        if percent < self._shown + 10 and not percent == 100 > self._shown:
+            return False
+        self._shown = percent
+        if self._id is not None:
             with suppress(httpx.HTTPError, PrefectException):
                 update_progress_artifact(self._id, float(percent))
+        return True
 
 
 def report(key_: str, title: str, sentence: str, facts: Mapping[str, Any], *tables: str) -> None:

@@ -47,7 +47,7 @@ def back_up(run: Run, tenants: Tenants) -> list[Done]:
             ended.append(done)
             if done.error is not None:
                 log.error("backup of tenant %s failed: %s", done.tenant_id, done.error)
-            if progress.show(len(ended), total):
+            if progress.move(len(ended), total):
                 log.info("%d of %d tenants, %d failed", len(ended), total, sum(d.error is not None for d in ended))
     fleet.record(ended)
     return ended

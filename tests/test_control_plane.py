@@ -94,6 +94,17 @@ def test_every_named_query_is_understood_by_postgresql(core_control_plane: Contr
         if re.search("^COPY ", sql, re.MULTILINE):  # has no plan: run with no rows
             module.copy(connection, name, Batch.of([]).copy_rows())
         else:
+    **{
+        name: dict.fromkeys(("shard", "made", "skipped", "failed"), 0) | {"shards": 1}
+        for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
+    },
+    "fleet_tenants": {"tenant_ids": ["acme"]},
+    "backup_mark": {
+        "tenant_ids": ["acme"],
+        "backup_ids": [uuid4()],
+        "fingerprints": ["seen"],
+        "checked_at": [datetime.now(UTC)],
+    },
             assert connection.execute(f"EXPLAIN {sql}", parameters).fetchall()  # type: ignore[arg-type]
 
 

@@ -1,0 +1,318 @@
+"""Backups of a whole machine: what is done, what is skipped, what a crash leaves, what one bad tenant costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from shared import backup, catalogue, fingerprint, fleet, generation, snapshot
+from shared.engine.database import connect
+from shared.errors import CorruptBackup, LeaseHeld, NoSpace, ObjectStoreUnavailable, Permanent
+from shared.fleet import Done
+from shared.objects import ObjectStore
+from shared.staging import Staging
+from tests.core_fixtures import contents_of, start_child, wait_until
+from tests.fleet_fixtures import Machine
+
+pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
+
+
+def made(done: list[Done]) -> set[str]:
+    return {d.tenant_id for d in done if not d.skipped and d.error is None}
+
+
+def skipped(done: list[Done]) -> set[str]:
+    return {d.tenant_id for d in done if d.skipped}
+
+
+def unchanged(machine: Machine) -> set[str]:
+    """Bring a machine to where a night without traffic starts: everything backed up and seen settled."""
+    machine.back_up()
+    time.sleep(2.1)  # ctime cannot be set back
+    assert machine.back_up()
+    return set(machine.tenants)
+
+
+def test_a_run_backs_up_every_tenant_and_each_copy_holds_what_was_written(machine: Machine) -> None:
+    """One run, many tenants, each with its own row and object."""
+    done = machine.back_up()
+    assert made(done) == set(machine.tenants)
+    for tenant_id in machine.tenants:
+        last = catalogue.newest(machine.control_plane, tenant_id)
+        file = machine.settings.data_dir / "objects" / last.key
+        assert contents_of(file) == [f"first of {tenant_id}"] and last.kind == "scheduled"
+
+
+def test_a_database_nobody_wrote_to_is_not_even_opened(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of idle tenants cost a stat each; their backup is said to be true as of now."""
+    before = unchanged(machine)
+    objects, at = machine.count(), time.time()
+    monkeypatch.setattr(backup, "take", lambda *_: pytest.fail("a snapshot was taken"))
+    done = machine.back_up()
+    assert skipped(done) == before and machine.count() == objects
+    for result in done:
+        row = machine.control_plane.row("backup_get", backup_id=result.backup_id)
+        assert row is not None and row["sha256"] == result.sha256
+        assert current_at(machine, result) >= at - 1
+
+
+def current_at(machine: Machine, done: Done) -> float:
+    with machine.control_plane.transaction() as connection:
+        row = connection.execute("SELECT current_at FROM backups WHERE backup_id = %s", (done.backup_id,)).fetchone()
+    assert row is not None
+    return float(row["current_at"].timestamp())
+
+
+@pytest.mark.parametrize("change", ["written", "checkpointed", "restored", "touched"])
+def test_whatever_touches_the_files_makes_a_tenant_changed(machine: Machine, change: str) -> None:
+    """The stat errs to one side. What turns out equal is not uploaded again, and is known as unchanged afterwards."""
+    tenant_id = machine.tenants[0]
+    file = machine.paths(tenant_id).database.resolve()
+    reader = connect(file, readonly=True)  # as a gateway does: writes stay in the -wal
+    reader.execute("SELECT count(*) FROM memories").fetchone()
+    machine.write(tenant_id)
+    unchanged(machine)
+    objects = machine.count()
+    if change == "written":
+        machine.write(tenant_id)
+    elif change == "checkpointed":
+        with closing(connect(file)) as writer:
+            assert writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[1] == 0
+    elif change == "restored":
+        copy = machine.paths(tenant_id).restore_file
+        with closing(connect(file, readonly=True)) as source:
+            snapshot.copy(source, copy)
+        generation.activate(machine.paths(tenant_id), generation.prepare(machine.paths(tenant_id), copy, previous=1))
+    else:
+        os.chmod(file, 0o640)  # moves ctime alone
+    seen = fingerprint.look(machine.paths(tenant_id))
+    assert seen.fingerprint is None, "younger than two seconds proves nothing"
+    done = {d.tenant_id: d for d in machine.back_up()}
+    assert done[tenant_id].skipped == (change != "written")
+    assert machine.count() == objects + (change == "written")
+    reader.close()
+
+
+def test_a_mark_from_before_a_reboot_proves_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss can keep a commit and lose the mtime that told of it."""
+    unchanged(machine)
+    monkeypatch.setattr(fingerprint, "_boot_id", lambda: "another-boot")
+    taken: list[str] = []
+    take = backup.take
+    monkeypatch.setattr(backup, "take", lambda s, t, d: (taken.append(t), take(s, t, d))[1])
+    machine.back_up()
+    assert sorted(taken) == sorted(machine.tenants)
+
+
+@pytest.mark.parametrize("status", ["corrupt", "deleted"])
+def test_an_unchanged_tenant_whose_backup_went_bad_is_backed_up(machine: Machine, status: str) -> None:
+    """Skipping is only right while the backup it leans on is there."""
+    unchanged(machine)
+    victim = machine.tenants[0]
+    last = catalogue.newest(machine.control_plane, victim)
+    set_status(machine, last, status)
+    assert made(machine.back_up()) == {victim}
+
+
+def set_status(machine: Machine, last: catalogue.Backup, status: str) -> None:
+    with machine.control_plane.transaction() as connection:
+        connection.execute("UPDATE backups SET status = %s WHERE backup_id = %s", (status, last.backup_id))
+
+
+def test_a_backup_that_goes_bad_while_the_run_looks_is_replaced_not_skipped(machine: Machine) -> None:
+    """The statement that confirms asks again: between the list and the mark, a verify run may have found it corrupt."""
+    unchanged(machine)
+    run = machine.run()
+    fleet.begin(machine.control_plane, run)
+    chosen = fleet.choose(machine.control_plane, run)
+    victim = machine.tenants[0]
+    set_status(machine, catalogue.newest(machine.control_plane, victim), "corrupt")
+    directory = machine.settings.data_dir / "tmp"
+    directory.mkdir(exist_ok=True)
+    work = fleet.Fleet(machine.settings, machine.control_plane, machine.objects, run)
+    assert made(list(work.back_up(chosen, directory))) == {victim}
+    assert catalogue.newest(machine.control_plane, victim).status == "available"
+
+
+def test_an_old_backup_is_made_anew_although_nothing_changed(machine: Machine) -> None:
+    """Bits rot: every few days a fresh object, whatever the stat says. So it is with `force`."""
+    unchanged(machine)
+    assert made(machine.back_up(backup_force_days=0.000001)) == set(machine.tenants)
+    assert made(machine.back_up(machine.run(force=True))) == set(machine.tenants)
+
+
+def test_a_tenant_that_fails_costs_the_others_nothing(machine: Machine) -> None:
+    """A corrupt database, one that is missing, and an error nobody thought of: each with its own cause."""
+    corrupt, missing, odd, good = machine.tenants
+    machine.paths(corrupt).database.resolve().write_bytes(b"x" * 8192)
+    machine.paths(missing).current.unlink()
+    machine.paths(odd).current.unlink()
+    machine.paths(odd).current.symlink_to("generations/not-a-number")
+    done = {d.tenant_id: d for d in machine.back_up()}
+    assert made(list(done.values())) == {good}
+    assert "not a database" in str(done[corrupt].error)
+    assert "no active database" in str(done[missing].error)
+    assert "ValueError" in str(done[odd].error)
+    row = machine.control_plane.row("fleet_run_newest", machine_id=machine.settings.machine_id, shard=0, shards=1)
+    assert row is not None and row["failed"] == 3
+
+
+def test_what_may_pass_is_tried_again_and_what_may_not_is_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection costs a second, a refusal nothing."""
+    tries: list[str] = []
+    put_file = ObjectStore.put_file
+    flaky, refused = machine.tenants[:2]
+
+    def put(store: ObjectStore, key: str, path: Path, sha256: str, **more: object) -> int:
+        tries.append(next(t for t in machine.tenants if t in key))
+        if tries.count(flaky) < 3 and tries[-1] == flaky:
+            raise ObjectStoreUnavailable("fault: away")
+        if tries[-1] == refused:
+            raise CorruptBackup("fault: not what was sent")
+        return put_file(store, key, path, sha256, **more)
+
+    monkeypatch.setattr(ObjectStore, "put_file", put)
+    done = machine.back_up(retry_seconds=(0.01, 0.01, 0.01))
+    assert {d.tenant_id for d in done if d.error} == {refused}
+    assert (tries.count(flaky), tries.count(refused)) == (3, 1)
+
+
+def test_a_store_that_is_away_ends_the_run_early_and_lists_everybody(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5,000 tenants times a minute of retries is a night lost; none of them may look backed up."""
+    monkeypatch.setattr(fleet, "_GIVE_UP_AFTER", 1)
+
+    def away(*_: object, **__: object) -> int:
+        raise ObjectStoreUnavailable("fault: away")
+
+    monkeypatch.setattr(ObjectStore, "put_file", away)
+    done = machine.back_up(backup_parallel=1)
+    assert {d.tenant_id for d in done} == set(machine.tenants) and all("away" in str(d.error) for d in done)
+    assert any("not tried" in str(d.error) for d in done)
+
+
+def test_shards_divide_the_tenants_once_and_for_all(machine: Machine) -> None:
+    """Every tenant in exactly one shard, the same one tomorrow."""
+    parts = [made(machine.back_up(machine.run(shard=n, shards=3))) for n in range(3)]
+    assert set().union(*parts) == set(machine.tenants) and sum(map(len, parts)) == len(machine.tenants)
+    assert [fleet.shard_of(t, 7) for t in ("acme", "zebra", "t-1")] == [6, 0, 4]
+
+
+def test_one_run_of_a_machine_at_a_time_and_shards_of_one_division_together(machine: Machine) -> None:
+    """The lock is the kernel's: it is gone with the process that had it."""
+    whole, first, second = machine.run(), machine.run(shard=0, shards=2), machine.run(shard=1, shards=2)
+    with fleet.holding(machine.settings, first), fleet.holding(machine.settings, second):
+        for other in (whole, first):
+            with pytest.raises(LeaseHeld, match=machine.settings.machine_id), fleet.holding(machine.settings, other):
+                pass
+    with fleet.holding(machine.settings, whole), pytest.raises(LeaseHeld), fleet.holding(machine.settings, second):
+        pass
+    with fleet.holding(machine.settings, whole):
+        pass
+
+
+CHILD = """
+    import sys, time
+    from pathlib import Path
+    from shared import fleet
+    from shared.control_plane import ControlPlane
+    from shared.fleet import Fleet, Run
+    from shared.objects import ObjectStore
+    from shared.settings import Settings
+    from shared.workdir import workdir
+    data_dir, url, machine_id, run_id = sys.argv[1:]
+    settings = Settings(data_dir=data_dir, control_plane_url=url, machine_id=machine_id, backup_parallel=1)
+    run = Run(run_id, machine_id, "scheduled", flow_run_id="one-flow-run")
+    with ControlPlane(settings) as control_plane, fleet.holding(settings, run):
+        fleet.begin(control_plane, run)
+        work = Fleet(settings, control_plane, ObjectStore(settings), run)
+        with workdir(settings.data_dir / "tmp", "backup") as directory:
+            for done in work.back_up(fleet.choose(control_plane, run), directory):
+                print(done.tenant_id, flush=True)
+                time.sleep(0.2)
+"""
+
+
+def test_a_run_killed_midway_goes_on_with_the_rest(machine: Machine) -> None:
+    """SIGKILL, then the same run again: finished tenants are not done a second time, nobody is left out."""
+    run = machine.run("the-night")
+    url = machine.settings.control_plane_url.get_secret_value()
+    child = start_child(CHILD, machine.settings.data_dir, url, machine.settings.machine_id, run.run_id)
+    assert child.stdout is not None
+    first = child.stdout.readline().strip()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert fleet.unfinished(machine.control_plane, machine.settings) == "the-night"
+    finished = {t for t in machine.tenants if catalogue.list_of(machine.control_plane, t)}
+    assert first in finished and finished < set(machine.tenants)
+    with fleet.holding(machine.settings, run):  # the dead run's lock is gone with it
+        done = machine.back_up(run)
+    assert skipped(done) >= {first} and made(done) >= set(machine.tenants) - finished
+    counts = {t: len(catalogue.list_of(machine.control_plane, t)) for t in machine.tenants}
+    assert set(counts.values()) == {1}, "nobody twice, even one killed between its row and its mark: it is unchanged"
+    with pytest.raises(Permanent, match="no unfinished"):
+        fleet.unfinished(machine.control_plane, machine.settings)
+    assert not any(machine.settings.data_dir.glob("tmp/backup-*"))
+
+
+def test_staging_never_exceeds_its_budget_and_serves_in_order(tmp_path: Path) -> None:
+    """A large tenant waits for room, and small ones behind it do not starve it."""
+    staging, order = Staging(tmp_path, 100), []
+    with ThreadPoolExecutor(4) as threads, staging.hold(60):
+
+        def ask(name: str, size: int) -> None:
+            with staging.hold(size):
+                order.append(name)
+
+        large = threads.submit(ask, "large", 90)
+        wait_until(lambda: len(staging._waiting) == 1)
+        small = threads.submit(ask, "small", 10)
+        wait_until(lambda: len(staging._waiting) == 2)
+        assert order == [] and not large.done() and not small.done()
+    assert order == ["large", "small"] and 90 <= staging.peak_bytes <= 100
+    with pytest.raises(Permanent, match="ENGRAM_BACKUP_STAGING_BYTES"), staging.hold(101):
+        pass
+    with pytest.raises(NoSpace, match="are free"), Staging(tmp_path, 1 << 62).hold(1 << 61):
+        pass
+    with staging.hold(100):
+        pass
+
+
+def test_a_tenant_that_does_not_fit_is_refused_with_its_cause_and_the_rest_is_done(machine: Machine) -> None:
+    """Bounded temporary disk, told by name of the setting."""
+    large = machine.tenants[0]
+    machine.write(large, "x" * 200_000)
+    limit = fingerprint.look(machine.paths(large)).size_bytes - 1
+    done = {d.tenant_id: d for d in machine.back_up(backup_staging_bytes=limit)}
+    assert "ENGRAM_BACKUP_STAGING_BYTES" in str(done[large].error)
+    assert made(list(done.values())) == set(machine.tenants) - {large}
+
+
+def test_a_writer_during_the_run_makes_its_tenant_changed_next_time(machine: Machine) -> None:
+    """The stat is taken before the snapshot, so what is written after it can never hide behind the mark."""
+    tenant_id, stop = machine.tenants[0], threading.Event()
+
+    def write() -> None:
+        while not stop.wait(0.005):
+            machine.write(tenant_id)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        machine.back_up()
+    finally:
+        stop.set()
+        writer.join()
+    machine.back_up()
+    last = catalogue.newest(machine.control_plane, tenant_id)
+    assert last.manifest["memories"] == len(contents_of(machine.paths(tenant_id).database))
