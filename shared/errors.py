@@ -94,6 +94,10 @@ class KeyTaken(ObjectStoreRefused):
     """An object with other bytes lies under the key; it was left as it is."""
 
 
+class ObjectLocked(Permanent):
+    """The object store keeps an object until some day (object lock, legal hold); it was not deleted."""
+
+
 class NoSpace(Transient):
     """A disk of this machine is full."""
 

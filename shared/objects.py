@@ -12,12 +12,13 @@ permanent: 404 is the builtin FileNotFoundError; refused credentials are permane
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -32,7 +33,7 @@ from obstore.store import LocalStore, S3Store
 
 from shared import pack
 from shared.durable import fsync_path
-from shared.errors import CorruptBackup, KeyTaken, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.pack import Progress
 from shared.settings import Settings
 
@@ -42,6 +43,18 @@ if TYPE_CHECKING:
 _SINGLE_PUT_BYTES = 32 << 20  # a conditional put is one request; above this, parts (R2 wants them equal: they are)
 _PART_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
+
+
+# How stores say that an object must not be deleted yet: R2 names a bucket lock, AWS an object lock, others WORM.
+_LOCKED = re.compile(r"object ?lock|locked|WORM|retention|legal hold", re.IGNORECASE)
+
+
+class Listed(NamedTuple):
+    """An object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
 
 
 class ObjectStore:
@@ -129,13 +142,39 @@ class ObjectStore:
         with _translated(prefix):
             return sorted(meta["path"] for page in obstore.list(self._store, prefix) for meta in page)
 
+    def listing(self, prefix: str) -> Iterator[list[Listed]]:
+        """What lies below a prefix, a page at a time, in no order to rely on."""
+        with _translated(prefix):
+            for page in obstore.list(self._store, prefix, chunk_size=1000):
+                yield [Listed(meta["path"], meta["size"], meta["last_modified"]) for meta in page]
+
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is fine."""
+        """Remove an object; a missing one is fine. Raises `ObjectLocked` when the store keeps this one for now."""
         try:
             with _translated(key):
-                obstore.delete(self._store, key)
+                try:
+                    obstore.delete(self._store, key)
+                except BaseError as e:
+                    said = " ".join(str(e).split("Debug source")[0].split())[:300]
+                    if _LOCKED.search(said) or (_denied(e) and self._may_delete()):
+                        raise ObjectLocked(f"{key}: {said}") from e
+                    if _denied(e):
+                        raise ObjectStoreRefused(f"{key}: the object store refuses to delete: {said}") from e
+                    raise
         except CorruptBackup:
             return
+        if self._local_root is not None:
+            fsync_path((self._local_root / key).parent)
+
+    def _may_delete(self) -> bool:
+        """Whether these credentials can delete at all: a 403 alone does not say what is refused."""
+        try:
+            obstore.delete(self._store, "tenants/.no-such-object")
+        except FileNotFoundError:
+            return True
+        except (BaseError, OSError):
+            return False
+        return True
 
     def chunks(self, key: str) -> Iterator[Any]:
         """The bytes of an object as they arrive. Raises `CorruptBackup` when it is missing."""
@@ -159,6 +198,11 @@ class ObjectStore:
             fsync_path(directory)
             if directory == self._local_root:
                 return
+
+
+def _denied(e: BaseError) -> bool:
+    """A 403, of the request or (deletes go in bulk) of one key in an answer that is a 200."""
+    return isinstance(e, (PermissionDeniedError, UnauthenticatedError)) or "AccessDenied" in str(e)
 
 
 class _Exists(Exception):

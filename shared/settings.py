@@ -62,6 +62,18 @@ class Settings(BaseSettings):
         default=SecretStr(""), description="comma-separated; they still open keys, until `engram keys rotate`"
     )
 
+    # How long backups are kept, beside what each plan says (shared/retention.py), and when they are read again
+    retention_min_age_hours: float = Field(default=24.0, ge=0, description="no younger backup is deleted")
+    retention_corrupt_days: int = Field(default=30, ge=0, description="a corrupt one is kept for whoever looks into it")
+    retention_deleted_tenant_days: int = Field(default=30, ge=0, description="then all of its backups go")
+    retention_orphan_hours: float = Field(
+        default=24.0, gt=0, description="an object without a row, or an upload never finished, is dealt with when older"
+    )
+    verify_cycle_days: int = Field(default=30, ge=1, description="within which every stored backup is read again")
+    verify_run_seconds: float = Field(default=14_400.0, gt=0, description="then the rest is left to the next run")
+    verify_parallel: int = Field(default=2, ge=1, le=64)
+    backup_stale_hours: float = Field(default=26.0, gt=0, description="a last good backup older than this is listed")
+
     # Tokens
     jwt_issuer: str = ""
     jwt_audience: str = "engram"

@@ -77,7 +77,23 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     },
     "usage_quarantine_insert": {"request_id": uuid4()},
     "backup_insert": {"ts": datetime.now(UTC)},
+    "retention_lock_backups": {"tenant_ids": ["acme"]},
+    "retention_rows": {"tenant_ids": ["acme"]},
+    "backups_mark_deleting": {"backup_ids": [uuid4()], "reasons": ["why"]},
+    "backups_deleting": {"after": uuid4()},
+    "backup_hold": {"until": datetime.now(UTC)},
     "quota_usage": {"segments": ["a-segment"]},
+    **{
+        name: dict.fromkeys(("shard", "made", "skipped", "failed"), 0) | {"shards": 1}
+        for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
+    },
+    "fleet_tenants": {"tenant_ids": ["acme"]},
+    "backup_mark": {
+        "tenant_ids": ["acme"],
+        "backup_ids": [uuid4()],
+        "fingerprints": ["seen"],
+        "checked_at": [datetime.now(UTC)],
+    },
 }
 
 
@@ -94,17 +110,6 @@ def test_every_named_query_is_understood_by_postgresql(core_control_plane: Contr
         if re.search("^COPY ", sql, re.MULTILINE):  # has no plan: run with no rows
             module.copy(connection, name, Batch.of([]).copy_rows())
         else:
-    **{
-        name: dict.fromkeys(("shard", "made", "skipped", "failed"), 0) | {"shards": 1}
-        for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
-    },
-    "fleet_tenants": {"tenant_ids": ["acme"]},
-    "backup_mark": {
-        "tenant_ids": ["acme"],
-        "backup_ids": [uuid4()],
-        "fingerprints": ["seen"],
-        "checked_at": [datetime.now(UTC)],
-    },
             assert connection.execute(f"EXPLAIN {sql}", parameters).fetchall()  # type: ignore[arg-type]
 
 

@@ -468,7 +468,7 @@ RETURNING m.tenant_id;
 -- name: retention_tenants
 SELECT tenant_id FROM tenants WHERE tenant_id > %(after)s ORDER BY tenant_id LIMIT %(limit)s;
 
--- name: retention_lock
+-- name: retention_lock_backups
 -- Before a decision is carried out: nobody marks these corrupt, restores from them or changes the tenant meanwhile.
 -- FOR UPDATE, so that a restore's row, whose foreign key locks its backup, is either seen or waits.
 WITH owners AS (
@@ -540,3 +540,33 @@ WHERE backup_id = %(backup_id)s AND status = 'deleting';
 UPDATE backups SET held_until = greatest(held_until, %(until)s), hold_reason = %(reason)s
 WHERE backup_id = %(backup_id)s AND status = 'available'
 RETURNING backup_id;
+
+-- Verification of stored backups (shared/verify.py).
+
+-- name: verify_count
+SELECT count(*) AS available FROM backups WHERE status = 'available';
+
+-- name: verify_oldest
+(SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+        coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
+        verified_at, created_at
+ FROM backups WHERE status = 'available' ORDER BY verified_at NULLS FIRST LIMIT %(limit)s)
+UNION ALL
+(SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+        coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
+        verified_at, created_at
+ FROM backups WHERE status = 'corrupt' ORDER BY status_at DESC NULLS LAST LIMIT 100);
+
+-- name: backup_verified
+-- Also of one that was found corrupt and reads whole again: what was damaged then was the way to it.
+UPDATE backups
+SET verified_at = clock_timestamp(),
+    status_at = CASE WHEN status = 'corrupt' THEN clock_timestamp() ELSE status_at END,
+    status_reason = CASE WHEN status = 'corrupt' THEN 'read whole again; was: ' || coalesce(status_reason, 'corrupt')
+                    ELSE status_reason END,
+    status = 'available'
+WHERE backup_id = %(backup_id)s AND status IN ('available', 'corrupt');
+
+-- name: backup_found_corrupt
+UPDATE backups SET status = 'corrupt', status_at = clock_timestamp(), status_reason = %(reason)s
+WHERE backup_id = %(backup_id)s AND status = 'available';

@@ -15,6 +15,7 @@ ALTER TABLE backups ADD CONSTRAINT backups_status_check
 ALTER TABLE backups
     ADD COLUMN status_reason text,        -- why it is corrupt, deleting or deleted
     ADD COLUMN status_at     timestamptz, -- since when; null for one that was always available
+    ADD COLUMN status_before text,        -- of one that is deleting
     ADD COLUMN delete_error  text,        -- why its object is still there after the last try
     ADD COLUMN held_until    timestamptz, -- not deleted before; 'infinity' is a legal hold
     ADD COLUMN hold_reason   text;
