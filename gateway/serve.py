@@ -34,6 +34,7 @@ from granian.log import LogLevels
 
 from gateway.pulse import Pulse
 from gateway.supervisor import Supervisor
+from shared import counters
 from shared.errors import Permanent
 from shared.orphan import end_with_parent
 from shared.settings import Settings
@@ -125,9 +126,10 @@ def _leave(_number: int, _frame: object) -> NoReturn:
 
 def _empty_metrics_dir(settings: Settings) -> str:
     """A directory of its own for each port; what earlier processes counted is not ours."""
-    directory = settings.data_dir / "run" / f"metrics-{settings.gateway_port}"
+    directory = counters.directory(settings)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, mode=0o700)
+    counters.begin(directory)
     return str(directory)
 
 

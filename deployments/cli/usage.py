@@ -1,16 +1,25 @@
-"""`engram usage`: a tenant's counters, by hour or day."""
+"""`engram usage`, `engram reconcile` and `engram usage-import`: what was used, whether the books agree, corrections."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+import getpass
+import time
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deployments.cli import beside
 from deployments.cli.output import Json, note, print_json, print_table
 from deployments.cli.restore import parse_time
+
+if TYPE_CHECKING:
+    from shared.control_plane import ControlPlane
+    from shared.reconcile import Books
+
+_DRAIN_SECONDS = 30.0
 
 
 class By(StrEnum):
@@ -20,6 +29,8 @@ class By(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.command()(usage)
+    app.command()(reconcile)
+    app.command("usage-import")(usage_import)
 
 
 def usage(
@@ -63,3 +74,157 @@ def usage(
         note("complete until: unknown, no drain has reported yet")
     else:
         note(f"complete until {found.complete_until:%F %H:%M:%S} UTC")
+
+
+def reconcile(
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="DAY", help="Default: the day before yesterday.")
+    ] = None,
+    end: Annotated[str | None, typer.Option("--to", metavar="DAY", help="Included. Default: today.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Show what making the rollups of these days anew would change.")
+    ] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="With --repair: do it.")] = False,
+    reason: Annotated[str, typer.Option(help="With --repair: kept with the correction.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Do gateway, spool, events and rollups agree per tenant and day? Exit code 1 and where, if not.
+
+    Changes nothing by itself. --repair makes the rollups of the named days what their events say.
+    """
+    from shared import correction
+    from shared import reconcile as core
+    from shared.errors import Permanent
+
+    today = datetime.now(UTC).date()
+    first, last = _day(start) or today - timedelta(days=2), _day(end) or today
+    if first > last:
+        raise typer.BadParameter("--from must not be after --to")
+    if apply and not repair:
+        raise typer.BadParameter("--apply belongs to --repair")
+    if repair and (start is None or end is None or not reason):
+        raise typer.BadParameter("--repair wants --from, --to and --reason")
+    with beside.control_plane() as (settings, control_plane):
+        books = core.reconcile(control_plane, settings, first, last)
+        repaired = []
+        if repair:
+            wrong = [day.day for day in books.days if day.tenants_differing]
+            words = {"reason": reason, "requested_by": _person()}
+            repaired = [correction.repair(control_plane, day, apply=apply, **words) for day in wrong]
+            if apply:
+                books = core.reconcile(control_plane, settings, first, last)
+    if as_json:
+        print_json(_plain(books) | ({"repaired": [_plain(r) for r in repaired]} if repair else {}))
+    else:
+        _print(books)
+        for r in repaired:
+            what = (
+                f"correction {r.correction_id}" if r.applied else f"{r.before.tenants_differing} tenants would change"
+            )
+            note(f"{r.day}: {what}")
+    if not books.agree:
+        raise Permanent("; ".join(books.where()))
+
+
+def usage_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, or a segment of a spool.")],
+    reason: Annotated[str, typer.Option(help="Kept with the correction.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read it and say what it holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring usage events from a file into the books, through the drain: each event once, with a record of why."""
+    from shared import correction
+
+    if not reason.strip():
+        raise typer.BadParameter("--reason must say something")
+    with beside.control_plane() as (settings, control_plane):
+        words = {"reason": reason, "requested_by": _person()}
+        found = correction.bring_in(control_plane, settings, file, apply=not dry_run, **words)
+        drained = _wait_for(control_plane, found.segments)
+    result = _plain(found) | {"drained": drained}
+    if as_json:
+        print_json(result)
+        return
+    print_table(("", ""), [(k, v) for k, v in result.items() if k not in ("segments", "drained")])
+    if dry_run:
+        note("nothing was imported")
+    elif drained is None:
+        note("waits in the spool: no drain has taken it yet")
+    else:
+        print_table(tuple(drained), [tuple(drained.values())])
+
+
+def _wait_for(control_plane: ControlPlane, segments: list[str]) -> dict[str, int] | None:
+    """What the drain made of these segments; None when it did not take all of them in time."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while segments:
+        rows = control_plane.rows("usage_segments_named", segments=segments)
+        if len(rows) == len(segments):
+            return {name: sum(row[name] for row in rows) for name in ("inserted", "duplicates", "quarantined")}
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.3)
+    return None
+
+
+def _print(books: Books) -> None:
+    print_table(
+        ("day (UTC)", "tenants", "events", "inserted by drains", "waiting", "tenants differing", "agree"),
+        [
+            (
+                d.day,
+                d.tenants,
+                d.events,
+                "—" if d.audited is None else d.audited,
+                d.waiting,
+                d.tenants_differing,
+                d.agree,
+            )
+            for d in books.days
+        ],
+    )
+    if differences := [(d.day, one) for d in books.days for one in d.differences]:
+        print_table(
+            ("day (UTC)", "tenant", "events say", "hours say", "day says"),
+            [
+                (day, x.tenant_id, *(" / ".join(map(str, c)) for c in (x.events, x.hourly, x.daily)))
+                for day, x in differences
+            ],
+        )
+    if books.gateway is not None:
+        g = books.gateway
+        note(
+            f"gateway since its start: {g.counted_after} events counted, {g.drained} drained, {g.spooled} in the spool"
+        )
+    if books.stuck:
+        note(f"{books.stuck} segments cannot be drained: see the log of the drain")
+
+
+def _plain(receipt: object) -> dict[str, object]:
+    from msgspec import structs, to_builtins
+
+    from shared.reconcile import Books
+
+    if isinstance(receipt, Books):
+        waiting = [{"tenant_id": t, "day": d, "events": n} for (t, d), n in sorted(receipt.waiting.items())]
+        days = [_plain(day) | {"agree": day.agree} for day in receipt.days]
+        gateway = None if receipt.gateway is None else _plain(receipt.gateway) | {"agree": receipt.gateway.agree}
+        return {
+            "agree": receipt.agree,
+            "where": receipt.where(),
+            "days": days,
+            "gateway": gateway,
+            "waiting": waiting,
+            "stuck": receipt.stuck,
+        }
+    plain: dict[str, object] = to_builtins(structs.asdict(receipt))  # type: ignore[arg-type]
+    return plain
+
+
+def _day(text: str | None) -> date | None:
+    time_ = parse_time(text)
+    return time_.astimezone(UTC).date() if time_ is not None else None
+
+
+def _person() -> str:
+    return f"cli {getpass.getuser()}"

@@ -404,6 +404,115 @@ SELECT t.machine_id, w.complete_until
 FROM tenants t LEFT JOIN usage_watermarks w USING (machine_id)
 WHERE t.tenant_id = %(tenant_id)s;
 
+-- name: usage_books_of_day
+-- A UTC day (`day` is its midnight) from all sides, in one snapshot; hours are those of the ids.
+WITH counted AS (
+    SELECT tenant_id,
+           to_timestamp((('x' || translate(left(request_id::text, 13), '-', ''))::bit(48)::bigint / 3600000) * 3600)
+               AS bucket,
+           count(*) AS events, sum(api_calls) AS api_calls, sum(search_queries) AS search_queries,
+           sum(memories_created) AS memories_created
+    FROM usage_events
+    WHERE request_id >= usage_id_from(%(day)s) AND request_id < usage_id_from(%(day)s + interval '24 hours')
+    GROUP BY 1, 2
+), hours AS (
+    SELECT tenant_id, coalesce(c.events, 0) AS events,
+           coalesce(c.api_calls, 0) AS c1, coalesce(c.search_queries, 0) AS c2, coalesce(c.memories_created, 0) AS c3,
+           coalesce(h.api_calls, 0) AS h1, coalesce(h.search_queries, 0) AS h2, coalesce(h.memories_created, 0) AS h3
+    FROM counted c
+    FULL JOIN (SELECT * FROM usage_hourly WHERE bucket >= %(day)s AND bucket < %(day)s + interval '24 hours') h
+        USING (tenant_id, bucket)
+), summed AS (
+    SELECT tenant_id, sum(events) AS events, count(*) FILTER (WHERE (c1, c2, c3) <> (h1, h2, h3)) AS hours_differing,
+           ARRAY[sum(c1), sum(c2), sum(c3)] AS of_events, ARRAY[sum(h1), sum(h2), sum(h3)] AS of_hours
+    FROM hours GROUP BY tenant_id
+), days AS (
+    SELECT tenant_id, ARRAY[api_calls, search_queries, memories_created]::numeric[] AS of_day
+    FROM usage_daily WHERE bucket = %(day)s
+), books AS (
+    SELECT tenant_id, coalesce(events, 0) AS events, coalesce(hours_differing, 0) AS hours_differing,
+           coalesce(of_events, '{0,0,0}') AS of_events, coalesce(of_hours, '{0,0,0}') AS of_hours,
+           coalesce(of_day, '{0,0,0}') AS of_day
+    FROM summed FULL JOIN days USING (tenant_id)
+), differing AS (
+    SELECT * FROM books WHERE hours_differing > 0 OR of_events <> of_day
+), audited AS (
+    SELECT sum((by_day ->> %(day_text)s)::bigint) AS inserted, count(*) FILTER (WHERE by_day IS NULL) AS unaudited
+    FROM usage_segments WHERE drained_at >= %(audited_from)s
+)
+SELECT (SELECT count(*) FROM books) AS tenants,
+       (SELECT coalesce(sum(events), 0)::bigint FROM books) AS events,
+       (SELECT count(*) FROM differing) AS tenants_differing,
+       (SELECT jsonb_agg(jsonb_build_object('tenant_id', tenant_id, 'events', of_events, 'hourly', of_hours,
+                                            'daily', of_day, 'hours_differing', hours_differing) ORDER BY tenant_id)
+        FROM (SELECT * FROM differing ORDER BY tenant_id LIMIT %(limit)s) AS first_ones) AS differences,
+       coalesce(audited.inserted, 0)::bigint AS audited, audited.unaudited,
+       d.events AS dropped_events,
+       ARRAY[d.api_calls, d.search_queries, d.memories_created]::numeric[] AS dropped_sums,
+       (SELECT ARRAY[coalesce(sum(of_day[1]), 0), coalesce(sum(of_day[2]), 0), coalesce(sum(of_day[3]), 0)] FROM days)
+           AS daily_sums
+FROM audited LEFT JOIN usage_days_dropped d ON d.day = %(day_text)s::date;
+
+-- name: usage_known_ids
+SELECT request_id FROM usage_events WHERE request_id = ANY (%(request_id)s::uuid[]);
+
+-- name: usage_segments_of_workers
+-- Segments of these workers created since; `beside` are on disk and counted there. Names begin with their creation.
+SELECT coalesce(sum(events), 0)::bigint AS events
+FROM usage_segments
+WHERE segment >= %(since)s AND machine_id = %(machine_id)s AND split_part(segment, '-', 2) = ANY (%(pids)s::text[])
+AND segment <> ALL (%(beside)s::text[]);
+
+-- name: usage_rollups_repair_hourly
+-- The hours of a day anew from its events; only those that differ. The tables are locked by the caller.
+INSERT INTO usage_hourly AS into_ (tenant_id, bucket, api_calls, search_queries, memories_created)
+SELECT tenant_id, bucket, coalesce(c.api_calls, 0), coalesce(c.search_queries, 0), coalesce(c.memories_created, 0)
+FROM (
+    SELECT tenant_id,
+           to_timestamp((('x' || translate(left(request_id::text, 13), '-', ''))::bit(48)::bigint / 3600000) * 3600)
+               AS bucket,
+           sum(api_calls) AS api_calls, sum(search_queries) AS search_queries, sum(memories_created) AS memories_created
+    FROM usage_events
+    WHERE request_id >= usage_id_from(%(day)s) AND request_id < usage_id_from(%(day)s + interval '24 hours')
+    GROUP BY 1, 2
+) c
+FULL JOIN (SELECT * FROM usage_hourly WHERE bucket >= %(day)s AND bucket < %(day)s + interval '24 hours') h
+    USING (tenant_id, bucket)
+WHERE (coalesce(c.api_calls, 0), coalesce(c.search_queries, 0), coalesce(c.memories_created, 0))
+   <> (coalesce(h.api_calls, 0), coalesce(h.search_queries, 0), coalesce(h.memories_created, 0))
+ORDER BY 1, 2
+ON CONFLICT (tenant_id, bucket) DO UPDATE
+SET api_calls = EXCLUDED.api_calls, search_queries = EXCLUDED.search_queries,
+    memories_created = EXCLUDED.memories_created
+RETURNING tenant_id;
+
+-- name: usage_rollups_repair_daily
+-- The day from its hours.
+INSERT INTO usage_daily AS into_ (tenant_id, bucket, api_calls, search_queries, memories_created)
+SELECT tenant_id, %(day)s, coalesce(h.api_calls, 0), coalesce(h.search_queries, 0), coalesce(h.memories_created, 0)
+FROM (
+    SELECT tenant_id, sum(api_calls) AS api_calls, sum(search_queries) AS search_queries,
+           sum(memories_created) AS memories_created
+    FROM usage_hourly WHERE bucket >= %(day)s AND bucket < %(day)s + interval '24 hours' GROUP BY tenant_id
+) h
+FULL JOIN (SELECT * FROM usage_daily WHERE bucket = %(day)s) d USING (tenant_id)
+WHERE (coalesce(h.api_calls, 0), coalesce(h.search_queries, 0), coalesce(h.memories_created, 0))
+   <> (coalesce(d.api_calls, 0), coalesce(d.search_queries, 0), coalesce(d.memories_created, 0))
+ORDER BY 1
+ON CONFLICT (tenant_id, bucket) DO UPDATE
+SET api_calls = EXCLUDED.api_calls, search_queries = EXCLUDED.search_queries,
+    memories_created = EXCLUDED.memories_created
+RETURNING tenant_id;
+
+-- name: usage_correction_insert
+INSERT INTO usage_corrections (kind, reason, requested_by, details)
+VALUES (%(kind)s, %(reason)s, %(requested_by)s, %(details)s)
+RETURNING correction_id;
+
+-- name: usage_segments_named
+SELECT segment, events, inserted, duplicates, quarantined FROM usage_segments
+WHERE segment = ANY (%(segments)s::text[]);
+
 -- Fleet: backups of all tenants of one machine (shared/fleet.py).
 
 -- name: fleet_run_begin

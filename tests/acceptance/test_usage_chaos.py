@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import psutil
@@ -26,7 +26,7 @@ import pytest
 from pydantic import SecretStr
 
 from deployments.postgres import EmbeddedPostgres
-from shared import metering, registry
+from shared import metering, reconcile, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import Counters, count
@@ -44,11 +44,14 @@ CLIENT_REQUEST_ID = "the-same-every-time"
 DRAINS_ON_DEMAND = """
     import os, signal, sys
     from flows.drain import main
+    from shared.orphan import end_with_parent
     from shared.settings import settings
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    parent = os.getpid()
     print("ready", flush=True)
     while sys.stdin.readline():
         if (pid := os.fork()) == 0:
+            end_with_parent(parent, signal.SIGKILL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             main(settings())
             os._exit(0)
@@ -277,6 +280,13 @@ def sums_of(stored: dict[UUID, tuple[object, ...]], unit: str) -> dict[datetime,
     return found
 
 
+def books_of(place: Place) -> reconcile.Books:
+    """What an operator is told: the gateway's own counters included, which survive its workers."""
+    settings = place.settings.model_copy(update={"gateway_port": int(place.gateway.url.rpartition(":")[2])})
+    today = datetime.now(UTC).date()
+    return reconcile.reconcile(place.control_plane, settings, today - timedelta(days=1), today)
+
+
 def at_work(work: list[Callable[[], dict[str, Ledger]]]) -> tuple[list[threading.Thread], list[dict[str, Ledger]]]:
     results: list[dict[str, Ledger]] = []
     threads = [threading.Thread(target=lambda w=w: results.append(w())) for w in work]
@@ -344,6 +354,9 @@ def test_producers_drains_and_postgresql_killed_at_random_leave_a_bill_that_is_e
         audited = connection.execute("SELECT sum(inserted), sum(quarantined), sum(corrupt_bytes) FROM usage_segments")
         [stored] = connection.execute("SELECT count(*) FROM usage_events").fetchall()
         assert audited.fetchall() == [(*stored, 0, 0)]
+    books = books_of(place)
+    assert books.agree and books.gateway is not None, books.where()
+    assert not books.waiting
     print(f"\n{SECONDS:g} s: {dict(done)}\n{dict(totals)}")
     assert all(done[kind] for kind in ("drains killed", "gateway workers killed", "PostgreSQL killed"))
     assert done["COMMIT answers lost"]

@@ -1,0 +1,234 @@
+"""Do the books of usage agree? Counts what the gateway counted, the spool holds, and PostgreSQL says, and compares.
+
+Per tenant and UTC day, in one snapshot of PostgreSQL:
+
+    events      rows of usage_events whose id was minted that day
+    hourly      must be the same sums, hour by hour
+    daily       must be the same sums
+    audit       what all drains together say they inserted for that day (`usage_segments.by_day`)
+    waiting     events of that day in this machine's spool that PostgreSQL does not have yet; no difference, but said
+
+Per machine, since its gateway was started:
+
+    counted     `engram_usage_events_total` of each worker, read from the shared files its metrics live in
+    drained     events in the audited segments of these workers
+    spooled     events in those of their segments that are still on disk
+
+counted − lost = drained + spooled. The counters are read before and after, so a gateway may serve meanwhile; a worker
+that was killed between its write and its count makes it one event more.
+
+Nothing is changed by it. A day whose single events were dropped is compared with what was written down then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+
+from shared import counters, partitions, spool, stuck
+from shared.control_plane import ControlPlane, rows
+from shared.receipt import Receipt
+from shared.settings import Settings
+from shared.usage import Counters, UsageEvent
+
+DIFFERENCES = 1_000  # of a day that are listed
+_AUDIT_MARGIN = timedelta(hours=1)
+_KNOWN_BATCH = 5_000
+
+
+class Difference(Receipt, frozen=True):
+    """One tenant's sums of a day, where they are not all the same."""
+
+    tenant_id: str
+    events: Counters
+    hourly: Counters
+    daily: Counters
+    hours_differing: int
+
+
+class DayBooks(Receipt, frozen=True):
+    """`audited` is None when it cannot be known: the day, or a part of its audit, is older than that record."""
+
+    day: date
+    dropped: bool
+    tenants: int
+    events: int
+    audited: int | None
+    waiting: int
+    tenants_differing: int
+    differences: list[Difference]
+
+    @property
+    def agree(self) -> bool:
+        return self.tenants_differing == 0 and self.audited in (None, self.events)
+
+
+class GatewayBooks(Receipt, frozen=True):
+    """`counted_before` and `counted_after`: the events its workers counted, less those they dropped and said so."""
+
+    workers: int
+    counted_before: int
+    counted_after: int
+    lost: int
+    drained: int
+    spooled: int
+    killed: int
+
+    @property
+    def agree(self) -> bool:
+        return self.counted_before <= self.drained + self.spooled <= self.counted_after + self.killed
+
+
+class Books(Receipt, frozen=True):
+    """`gateway` is None when none was started on this machine. `waiting` is by tenant and day."""
+
+    days: list[DayBooks]
+    gateway: GatewayBooks | None
+    waiting: dict[tuple[str, date], int]
+    stuck: int
+
+    @property
+    def agree(self) -> bool:
+        return all(day.agree for day in self.days) and (self.gateway is None or self.gateway.agree)
+
+    def where(self) -> list[str]:
+        """Each disagreement in a line."""
+        found = []
+        for day in self.days:
+            if day.tenants_differing:
+                found.append(f"{day.day}: {day.tenants_differing} tenants' events, hours and days differ")
+            if day.audited not in (None, day.events):
+                found.append(f"{day.day}: the drains inserted {day.audited} events, {day.events} are there")
+        if self.gateway is not None and not self.gateway.agree:
+            seen = self.gateway.drained + self.gateway.spooled
+            found.append(f"the gateway counted {self.gateway.counted_after} events, its segments hold {seen}")
+        return found
+
+
+def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last: date) -> Books:
+    """Compare these days, both included. Raises `ControlPlaneUnavailable`."""
+    metrics_dir = counters.directory(settings)
+    before = counters.by_process(metrics_dir)
+    spooled = dict(_spooled(settings))
+    waiting = _waiting(control_plane, [e for events in spooled.values() for e in events])
+    gateway = _gateway(control_plane, settings, metrics_dir, before, {n: len(e) for n, e in spooled.items()})
+    retained_from = (datetime.now(UTC) - timedelta(days=settings.usage_retention_days) + _AUDIT_MARGIN).date()
+    days = []
+    for n in range((last - first).days + 1):
+        day = first + timedelta(days=n)
+        found = of_day(control_plane, day, audit=day > retained_from)
+        if found is not None:
+            of_this_day = sum(count for (_, of), count in waiting.items() if of == day)
+            days.append(msgspec.structs.replace(found, waiting=of_this_day))
+    return Books(days, gateway, dict(waiting), len(stuck.segments(settings.spool_dir)))
+
+
+def of_day(control_plane: ControlPlane, day: date, *, audit: bool = True) -> DayBooks | None:
+    """One day of PostgreSQL, without the spool; None when it holds nothing of that day."""
+    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    with control_plane.transaction(maintenance=True) as connection:
+        [row] = rows(
+            connection,
+            "usage_books_of_day",
+            day=midnight,
+            day_text=str(day),
+            audited_from=midnight - _AUDIT_MARGIN,
+            limit=DIFFERENCES,
+        )
+    dropped = row["dropped_events"] is not None
+    if not row["tenants"] and not dropped and not row["audited"]:
+        return None
+    if dropped:
+        differing = int(row["dropped_sums"] != row["daily_sums"])
+        return DayBooks(day, True, row["tenants"], row["dropped_events"], None, 0, differing, [])
+    audited = row["audited"] if audit and not row["unaudited"] else None
+    differences = [
+        Difference(
+            tenant_id=one["tenant_id"],
+            events=Counters(*one["events"]),
+            hourly=Counters(*one["hourly"]),
+            daily=Counters(*one["daily"]),
+            hours_differing=one["hours_differing"],
+        )
+        for one in row["differences"] or []
+    ]
+    return DayBooks(day, False, row["tenants"], row["events"], audited, 0, row["tenants_differing"], differences)
+
+
+def _spooled(settings: Settings) -> Iterator[tuple[str, list[UsageEvent]]]:
+    """Every segment on this disk that will be drained, with its events; one renamed meanwhile is found again."""
+    seen: set[str] = set()
+    for _ in range(2):
+        for path in _segments(settings.spool_dir):
+            if path.stem in seen:
+                continue
+            try:
+                events = spool.read(path).events
+            except FileNotFoundError:  # sealed, or drained
+                continue
+            except OSError:  # unreadable: the drain sets it aside and says so
+                continue
+            seen.add(path.stem)
+            yield path.stem, events
+
+
+def _segments(directory: Path) -> list[Path]:
+    return [*directory.glob("*.open"), *directory.glob("*.seg"), *stuck.segments(directory)]
+
+
+def _waiting(control_plane: ControlPlane, events: list[UsageEvent]) -> Counter[tuple[str, date]]:
+    found: Counter[tuple[str, date]] = Counter()
+    for start in range(0, len(events), _KNOWN_BATCH):
+        portion = [e for e in events[start : start + _KNOWN_BATCH] if len(e.request_id) == 16]
+        known = control_plane.rows("usage_known_ids", request_id=[UUID(bytes=e.request_id) for e in portion])
+        there = {row["request_id"].bytes for row in known}
+        found.update((e.tenant_id, partitions.day_of(e.request_id)) for e in portion if e.request_id not in there)
+    return found
+
+
+def _gateway(
+    control_plane: ControlPlane,
+    settings: Settings,
+    metrics_dir: Path,
+    before: dict[int, dict[str, float]],
+    spooled: dict[str, int],
+) -> GatewayBooks | None:
+    since = counters.started_at_us(metrics_dir)
+    if since is None or not before:
+        return None
+    pids = {str(pid) for pid in before}
+    spooled = {name: n for name, n in spooled.items() if _is_of(name, since, pids)}
+    with control_plane.transaction(maintenance=True) as connection:
+        [row] = rows(
+            connection,
+            "usage_segments_of_workers",
+            since=f"{since:016d}",
+            machine_id=settings.machine_id,
+            pids=sorted(pids),
+            beside=sorted(spooled),
+        )
+    after = counters.by_process(metrics_dir)
+    lost = _sum(before.values(), "engram_usage_lost_total")
+    return GatewayBooks(
+        workers=len(before),
+        counted_before=_sum(before.values(), "engram_usage_events_total") - lost,
+        counted_after=_sum(after.values(), "engram_usage_events_total") - lost,
+        lost=lost,
+        drained=row["events"],
+        spooled=sum(spooled.values()),
+        killed=_sum(after.values(), "engram_worker_restarts_total"),
+    )
+
+
+def _is_of(segment: str, since_us: int, pids: set[str]) -> bool:
+    created, _, rest = segment.partition("-")
+    return created >= f"{since_us:016d}" and rest.partition("-")[0] in pids
+
+
+def _sum(processes: Iterable[dict[str, float]], name: str) -> int:
+    return int(sum(counted.get(name, 0.0) for counted in processes))
