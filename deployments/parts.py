@@ -93,7 +93,7 @@ def plan(settings: Settings, ports: PortReservations) -> Parts:
         gateway=Child(
             "gateway",
             [*_ENGRAM, "serve"],
-            env=environment,
+            env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{gateway_url(resolved)}/ready"),
         ),

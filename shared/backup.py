@@ -108,6 +108,7 @@ def fetch(
         packing=Packing.named(backup.packing),
         identity=_identity(objects, backup.tenant_id, backup.key_id, control_plane),
         size_bytes=backup.size_bytes,
+        stored_bytes=backup.stored_bytes,
         progress=progress,
     )
 

@@ -17,6 +17,7 @@ Nothing here puts a key into a message, and no name or comment of a wrapped file
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID
 
 import pyrage
@@ -85,6 +86,17 @@ class Master:
         if str(identity.to_public()) != recipient:
             raise KeyUnavailable(f"key {key_id} of tenant {tenant_id} does not open what its recipient is encrypted to")
         return identity
+
+
+def new_master() -> tuple[str, str]:
+    """A new master key and its public key."""
+    identity = Identity.generate()
+    return str(identity), str(identity.to_public())
+
+
+def list_of(control_plane: ControlPlane, tenant_id: str) -> list[dict[str, Any]]:
+    """A tenant's keys, newest first, without what is secret in them, and how many usable backups each opens."""
+    return [dict(row) for row in control_plane.rows("tenant_keys_list", tenant_id=check_tenant_id(tenant_id))]
 
 
 def current(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> TenantKey:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -103,7 +104,8 @@ def pack(source: Path, destination: Path, packing: Packing, recipient: str = "")
         reader: Any = file
         if packing.zstd:
             compressor = zstandard.ZstdCompressor(level=packing.level, write_checksum=True)
-            reader = compressor.stream_reader(file, size=source.stat().st_size, read_size=_CHUNK_BYTES, closefd=False)
+            frame = compressor.stream_reader(file, size=source.stat().st_size, read_size=_CHUNK_BYTES, closefd=False)
+            reader = io.BufferedReader(cast(io.RawIOBase, frame), _CHUNK_BYTES)  # age reads 8 KiB at a time
         if packing.age:
             to = [pyrage.x25519.Recipient.from_str(recipient)]
             _through(lambda r, w: pyrage.encrypt_io(r, w, to), reader, sink)
@@ -122,37 +124,38 @@ def receive(
     packing: Packing = PLAIN,
     identity: Identity | None = None,
     size_bytes: int | None = None,
+    stored_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Received:
     """Unpack a stored object's bytes into `destination` (replaced), fsynced.
 
-    `name` is for messages; `size_bytes`, where it is known, ends an unpacking that becomes larger; `progress` is told
-    the plain bytes written so far. Raises `CorruptBackup` when the result has another sha256 than the catalogue says,
-    or cannot be unpacked; `NoSpace`. The file is removed whenever this raises.
+    `name` is for messages; `size_bytes` and `stored_bytes` are the catalogue's: what unpacks to more is stopped;
+    `progress` is told the plain bytes written so far. Raises `CorruptBackup` when the result has another sha256 than
+    the catalogue says, or cannot be unpacked; `NoSpace`. The file is removed whenever this raises.
     """
     started = time.perf_counter()
     sink = _Sink(limit=size_bytes, progress=progress)
     try:
         with disk_errors(destination), destination.open("wb") as file:
             sink.file = file
-            timings = _unpack(chunks, sink, name, packing, identity)
+            source, unzip_seconds = _unpack(chunks, sink, name, packing, identity)
             with sink.clock:
                 file.flush()
                 os.fsync(file.fileno())
+        if stored_bytes not in (None, source.size):
+            raise CorruptBackup(f"{name}: the object has {source.size} bytes, the catalogue says {stored_bytes}")
         if sink.digest.hexdigest() != sha256:
             raise CorruptBackup(f"{name}: sha256 is {sink.digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
         fsync_path(destination.parent)
     except BaseException:
         destination.unlink(missing_ok=True)
         raise
-    source, unzip = timings
     total, write = time.perf_counter() - started, sink.clock.seconds
-    decompress = unzip.seconds - (write if packing.zstd else 0.0)
-    decrypt = total - source.clock.seconds - write - decompress if packing.age else 0.0
+    decrypt = total - source.clock.seconds - write - unzip_seconds if packing.age else 0.0
     return Received(
         sink.size,
         source.size,
-        *(round(max(0.0, s) * 1000, 3) for s in (source.clock.seconds, decrypt, decompress, write)),
+        *(round(max(0.0, s) * 1000, 3) for s in (source.clock.seconds, decrypt, unzip_seconds, write)),
     )
 
 
@@ -165,7 +168,8 @@ def digest(chunks: Iterable[Any], *, name: str, packing: Packing, identity: Iden
 
 def _unpack(
     chunks: Iterable[Any], sink: _Sink, name: str, packing: Packing, identity: Identity | None
-) -> tuple[_Source, _Clock]:
+) -> tuple[_Source, float]:
+    """The source, and the seconds zstd took."""
     source, unzip = _Source(chunks), _Clock()
     try:
         if packing.zstd:
@@ -182,13 +186,13 @@ def _unpack(
         else:
             while chunk := source.read(_CHUNK_BYTES):
                 writer.write(chunk)
-    except pyrage.DecryptError as e:
+    except _AgeError as e:
         raise CorruptBackup(f"{name}: age cannot decrypt it: {e}") from e
     except zstandard.ZstdError as e:
         raise CorruptBackup(f"{name}: zstd cannot decompress it: {e}") from e
     except _TooLarge as e:
         raise CorruptBackup(f"{name}: unpacks to more than the {sink.limit} bytes of the catalogue") from e
-    return source, unzip
+    return source, unzip.seconds - sink.clock.seconds if packing.zstd else 0.0
 
 
 def _through(cipher: Callable[[Any, Any], object], reader: Any, writer: Any) -> None:
@@ -199,7 +203,7 @@ def _through(cipher: Callable[[Any, Any], object], reader: Any, writer: Any) -> 
     except Exception as e:
         if failures:
             raise failures[0] from e
-        raise
+        raise _AgeError(str(e)) from e
 
 
 class _Guard:
@@ -249,6 +253,10 @@ class _Timed:
     def write(self, data: Any) -> int:
         with self._clock:
             return int(self._inner.write(data))
+
+
+class _AgeError(Exception):
+    """pyrage's own: DecryptError for the header, OSError for what follows it."""
 
 
 class _TooLarge(Exception):

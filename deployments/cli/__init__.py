@@ -19,6 +19,7 @@ COMMANDS = (
     "stack",
     "tenants",
     "backup",
+    "keys",
     "restore",
     "usage",
     "act",

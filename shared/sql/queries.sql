@@ -379,6 +379,12 @@ UPDATE tenant_keys SET wrapped = %(wrapped)s, master = %(master)s WHERE key_id =
 -- name: tenant_keys_count
 SELECT count(*) AS count FROM tenant_keys WHERE master = %(master)s;
 
+-- name: tenant_keys_list
+SELECT k.key_id, k.tenant_id, k.recipient, k.master, k.created_at, k.retired_at,
+       (SELECT count(*) FROM backups b
+        WHERE b.tenant_id = k.tenant_id AND b.key_id = k.key_id AND b.status = 'available') AS backups
+FROM tenant_keys k WHERE k.tenant_id = %(tenant_id)s ORDER BY k.created_at DESC, k.key_id DESC;
+
 -- name: tenant_keys_erase
 DELETE FROM tenant_keys WHERE tenant_id = %(tenant_id)s RETURNING key_id;
 
