@@ -51,7 +51,7 @@ from shared.usage_audit import Drained
 from shared.usage_batch import Batch, columns
 
 BATCH_EVENTS = 5_000
-_LOAD_BYTES, _LOAD_SEGMENTS = 400_000, 1_000  # about 5,000 events
+_LOAD_BYTES, _LOAD_SEGMENTS = 2_000_000, 1_000  # about 20,000 events: a COMMIT and the rollups cost a third then
 _DRY_RUN = "dry-run"
 log = get_logger("metering")
 
@@ -114,7 +114,7 @@ def drain_all(control_plane: ControlPlane, settings: Settings) -> Iterator[Drain
 
 
 def _groups(paths: Iterable[Path], *, alone: bool) -> Iterator[list[Path]]:
-    """Neighbours that together are no larger than one full segment, by their size on disk."""
+    """Neighbours that together are no larger than a few full segments, by their size on disk."""
     group: list[Path] = []
     size = 0
     for path in paths:
@@ -140,7 +140,7 @@ def _load(settings: Settings, paths: list[Path]) -> _Load:
             stuck.put(path, e)
     if len(segments) == 1:
         return _Load(segments, segments[0].batch, segments[0].batch.copy_rows())
-    batch = Batch.of(event for segment in segments for event in segment.batch.events)
+    batch = Batch.joined(segment.batch for segment in segments)
     if len(batch.events) != sum(len(segment.batch.events) for segment in segments):
         return _Load(segments, None, b"")
     return _Load(segments, batch, batch.copy_rows())

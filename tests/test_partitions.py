@@ -163,6 +163,12 @@ def test_a_time_range_is_an_id_range_to_the_millisecond(control_plane: ControlPl
 PRUNED: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
     "usage_by_tenant": ({"from": noon(2), "to": noon(1)}, (2, 1)),
     "usage_day_check": ({"day": noon(3).replace(hour=0)}, (3,)),
+    "usage_books_of_day": (
+        {"day": noon(4).replace(hour=0), "day_text": "2026-01-01", "audited_from": noon(30), "limit": 10},
+        (4,),
+    ),
+    "usage_rollups_repair_hourly": ({"day": noon(5).replace(hour=0)}, (5,)),
+    "usage_known_ids": ({"request_id": [partitions.bounds_of(TODAY)[0]]}, (0,)),
     "usage_known": (
         {
             "request_id": [partitions.bounds_of(TODAY)[0]],

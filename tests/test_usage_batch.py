@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -76,6 +77,18 @@ def test_sums_are_those_of_each_event_in_its_own_hour(events: list[UsageEvent], 
         for tenant_id, bucket, amount in zip(given_["tenant_id"], given_["bucket"], given_[name], strict=True):
             assert expected.pop((tenant_id, bucket, name)) == amount  # type: ignore[arg-type]
     assert not expected
+
+
+@given(EVENTS, st.lists(st.integers(0, 30), max_size=4), st.booleans())
+def test_batches_that_are_joined_are_the_batch_of_all_events(
+    events: list[UsageEvent], cuts: list[int], in_time: bool
+) -> None:
+    """Neighbours in time are only strung together, others are sorted anew: nobody can tell."""
+    if in_time:
+        events = Batch.of(events).events
+    bounds = [0, *sorted(cuts), len(events)]
+    parts = [Batch.of(events[a:b]) for a, b in pairwise(bounds)]
+    assert Batch.joined(reversed(parts)) == Batch.of(events)
 
 
 def test_of_two_events_with_one_id_the_first_stays() -> None:
