@@ -89,6 +89,7 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     "usage_quarantine_insert": {"request_id": uuid4()},
     "backup_insert": {"ts": datetime.now(UTC)},
     "retention_tenants": {"after": "acme"},
+    "strays_of": {"keys": ["k"], "tenant_ids": ["acme"], "deleted_days": 1},
     "retention_lock_backups": {"tenant_ids": ["acme"]},
     "retention_rows": {"tenant_ids": ["acme"]},
     "backups_mark_deleting": {"backup_ids": [uuid4()], "reasons": ["why"]},

@@ -656,6 +656,27 @@ UPDATE backups SET held_until = greatest(held_until, %(until)s), hold_reason = %
 WHERE backup_id = %(backup_id)s AND status = 'available'
 RETURNING backup_id;
 
+-- Objects without a row (shared/strays.py).
+
+-- name: strays_of
+-- Of these keys those the catalogue does not know, or calls deleted.
+SELECT k.key, b.status, u.key IS NOT NULL AS uploading, t.tenant_id IS NOT NULL AS tenant_known,
+       coalesce(t.state = 'deleted' AND t.updated_at < clock_timestamp() - make_interval(days => %(deleted_days)s),
+                false) AS tenant_gone
+FROM unnest(%(keys)s::text[], %(tenant_ids)s::text[]) AS k (key, tenant_id)
+LEFT JOIN backups b ON b.key = k.key
+LEFT JOIN backup_uploads u ON u.key = k.key
+LEFT JOIN tenants t ON t.tenant_id = k.tenant_id
+WHERE b.key IS NULL OR b.status = 'deleted'
+ORDER BY k.key;
+
+-- name: tenant_key_ids
+SELECT key_id FROM tenant_keys WHERE tenant_id = %(tenant_id)s ORDER BY created_at DESC;
+
+-- name: backup_adopted
+UPDATE backups SET status_reason = 'adopted: the object had no row', status_at = clock_timestamp()
+WHERE backup_id = %(backup_id)s;
+
 -- Verification of stored backups (shared/verify.py).
 
 -- name: verify_count
