@@ -3,8 +3,10 @@
 It watches the spool and runs the `metering` flow in this process when something waits.
 
 A run through the process worker takes about ten seconds to start here, one in process about one: so this process
-stays. It is a visible run when Prefect answers. When Prefect does not, usage must not wait for it: the core drains
-directly and says so. When PostgreSQL does not, segments stay on disk and the wait doubles up to 30 seconds.
+stays. A run lasts `drain_run_seconds` while there is traffic, however little, so there is never more than one in that
+time, and none at idle. When Prefect does not answer, usage must not wait for it: the core drains directly and says so.
+When PostgreSQL does not, segments stay on disk, and each machine waits a random part of a doubling time up to 15
+seconds (`shared.backoff`), so that a fleet does not come back in one second.
 """
 
 import signal
@@ -16,37 +18,40 @@ import httpx
 import psycopg
 
 from flows.core import control_plane
-from flows.metering import metering
+from flows.metering import metering, stopping, watermark
 from shared import log as logs
 from shared import metering as core
 from shared import sweep as core_sweep
+from shared.backoff import Backoff
 from shared.errors import ControlPlaneUnavailable, EngramError
 from shared.log import get_logger
 from shared.settings import Settings
 
+_FAULTS = (EngramError, OSError, psycopg.Error)
 log = get_logger("drain")
-_MAX_WAIT_SECONDS = 30.0
+_FIRST_WAIT_SECONDS, _MAX_WAIT_SECONDS = 1.0, 15.0
 
 
 def main(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, then drain once more and return."""
     logs.configure(settings.log_level)
-    stop = threading.Event()
+    stop = stopping
+    stop.clear()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    wait = settings.drain_poll_seconds
+    wait, backoff = settings.drain_poll_seconds, Backoff(_FIRST_WAIT_SECONDS, _MAX_WAIT_SECONDS)
     sweeper = threading.Thread(target=_sweep, args=(settings, stop), name="sweep", daemon=True)
     sweeper.start()
     log.info("drain_started", spool=str(settings.spool_dir))
     while not stop.wait(wait):
-        wait = _next_wait(settings, wait)
+        wait = _next_wait(settings, backoff)
     try:
         _drain_directly(settings)
-    except ControlPlaneUnavailable as e:
+    except _FAULTS as e:
         log.error("drain_stopped_with_segments_left", segments=len(core.pending(settings)), cause=str(e))
     log.info("drain_stopped")
 
@@ -71,17 +76,20 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
             return
 
 
-def _next_wait(settings: Settings, wait: float) -> float:
+def _next_wait(settings: Settings, backoff: Backoff) -> float:
     """Drain if there is something; the seconds to wait before looking again."""
-    if not core.pending(settings):
-        return settings.drain_poll_seconds
     try:
-        control_plane().ping()
-        _drain_visibly(settings)
-    except ControlPlaneUnavailable as e:
-        wait = min(_MAX_WAIT_SECONDS, max(1.0, wait * 2))
-        log.error("control_plane_unavailable", cause=str(e), retry_seconds=wait)
+        if core.pending(settings):
+            control_plane().ping()
+            _drain_visibly(settings)
+        else:
+            watermark.after_pass(control_plane(), settings, drained=False)
+    except _FAULTS as e:
+        wait = backoff.next_seconds()
+        event = "control_plane_unavailable" if isinstance(e, ControlPlaneUnavailable) else "drain_failed"
+        log.error(event, cause=" ".join(str(e).split())[:300], retry_seconds=round(wait, 1))
         return wait
+    backoff.reset()
     return settings.drain_poll_seconds
 
 
@@ -90,18 +98,27 @@ def _drain_visibly(settings: Settings) -> None:
         log.warning("prefect_unavailable", drained="directly")
         _drain_directly(settings)
         return
-    state = metering(
-        linger_seconds=settings.drain_linger_seconds, run_seconds=settings.drain_run_seconds, return_state=True
-    )
-    if not state.is_completed():
-        log.error("metering_run_failed", state=state.name, cause=str(state.message)[:300])
-        time.sleep(settings.drain_poll_seconds)
+    try:
+        state = metering(
+            linger_seconds=settings.drain_linger_seconds, run_seconds=settings.drain_run_seconds, return_state=True
+        )
+        cause = None if state.is_completed() else f"{state.name}: {state.message}"
+    except Exception as e:  # noqa: BLE001 - a server that dies in the middle of a run: usage does not wait for it
+        cause = f"{type(e).__name__}: {e}"
+    if cause is not None:
+        log.error("metering_run_failed", cause=" ".join(cause.split())[:300])
         _drain_directly(settings)
 
 
 def _drain_directly(settings: Settings) -> None:
-    for drained in core.drain_all(control_plane(), settings):
-        log.info("segment_drained", segment=drained.segment, events=drained.events, inserted=drained.inserted)
+    segments = events = inserted = 0
+    try:
+        for drained in core.drain_all(control_plane(), settings):
+            segments, events, inserted = segments + 1, events + drained.events, inserted + drained.inserted
+        watermark.after_pass(control_plane(), settings, drained=segments > 0)
+    finally:
+        if segments:
+            log.info("segments_drained", segments=segments, events=events, inserted=inserted)
 
 
 def _prefect_answers(settings: Settings) -> bool:

@@ -2,8 +2,12 @@
 
 The resident drain (`flows.drain`) starts a run in its own process when segments are waiting, so usage arrives in
 seconds and an idle hour has no runs; the deployment is there for a person who wants one now.
+
+A run counts what it drained whatever happens in the middle of it: a control plane that goes away is asked again a few
+times, and then the run is Failed with the counts of what was committed until then.
 """
 
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +18,25 @@ from pydantic import Field
 from flows import artifact, policy
 from flows.core import configuration, control_plane
 from shared import metering as core
+from shared import stuck
+from shared.backoff import Backoff
+from shared.errors import ControlPlaneUnavailable
+from shared.receipt import Receipt
 from shared.usage_audit import Drained
+from shared.watermark import Watermark
+
+_TRIES = 4
+_BACKLOG = 200  # segments; from there on a run has a progress bar
+
+stopping = threading.Event()  # the process that holds this run wants to end
+watermark = Watermark()
+
+
+class Taken(Receipt, frozen=True):
+    """What a run drained; `error` is why it ended early."""
+
+    drained: list[Drained]
+    error: str | None
 
 
 @task(name="collect", **policy.READ)
@@ -22,28 +44,51 @@ def collect() -> list[Path]:
     return core.pending(configuration())
 
 
-@task(name="drain", **policy.READ)
-def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> list[Drained]:
+@task(name="drain", **policy.ONCE)
+def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> Taken:
     """Drain `segments`, then whatever is sealed until nothing came for `linger_seconds`."""
     settings, log = configuration(), get_run_logger()
     drained: list[Drained] = []
+    backoff, failures, error = Backoff(1.0, 8.0), 0, None
+    progress: artifact.Progress | None = None
     end = time.monotonic() + run_seconds
     quiet_since = time.monotonic()
     while True:
-        for one in core.drain(control_plane(), settings, segments):
-            drained.append(one)
-            quiet_since = time.monotonic()
+        pause = min(settings.drain_poll_seconds, linger_seconds)
+        try:
+            before, total = len(drained), len(drained) + len(segments)
+            if progress is None and len(segments) > _BACKLOG:
+                progress = artifact.Progress("metering-progress", "segments drained of those that waited")
+            for one in core.drain(control_plane(), settings, segments):
+                drained.append(one)
+                quiet_since = time.monotonic()
+                if progress is not None:
+                    progress.show(len(drained), total)
+                if stopping.is_set():
+                    break
+            watermark.after_pass(control_plane(), settings, drained=len(drained) > before)
+            failures = 0
+            backoff.reset()
+        except ControlPlaneUnavailable as e:
+            failures += 1
+            if failures == _TRIES:
+                error = str(e)
+                break
+            log.warning("the control plane is asked again: %s", e)
+            pause = backoff.next_seconds()
         now = time.monotonic()
-        if now >= end or now - quiet_since >= linger_seconds:
+        if failures == 0 and (now >= end or now - quiet_since >= linger_seconds):
             break
-        time.sleep(min(settings.drain_poll_seconds, linger_seconds))
+        if stopping.wait(pause):
+            break
         segments = core.pending(settings)
     log.info("%d segments, %d events", len(drained), sum(d.events for d in drained))
-    return drained
+    return Taken(drained, error)
 
 
 @task(name="report", **policy.READ)
-def report(drained: list[Drained]) -> dict[str, Any]:
+def report(taken: Taken) -> dict[str, Any]:
+    settings, drained = configuration(), taken.drained
     totals = {
         "segments": len(drained),
         "events": sum(d.events for d in drained),
@@ -52,7 +97,8 @@ def report(drained: list[Drained]) -> dict[str, Any]:
         "quarantined": sum(d.quarantined for d in drained),
         "corrupt bytes": sum(d.corrupt_bytes for d in drained),
         "oldest event in seconds": max((d.age_seconds for d in drained), default=0.0),
-        "segments of dry runs, not billed": len(core.dry_run_segments(configuration())),
+        "segments that cannot be drained": len(stuck.segments(settings.spool_dir)),
+        "segments of dry runs, not billed": len(core.dry_run_segments(settings)),
     }
     done = (
         "would have been new: dry run, nothing inserted"
@@ -83,4 +129,8 @@ def metering(
         linger_seconds: End when nothing came for this many seconds.
         run_seconds: End after this many seconds at the latest.
     """
-    return report(drain(collect(), linger_seconds, run_seconds))
+    taken = drain(collect(), linger_seconds, run_seconds)
+    totals = report(taken)
+    if taken.error is not None:
+        raise ControlPlaneUnavailable(taken.error)
+    return totals

@@ -44,12 +44,22 @@ class Settings(BaseSettings):
     object_store_url: str = ""
     s3_endpoint: str = ""
     s3_region: str = "auto"
+    s3_checksum: Literal["sha256", "none"] = Field(
+        default="sha256", description="sent with every upload for the store to compare; none: it refuses the header"
+    )
     s3_access_key_id: str = ""
     s3_secret_access_key: SecretStr = SecretStr("")
     object_store_timeout_seconds: float = Field(default=60.0, gt=0)
     object_store_connect_timeout_seconds: float = Field(default=5.0, gt=0)
     object_store_retries: int = Field(default=4, ge=0)
     object_store_retry_timeout_seconds: float = Field(default=60.0, gt=0)
+    object_store_read_back: bool = Field(
+        default=True, description="download what was uploaded to S3; false trusts the store's check of s3_checksum"
+    )
+    object_store_single_put_bytes: int = Field(
+        default=33_554_432, ge=0, le=5_000_000_000, description="one conditional request up to here, parts above"
+    )
+    object_store_part_bytes: int = Field(default=8_388_608, ge=5_242_880, description="all but the last are equal")
 
     # How new backups are packed (shared/pack.py) and who can open them (shared/keys.py)
     backup_compression: Literal["none", "zstd"] = "none"
@@ -159,7 +169,7 @@ class Settings(BaseSettings):
     usage_storage_seconds: float = Field(default=900.0, gt=0, description="how often databases are measured")
     usage_dry_run: bool = Field(default=False, description="examine usage, insert nothing: see shared/metering.py")
     drain_poll_seconds: float = Field(default=1.0, gt=0)
-    drain_linger_seconds: float = Field(default=3.0, ge=0)
+    drain_linger_seconds: float = Field(default=60.0, ge=0, description="a run ends when nothing came for so long")
     drain_run_seconds: float = Field(default=60.0, gt=0)
 
     # Backup of all tenants of a machine: shared/fleet.py
@@ -182,6 +192,7 @@ class Settings(BaseSettings):
     prefect_port: int = Field(default=4200, ge=0, le=65535)
     prefect_work_pool: str = "engram"
     prefect_worker_limit: int = Field(default=4, ge=1)
+    prefect_pick_up_seconds: float = Field(default=120.0, gt=0, description="for a worker to take up a run")
     machine_id: str = "local"
 
     # Readiness and stopping of `engram up`
@@ -200,6 +211,8 @@ class Settings(BaseSettings):
             self.unauthenticated_rps = 20.0
         if self.usage_durability == "sync" and self.usage_at_limit == "drop":
             raise ValueError("usage_durability=sync loses no event and usage_at_limit=drop does: choose one")
+        if self.s3_checksum == "none" and not self.object_store_read_back:
+            raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
