@@ -52,6 +52,7 @@ from shared.usage_batch import Batch, columns
 
 BATCH_EVENTS = 5_000
 _LOAD_BYTES, _LOAD_SEGMENTS = 2_000_000, 1_000  # about 20,000 events: a COMMIT and the rollups cost a third then
+_FEW_SEGMENTS = 8
 _DRY_RUN = "dry-run"
 log = get_logger("metering")
 
@@ -197,6 +198,8 @@ def _finish_together(
     try:
         drained = _commit_together(control_plane, settings, segments, batch, as_rows)
     except UniqueViolation:
+        if len(segments) <= _FEW_SEGMENTS:  # the others of them can still be copied, each by itself
+            raise
         drained = _commit_together(control_plane, settings, segments, batch, None)
     for segment in segments:
         segment.path.unlink(missing_ok=True)

@@ -210,7 +210,7 @@ def compare(
         segments = source.segments(a_round // size, size)
         encoded = [Batch.of(s).copy_rows() for s in segments]
         some = segments[: max(1, len(segments) // _SLOW_SHARE)]
-        again = [_with_duplicates(s, drained, chance) for s in some]
+        again = [_with_duplicates(s, drained[: len(some)], chance) for s in some]
         replays = [chance.choice(drained) if drained and chance.random() < DUPLICATE_SHARE else s for s in segments]
         turns: dict[str, Callable[[], Cost]] = {
             "floor": lambda: floor(places["floor"], encoded),  # noqa: B023
