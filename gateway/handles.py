@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from gateway.writes import Member, WriteQueue
 from shared import metrics
@@ -27,8 +28,17 @@ from shared.tenant import TenantPaths
 
 Result = TypeVar("Result")
 Job = Callable[[sqlite3.Connection], Result]
+READ_SECONDS = 0.005  # for which a thread stays with one tenant's reads while others may want it
 WAL_KEEP_BYTES = 256 << 10  # of some ten creates
 log = get_logger("pool")
+
+
+class Read(NamedTuple):
+    """A read that waits for a thread; `step` is `read` or `read_and_renew`."""
+
+    step: Callable[[OpenTenant, Job[Any]], Any]
+    job: Job[Any]
+    answer: asyncio.Future[Any]
 
 
 class OpenTenant:
@@ -44,6 +54,8 @@ class OpenTenant:
         "lock_wait_seconds",
         "paths",
         "reader",
+        "reading",
+        "reads",
         "users",
         "worker",
         "writes",
@@ -61,6 +73,8 @@ class OpenTenant:
         self.inline = False  # the loop may use the reader: no thread is opening or closing it
         self.users = 0
         self.lock = asyncio.Lock()
+        self.reads: deque[Read] = deque()
+        self.reading = False  # a thread serves them, or somebody waits for the lock to have one do it
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
         self.closing = False
@@ -78,6 +92,25 @@ def read(tenant: OpenTenant, job: Job[Result]) -> Result:
         tenant.worker = _open(tenant, readonly=True)
     with tenant.worker.read() as connection:
         return job(connection)
+
+
+def read_waiting(tenant: OpenTenant, settle: Callable[[asyncio.Future[Any], Any, BaseException | None], None]) -> None:
+    """Serve the reads that wait, and those that come meanwhile; each is answered when it is done, not when all are.
+
+    The way to a thread and back costs more than most reads: a busy tenant's share one. One whose caller has left
+    before it began is settled unread.
+    """
+    began = time.monotonic()
+    while tenant.reads and time.monotonic() - began < READ_SECONDS:
+        step, job, answer = tenant.reads.popleft()
+        result: Any = None
+        failed: BaseException | None = None
+        if not answer.done():
+            try:
+                result = step(tenant, job)
+            except BaseException as e:  # noqa: BLE001  it is the caller's to raise
+                failed = e
+        settle(answer, result, failed)
 
 
 def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Outcome]:

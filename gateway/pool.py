@@ -9,6 +9,8 @@ Writes that arrive while a tenant's last transaction is being fsynced wait toget
 (`shared.engine.batch`), and those that arrive while it still runs statements join it: the busier a tenant, the fewer
 fsyncs a write costs it. Nobody is made to wait for company.
 
+Reads that wait behind a tenant's thread are served by it one after the other, without coming back to the loop.
+
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
 lock, not in the threads, so it cannot take them from the others.
@@ -26,14 +28,26 @@ import resource
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from typing import Any
 
-from gateway.handles import Job, OpenTenant, Result, close, close_and_fold, read, read_and_renew, write
+from gateway.handles import (
+    Job,
+    OpenTenant,
+    Read,
+    Result,
+    close,
+    close_and_fold,
+    read,
+    read_and_renew,
+    read_waiting,
+    write,
+)
 from gateway.problems import shed
 from gateway.recency import Recency
 from gateway.shed import bounded
+from gateway.threads import Threads
 from gateway.writes import Member, again
 from shared import metrics
 from shared.engine.batch import Outcome
@@ -58,7 +72,7 @@ class TenantPool:
         self._lock_wait_seconds = settings.tenant_lock_wait_seconds
         self._busy_timeout_seconds = settings.sqlite_busy_timeout_seconds
         self._query_timeout_seconds = settings.query_timeout_seconds
-        self._executor = ThreadPoolExecutor(settings.gateway_threads, thread_name_prefix="sqlite")
+        self._threads = Threads(settings.gateway_threads, "sqlite")
         self._queue_limit = settings.gateway_threads * QUEUE_PER_THREAD
         self._queued = 0
         self._open: Recency[OpenTenant] = Recency(_within_file_limit(settings.tenant_pool_size))
@@ -108,37 +122,58 @@ class TenantPool:
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))
-        self._executor.shutdown(wait=True)
+        self._threads.close()
 
     async def _close_for_good(self, tenant: OpenTenant) -> None:
         async with tenant.lock:  # a thread may still be busy for a caller that has left
-            await asyncio.get_running_loop().run_in_executor(self._executor, close_and_fold, tenant)
+            await self._threads.run(close_and_fold, tenant)
 
     async def _run(self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result]) -> Result:
         tenant = await self._admit(tenant_id)
-        try:
-            await tenant.lock.acquire()
-        except BaseException:
-            self._released(tenant)
-            raise
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # From here the thread owns the handle: it is given back when the thread is done with it, not when this
         # coroutine is cancelled.
+        tenant.reads.append(Read(step, job, answer))
         if step is read_and_renew:
             tenant.inline = False
-        future = asyncio.get_running_loop().run_in_executor(self._executor, step, tenant, job)
-        future.add_done_callback(partial(self._finished, tenant))
-        return await asyncio.shield(future)
+        if not tenant.reading:
+            await self._begin_to_read(tenant)
+        return await answer
+
+    async def _begin_to_read(self, tenant: OpenTenant) -> None:
+        """Have a thread serve the reads that wait; at once when nobody writes, and without suspending."""
+        tenant.reading = True
+        if tenant.lock.locked() or tenant.writing is not None:
+            asyncio.get_running_loop().create_task(self._read_after_others(tenant))
+        else:
+            await tenant.lock.acquire()
+            self._read_in_thread(tenant)
+
+    async def _read_after_others(self, tenant: OpenTenant) -> None:
+        await tenant.lock.acquire()
+        if any(waiting.step is read_and_renew for waiting in tenant.reads):
+            tenant.inline = False
+        self._read_in_thread(tenant)
+
+    def _read_in_thread(self, tenant: OpenTenant) -> None:
+        """The caller has the lock; the thread gives it back."""
+        settle = partial(self._settle, tenant)
+        self._threads.run(read_waiting, tenant, settle, then=partial(self._finished, tenant))
+
+    def _settle(
+        self, tenant: OpenTenant, answer: asyncio.Future[Any], result: Any, error: BaseException | None
+    ) -> None:
+        self._threads.settle(answer, result, error, partial(self._answered, tenant))
 
     async def _write_waiting(self, tenant: OpenTenant) -> None:
         """Write what waits, one transaction after the other, until nothing does. One such task a tenant."""
-        loop = asyncio.get_running_loop()
         while tenant.writes:
             members: list[Member] = []
             outcomes: list[Outcome] = []
             error: BaseException | None = None
             await tenant.lock.acquire()
             try:
-                outcomes = await loop.run_in_executor(self._executor, write, tenant, members, BATCH)
+                outcomes = await self._threads.run(write, tenant, members, BATCH)
             except BaseException as e:  # noqa: BLE001  it is the members' to raise
                 error = e
                 self._note(tenant, e)
@@ -172,11 +207,17 @@ class TenantPool:
             raise shed("The tenant has too many requests waiting.")
         return tenant
 
-    def _finished(self, tenant: OpenTenant, future: asyncio.Future[Result]) -> None:
-        self._note(tenant, None if future.cancelled() else future.exception())
-        tenant.inline = tenant.link != ""
-        tenant.lock.release()
+    def _answered(self, tenant: OpenTenant, error: BaseException | None) -> None:
+        self._note(tenant, error)
         self._released(tenant)
+
+    def _finished(self, tenant: OpenTenant, _error: BaseException | None) -> None:
+        tenant.inline = tenant.link != "" and not tenant.closing
+        tenant.lock.release()
+        if tenant.reads:  # in their turn: a write may have been waiting for longer
+            asyncio.get_running_loop().create_task(self._read_after_others(tenant))
+        else:
+            tenant.reading = False
 
     def _note(self, tenant: OpenTenant, error: BaseException | None) -> None:
         if error is not None and tenant.worker is None:
@@ -228,7 +269,7 @@ class TenantPool:
 
     def _close_in_thread(self, tenant: OpenTenant) -> None:
         tenant.inline = False
-        self._executor.submit(close, tenant)
+        self._threads.submit(close, tenant)
 
 
 def _within_file_limit(size: int) -> int:

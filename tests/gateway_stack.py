@@ -202,7 +202,8 @@ class Gateway:
         directory = self.data_dir / "spool"
         for _ in range(20):  # a segment may be sealed (renamed) between listing and reading
             with contextlib.suppress(FileNotFoundError):
-                paths = sorted([*directory.glob("*.seg"), *directory.glob("*.open")])
+                # In this order: one that is sealed between the two listings is then in both, and read again.
+                paths = sorted([*directory.glob("*.open"), *directory.glob("*.seg")])
                 return [e for p in paths for e in spool.read(p).events if e.tenant_id == tenant_id]
         raise AssertionError("segments keep moving")
 

@@ -155,6 +155,61 @@ def test_a_cancelled_caller_leaves_its_handle_only_when_the_thread_has(tmp_path:
     with_pool(tmp_path, test, 1)
 
 
+def test_reads_that_wait_are_each_answered_and_those_of_who_left_never_run(tmp_path: Path) -> None:
+    """A thread serves what waits behind it in order; a failure or a caller that left is that read's own."""
+
+    async def test(pool: TenantPool) -> None:
+        entered, leave, order = threading.Event(), threading.Event(), []
+
+        def job(n: int) -> Callable[[sqlite3.Connection], int]:
+            def run(_: sqlite3.Connection) -> int:
+                order.append(n)
+                if n == 3:
+                    raise UnknownMemory("three")
+                return n
+
+            return run
+
+        first = asyncio.create_task(pool.read("t0", _blocked(entered, leave)))
+        await asyncio.to_thread(entered.wait, 20)
+        waiting = [asyncio.create_task(pool.read("t0", job(n))) for n in range(10)]
+        await asyncio.sleep(0.01)
+        waiting[5].cancel()
+        await asyncio.sleep(0.01)
+        leave.set()
+        results = await asyncio.gather(first, *waiting, return_exceptions=True)
+        assert order == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        assert [type(r) for r in results if not isinstance(r, int)] == [
+            type(None),
+            UnknownMemory,
+            asyncio.CancelledError,
+        ]
+        assert await pool.read("t0", memories.count) == 0
+        tenant = pool._open.get("t0")
+        assert tenant is not None and tenant.users == 0 == pool._queued and not tenant.lock.locked()
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_neither_reads_nor_writes_of_a_busy_tenant_keep_the_other_from_their_turn(tmp_path: Path) -> None:
+    """Both come without a break, and both get on."""
+
+    async def test(pool: TenantPool) -> None:
+        done = {"read": 0, "write": 0}
+
+        async def client(kind: str) -> None:
+            while min(done.values()) < 30:
+                if kind == "read":
+                    await pool.read("t0", memories.count)
+                else:
+                    await pool.write("t0", lambda c: memories.create(c, NewMemory("m")))
+                done[kind] += 1
+
+        await asyncio.wait_for(asyncio.gather(*(client(k) for k in ("read", "write") * 12)), 60)
+
+    with_pool(tmp_path, test, 1)
+
+
 def test_a_tenant_without_a_database_fails_alone_and_leaves_no_place_taken(tmp_path: Path) -> None:
     """Opening fails for everybody who waits for it; the place is free again and nothing was created."""
 
