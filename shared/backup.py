@@ -1,7 +1,7 @@
 """One tenant's backup: snapshot → store → register, each step taking the receipt of the one before; and back: fetch.
 
-A crash between `store` and `register` leaves an object without a row: nothing points at it, nothing trusts it.
-The reverse, a row without an object, cannot happen.
+A crash between `store` and `register` leaves an object without a row: nothing trusts it, and the tenant's next backup
+registers it (`shared.upload`). The reverse, a row without an object, cannot happen.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from shared import catalogue, keys, pack, snapshot
+import msgspec
+
+from shared import catalogue, keys, pack, snapshot, upload
 from shared.catalogue import Backup, Stored
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, KeyTaken, KeyUnavailable
-from shared.keys import TenantKey
 from shared.objects import ObjectStore
 from shared.pack import Identity, Packed, Packing, Progress, Received
 from shared.settings import Settings
@@ -29,61 +30,56 @@ def take(settings: Settings, tenant_id: str, directory: Path) -> Snapshot:
     return snapshot.take(settings, tenant_id, directory / f"{tenant_id}.sqlite")
 
 
-def store(objects: ObjectStore, taken: Snapshot, control_plane: ControlPlane | None = None) -> Stored:
+def store(
+    objects: ObjectStore, taken: Snapshot, control_plane: ControlPlane | None = None, *, kind: str = "manual"
+) -> Stored:
     """Pack as the settings say, upload, make sure it is there whole; the local copy is removed.
 
     With encryption the tenant's key comes from the control plane: without one this raises, it never stores plain
-    instead. Raises `KeyUnavailable`, and what `ObjectStore.put_file` raises.
+    instead. `kind` is what a repair would register it as. Raises `KeyUnavailable`, and what `ObjectStore.put_file`
+    raises; the local copy stays then, and the call can be repeated.
     """
     packing = Packing.of(objects.settings)
-    key = catalogue.key_of(taken, packing)
-    tenant_key = _tenant_key(objects, taken.tenant_id, packing, control_plane)
-    if packing.name == "none":
-        stored_bytes, stored_sha256 = objects.put_file(key, taken.path, taken.sha256), taken.sha256
-    else:
-        path = taken.path.with_name(taken.path.name + packing.suffix)
-        try:
-            packed = pack.pack(taken.path, path, packing, tenant_key.recipient if tenant_key else "")
-            stored_bytes, stored_sha256 = _put_packed(objects, taken, key, packed, packing, tenant_key, control_plane)
-        finally:
-            path.unlink(missing_ok=True)
-    taken.path.unlink()
-    return Stored(taken, key, stored_bytes, stored_sha256, packing.name, tenant_key.key_id if tenant_key else None)
-
-
-def _tenant_key(
-    objects: ObjectStore, tenant_id: str, packing: Packing, control_plane: ControlPlane | None
-) -> TenantKey | None:
-    if not packing.age:
-        return None
-    if control_plane is None:
-        raise KeyUnavailable(f"the key of tenant {tenant_id} is in the control plane, which was not given")
-    return keys.current(control_plane, objects.settings, tenant_id)
-
-
-def _put_packed(
-    objects: ObjectStore,
-    taken: Snapshot,
-    key: str,
-    packed: Packed,
-    packing: Packing,
-    tenant_key: TenantKey | None,
-    control_plane: ControlPlane | None,
-) -> tuple[int, str]:
-    """Size and sha256 of the object. Encryption is random: an earlier try of ours, whose reply was lost, has other
-    bytes, so what lies under the key is ours when it unpacks to this snapshot."""
+    key_id, recipient = None, ""
+    if packing.age:
+        if control_plane is None:
+            raise KeyUnavailable(f"the key of tenant {taken.tenant_id} is in the control plane, which was not given")
+        tenant_key = keys.current(control_plane, objects.settings, taken.tenant_id)
+        key_id, recipient = tenant_key.key_id, tenant_key.recipient
+    key, packed_path = catalogue.key_of(taken, packing), None
     try:
-        return objects.put_file(key, packed.path, packed.sha256), packed.sha256
+        if packing.name == "none":
+            packed = Packed(taken.path, taken.size_bytes, taken.sha256)
+        else:
+            packed_path = taken.path.with_name(taken.path.name + packing.suffix)
+            packed = pack.pack(taken.path, packed_path, packing, recipient)
+        stored = Stored(taken, key, packed.size_bytes, packed.sha256, packing.name, key_id)
+        if control_plane is not None:
+            upload.begin(objects, control_plane, stored, kind, lambda s: _opened(objects, s, control_plane))
+        stored = _put(objects, stored, packed, control_plane)
+    finally:
+        if packed_path is not None:
+            packed_path.unlink(missing_ok=True)
+    taken.path.unlink()
+    return stored
+
+
+def _put(objects: ObjectStore, stored: Stored, packed: Packed, control_plane: ControlPlane | None) -> Stored:
+    """Encryption is random: an earlier try of ours, whose reply was lost, has other bytes. So what lies under the key
+    is ours when it unpacks to this snapshot."""
+    try:
+        objects.put_file(stored.key, packed.path, packed.sha256)
+        return stored
     except KeyTaken:
-        identity = _identity(objects, taken.tenant_id, tenant_key.key_id if tenant_key else None, control_plane)
-        try:
-            found, _ = pack.digest(objects.chunks(key), name=key, packing=packing, identity=identity)
-        except CorruptBackup:
-            found = ""
-        if found != taken.sha256:
+        if stored.key_id is None or _opened(objects, stored, control_plane) != stored.snapshot.sha256:
             raise
-        stored_sha256, stored_bytes = objects.sha256(key)
-        return stored_bytes, stored_sha256
+        stored_sha256, stored_bytes = objects.sha256(stored.key)
+        return msgspec.structs.replace(stored, stored_sha256=stored_sha256, stored_bytes=stored_bytes)
+
+
+def repair(objects: ObjectStore, control_plane: ControlPlane, tenant_id: str) -> list[Backup]:
+    """Register what a crash between a tenant's upload and its row left; see `shared.upload`."""
+    return upload.repair(objects, control_plane, tenant_id, lambda s: _opened(objects, s, control_plane))
 
 
 def fetch(
@@ -111,6 +107,16 @@ def fetch(
         stored_bytes=backup.stored_bytes,
         progress=progress,
     )
+
+
+def _opened(objects: ObjectStore, stored: Stored, control_plane: ControlPlane | None) -> str:
+    """The plain sha256 of what lies under the key; empty when it does not unpack."""
+    identity = _identity(objects, stored.snapshot.tenant_id, stored.key_id, control_plane)
+    packing = Packing.named(stored.packing)
+    try:
+        return pack.digest(objects.chunks(stored.key), name=stored.key, packing=packing, identity=identity)[0]
+    except CorruptBackup:
+        return ""
 
 
 def _identity(

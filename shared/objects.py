@@ -1,21 +1,37 @@
 """The object store: Cloudflare R2, any S3, or a local directory, through obstore.
 
-Three operations, each with one meaning: `put_file` returns only when the object is there whole (read back and
-hashed); `download` returns only when the bytes on disk have the expected sha256; `sha256` reads and hashes.
-Objects are created, never overwritten: an earlier try of ours that arrived is recognised by its content.
+Three operations, each with one meaning: `put_file` returns only when the object is there whole; `download` returns
+only when the bytes on disk have the expected sha256; `sha256` reads and hashes. Objects are created, never
+overwritten: an earlier try of ours that arrived is recognised by its content.
 
-obstore retries 5xx and connection errors of reads itself; a conditional put is not retried there on a time-out
-(the reply may be lost, the object may exist), so that loop is here. obstore's errors become transient or
-permanent: 404 is the builtin FileNotFoundError; refused credentials are permanent; all else may pass.
+"Whole" is proven twice in S3. Every request carries x-amz-checksum-sha256, which the store compares with what it
+received (SeaweedFS refuses a flipped byte with BadDigest, a part's as well; without the header it keeps it), and the
+object is read back and hashed; `object_store_read_back` can switch the second off. A local store hashes the bytes as
+it writes them and fsyncs: reading them again would ask the page cache. Where the file lies on the store's own
+filesystem it is not copied at all: the store gets a link to it.
+
+obstore retries 5xx, 429 and connection errors itself; a conditional put is not retried there on a time-out (the reply
+may be lost, the object may exist), so that loop is here, and bounded by `object_store_retry_timeout_seconds`. obstore
+shows no headers, so a Retry-After cannot be obeyed to the second: a throttled request waits longer, from 1 s doubling
+to 20 s. obstore's errors become transient or permanent: 404 is the builtin FileNotFoundError; refused credentials are
+permanent; all else may pass. Messages carry the store's status and code.
+
+R2: region `auto`, parts of equal size (they are, on every path), no condition on a multipart upload (the key is
+looked for first; it carries microseconds and a tenant has one writer).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
+import os
+import random
 import re
+import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,9 +56,12 @@ from shared.settings import Settings
 if TYPE_CHECKING:
     from obstore.store import S3Config  # a type only, not importable at run time
 
-_SINGLE_PUT_BYTES = 32 << 20  # a conditional put is one request; above this, parts (R2 wants them equal: they are)
-_PART_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
+_STALE_SECONDS = 86_400.0  # a local store's half-written file of a process that died
+_THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExceeded")
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
+_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]{1,120})")
 
 
 # How stores say that an object must not be deleted yet: R2 names a bucket lock, AWS an object lock, others WORM.
@@ -63,7 +82,6 @@ class ObjectStore:
     def __init__(self, settings: Settings) -> None:
         settings.require("object_store_url")
         self.settings = settings
-        self._retries = settings.object_store_retries
         self._local_root: Path | None = None
         url = urlsplit(settings.object_store_url)
         if url.scheme == "file":
@@ -79,40 +97,91 @@ class ObjectStore:
             raise Permanent("ENGRAM_OBJECT_STORE_URL must start with file:// or s3://")
 
     def put_file(self, key: str, path: Path, sha256: str) -> int:
-        """Store `path` under a new key; return the stored size in bytes once it was read back whole.
+        """Store `path` under a new key; return the stored size in bytes once it is there whole.
 
-        Raises `ObjectStoreRefused` when the key holds other bytes, `ObjectStoreUnavailable` after the retries,
-        `CorruptBackup` when what was stored is not what was sent.
+        Raises `KeyTaken` when the key holds other bytes, `ObjectStoreUnavailable` after the retries,
+        `ObjectStoreRefused`, `CorruptBackup` when what was stored is again and again not what was sent, `NoSpace`.
         """
-        existed = False
-        for attempt in range(self._retries + 1):
+        if self._local_root is not None:
+            return self._put_local(self._local_root, key, path, sha256)
+        deadline = time.monotonic() + self.settings.object_store_retry_timeout_seconds
+        for attempt in itertools.count():
             try:
-                with _translated(key):
-                    self._put_once(key, path)
-                break
-            except _Exists:
-                existed = True
-                break  # ours from a lost reply, or somebody else's: the read below decides
-            except ObjectStoreUnavailable:
-                if attempt == self._retries:
+                return self._put_and_check(key, path, sha256)
+            except (ObjectStoreUnavailable, _Damaged) as e:
+                longest, first = (20.0, 1.0) if isinstance(e, _Throttled) else (5.0, 0.2)
+                pause = min(longest, first * 2**attempt) * random.uniform(0.8, 1.2)
+                if attempt >= self.settings.object_store_retries or time.monotonic() + pause > deadline:
+                    if isinstance(e, _Damaged):
+                        raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent") from e
                     raise
-                time.sleep(min(5.0, 0.2 * 2**attempt))
-        stored, size = self.sha256(key)
-        if stored != sha256:
-            if existed:
-                raise KeyTaken(f"{key} already exists with other content")
-            raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent")
-        self._fsync_local(key)
-        return size
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _put_and_check(self, key: str, path: Path, sha256: str) -> int:
+        existed = False
+        try:
+            with _translated(key):
+                self._put_once(key, path)
+        except _Exists:
+            existed = True  # ours from a lost reply, or somebody else's: the read below decides
+        if not existed and not self.settings.object_store_read_back:
+            return path.stat().st_size  # the store compared the checksum sent with it
+        try:
+            stored, size = self.sha256(key)
+            if stored != sha256:
+                stored, size = self.sha256(key)  # was it turned on the way back?
+        except CorruptBackup as e:  # "it exists" was said, and it does not: an upload of somebody else that failed
+            raise ObjectStoreUnavailable(f"{key}: not there after its upload") from e
+        if stored == sha256:
+            return size
+        if existed:
+            raise KeyTaken(f"{key} already exists with other content")
+        self.delete(key)  # made by this call, damaged on the way, and nothing points at it
+        raise _Damaged
 
     def _put_once(self, key: str, path: Path) -> None:
-        if path.stat().st_size <= _SINGLE_PUT_BYTES:
+        if path.stat().st_size <= self.settings.object_store_single_put_bytes:
             obstore.put(self._store, key, path, mode="create", use_multipart=False)
             return
-        # Parts cannot be conditional in obstore: look first. The key carries microseconds, one writer a tenant.
         if self.exists(key):
             raise _Exists
-        obstore.put(self._store, key, path, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=4)
+        part_bytes = self.settings.object_store_part_bytes
+        obstore.put(self._store, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=4)
+
+    def _put_local(self, root: Path, key: str, path: Path, sha256: str) -> int:
+        """Durable before it has its name: a name is never seen with half a file behind it."""
+        if any(part in ("", ".", "..") for part in key.split("/")):
+            raise ObjectStoreRefused(f"{key}: not a valid key")
+        target = root / key
+        with pack.disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _clear_stale(target.parent)
+            # A name obstore does not list.
+            staged = target.with_name(f"{target.name}#{secrets.randbelow(10**12)}")
+            try:
+                try:
+                    os.link(path, staged)
+                    digest, size = (sha256, path.stat().st_size)
+                except OSError as e:
+                    if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                        raise
+                    digest, size = _copy(path, staged)
+                if digest != sha256:
+                    raise CorruptBackup(f"{key}: the file sent has another sha256 than it was said to have")
+                fsync_path(staged)
+                try:
+                    os.link(staged, target)
+                except FileExistsError:
+                    if self.sha256(key)[0] != sha256:
+                        raise KeyTaken(f"{key} already exists with other content") from None
+            finally:
+                staged.unlink(missing_ok=True)
+            for directory in target.parents:
+                fsync_path(directory)
+                if directory == root:
+                    break
+        return size
 
     def download(self, key: str, destination: Path, sha256: str, *, progress: Progress | None = None) -> int:
         """Write the object to `destination` (replaced), fsynced; return its size in bytes.
@@ -188,16 +257,25 @@ class ObjectStore:
             if seen != expected:
                 raise ObjectStoreUnavailable(f"{key}: {seen} of {expected} bytes arrived")
 
-    def _fsync_local(self, key: str) -> None:
-        """obstore's local store renames into place without fsync; a backup must survive power loss."""
-        if self._local_root is None:
-            return
-        path = self._local_root / key
-        fsync_path(path)
-        for directory in path.parents:
-            fsync_path(directory)
-            if directory == self._local_root:
-                return
+
+def _clear_stale(directory: Path) -> None:
+    for entry in directory.glob("*#*"):
+        with suppress(FileNotFoundError):
+            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                entry.unlink()
+
+
+def _copy(source: Path, destination: Path) -> tuple[str, int]:
+    """One pass: what is hashed is what is written. Hex sha256 and size in bytes."""
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as file, destination.open("xb", buffering=0) as out:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            view = memoryview(chunk)
+            while view:
+                view = view[out.write(view) :]
+            size += len(chunk)
+    return digest.hexdigest(), size
 
 
 def _denied(e: BaseError) -> bool:
@@ -209,6 +287,14 @@ class _Exists(Exception):
     """The key is taken."""
 
 
+class _Damaged(Exception):
+    """What this call stored is not what it sent; it was deleted."""
+
+
+class _Throttled(ObjectStoreUnavailable):
+    """The store asks for fewer requests."""
+
+
 def _s3(settings: Settings, bucket: str, prefix: str) -> S3Store:
     settings.require("s3_access_key_id", "s3_secret_access_key")
     if not bucket:
@@ -218,6 +304,8 @@ def _s3(settings: Settings, bucket: str, prefix: str) -> S3Store:
         "secret_access_key": settings.s3_secret_access_key.get_secret_value(),
         "region": settings.s3_region,
     }
+    if settings.s3_checksum == "sha256":
+        config["checksum_algorithm"] = "SHA256"
     if settings.s3_endpoint:
         config["endpoint"] = settings.s3_endpoint
     return S3Store(
@@ -252,8 +340,16 @@ def _translated(key: str) -> Iterator[None]:
     except AlreadyExistsError as e:
         raise _Exists from e
     except (PermissionDeniedError, UnauthenticatedError) as e:
-        raise ObjectStoreRefused(f"{key}: the object store refused the credentials") from e
+        raise ObjectStoreRefused(f"{key}: the object store refused the credentials{_said(e)}") from e
     except (InvalidPathError, ValueError) as e:  # a ValueError is obstore's for ".." and the like
         raise ObjectStoreRefused(f"{key}: not a valid key") from e
     except (BaseError, OSError) as e:
-        raise ObjectStoreUnavailable(f"{key}: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+        cause = _said(e) or f": {' '.join(str(e).partition('Debug source')[0].split())[:200]}"
+        kind = _Throttled if _THROTTLED.search(cause) else ObjectStoreUnavailable
+        raise kind(f"{key}: {type(e).__name__}{cause}") from e
+
+
+def _said(e: Exception) -> str:
+    """Status, code and text of the store's answer, when it gave one: `: 507 Insufficient Storage: QuotaExceeded: …`."""
+    found = (_STATUS.search(str(e)), _CODE.search(str(e)), _MESSAGE.search(str(e)))
+    return "".join(f": {m[1].strip()}" for m in found if m is not None)

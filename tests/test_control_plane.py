@@ -30,6 +30,7 @@ EXAMPLES = {
     "key_id": uuid4(),
     "after": uuid4(),
     "wrapped": b"wrapped",
+    "stored": Jsonb({}),
     "flow_run_id": "run",
     "from": datetime.now(UTC),
     "to": datetime.now(UTC),
@@ -101,6 +102,7 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
     },
     "fleet_tenants": {"tenant_ids": ["acme"]},
+    "backups_of_flow_run": {"tenant_ids": ["acme"]},
     "backup_mark": {
         "tenant_ids": ["acme"],
         "backup_ids": [uuid4()],

@@ -35,6 +35,7 @@ SELECT tenant_id FROM tenants WHERE machine_id = %(machine_id)s AND state = 'act
 SELECT tenant_id, state FROM tenants;
 
 -- name: backup_insert
+WITH done AS (DELETE FROM backup_uploads WHERE key = %(key)s)
 INSERT INTO backups (backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
                      stored_sha256, packing, key_id, key, kind, status, manifest, flow_run_id, verified_at)
 VALUES (%(backup_id)s, %(tenant_id)s, %(ts)s, %(schema_version)s, %(size_bytes)s, %(stored_bytes)s, %(sha256)s,
@@ -169,10 +170,18 @@ VALUES (%(test_id)s, %(tenant_id)s, %(backup_id)s, %(outcome)s, %(checks)s, %(rt
 
 -- name: fleet_ages
 SELECT
-    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - min(newest)) FROM (
-        SELECT coalesce(max(b.ts), min(t.created_at)) AS newest
-        FROM tenants t LEFT JOIN backups b ON b.tenant_id = t.tenant_id AND b.status = 'available'
-        WHERE t.state = 'active' GROUP BY t.tenant_id) AS last_backup) AS backup_age_seconds,
+    -- Of the active tenant that is worst off: since when a restore of its newest backup would lose what is written.
+    -- Only what `backup_newest` would choose counts; a tenant without one counts from its creation. The earlier of the
+    -- two clocks that date a backup is believed; `current_at` is when it was last seen to hold all there is.
+    (SELECT greatest(EXTRACT(EPOCH FROM clock_timestamp() - min(
+         coalesce(greatest(least(b.ts, b.created_at), b.current_at), t.created_at))), 0)
+     FROM tenants t
+     LEFT JOIN LATERAL (
+         SELECT ts, created_at, current_at FROM backups
+         WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
+         ORDER BY ts DESC LIMIT 1) b ON true
+     WHERE t.state = 'active') AS backup_age_seconds,
+    (SELECT count(*) FROM backups WHERE status = 'corrupt') AS backups_corrupt,
     -- Before the first drill that passed: since the oldest tenant could have been drilled.
     (SELECT EXTRACT(EPOCH FROM clock_timestamp() - coalesce(
         (SELECT max(finished_at) FROM restore_tests WHERE outcome = 'pass'),
@@ -351,6 +360,24 @@ SELECT used.tenant_id, used.api_calls, used.search_queries, used.memories_create
 FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON true;
 
 -- Keys of encrypted backups, and uploads under way (shared/keys.py, shared/backup.py)
+
+-- name: backup_upload_begin
+-- What this tenant's earlier uploads left, while this one is written down.
+WITH begun AS (
+    INSERT INTO backup_uploads (key, tenant_id, stored)
+    VALUES (%(key)s, %(tenant_id)s, %(stored)s)
+    ON CONFLICT (key) DO UPDATE SET stored = EXCLUDED.stored, started_at = clock_timestamp()
+)
+SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s AND key <> %(key)s
+ORDER BY key LIMIT 100;
+
+-- name: backup_uploads_left
+SELECT key, stored, started_at FROM backup_uploads
+WHERE tenant_id = %(tenant_id)s AND started_at < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
+ORDER BY key LIMIT 100;
+
+-- name: backup_upload_end
+DELETE FROM backup_uploads WHERE key = %(key)s;
 
 -- name: tenant_key_current
 SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys
@@ -554,6 +581,12 @@ WHERE t.machine_id = %(machine_id)s AND t.state IN ('active', 'suspended')
   AND (%(tenant_ids)s::text[] IS NULL OR t.tenant_id = ANY (%(tenant_ids)s::text[]))
 ORDER BY coalesce(b.current_at, b.ts) NULLS FIRST, t.tenant_id;
 
+-- name: backups_of_flow_run
+SELECT tenant_id, backup_id, key, sha256, size_bytes FROM backups
+WHERE flow_run_id = %(flow_run_id)s
+  AND (%(tenant_ids)s::text[] IS NULL OR tenant_id = ANY (%(tenant_ids)s::text[]))
+ORDER BY tenant_id;
+
 -- name: fleet_machines
 SELECT machine_id, count(*) AS tenants FROM tenants WHERE state IN ('active', 'suspended')
 GROUP BY machine_id ORDER BY machine_id;
@@ -655,6 +688,21 @@ WHERE backup_id = %(backup_id)s AND status = 'deleting';
 UPDATE backups SET held_until = greatest(held_until, %(until)s), hold_reason = %(reason)s
 WHERE backup_id = %(backup_id)s AND status = 'available'
 RETURNING backup_id;
+
+-- name: backups_stale
+-- Active tenants whose last good backup is older than that, the worst first: the tenants behind `backup_age_seconds`.
+SELECT tenant_id, machine_id, backup_id, good_at, EXTRACT(EPOCH FROM clock_timestamp() - since)::float8 AS age_seconds
+FROM (
+    SELECT t.tenant_id, t.machine_id, b.backup_id, greatest(least(b.ts, b.created_at), b.current_at) AS good_at,
+           coalesce(greatest(least(b.ts, b.created_at), b.current_at), t.created_at) AS since
+    FROM tenants t
+    LEFT JOIN LATERAL (
+        SELECT backup_id, ts, created_at, current_at FROM backups
+        WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
+        ORDER BY ts DESC LIMIT 1) b ON true
+    WHERE t.state = 'active') AS last_good
+WHERE since < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
+ORDER BY since, tenant_id LIMIT %(limit)s;
 
 -- Objects without a row (shared/strays.py).
 

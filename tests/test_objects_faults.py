@@ -1,0 +1,335 @@
+"""The object store's truth when the store fails: through a proxy that spoils requests on their way to a real S3."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shared import backup, catalogue
+from shared.errors import CorruptBackup, KeyTaken, NoSpace, ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
+from shared.objects import ObjectStore
+from tests.core_fixtures import World, contents_of, settings_in, sha256_of, start_child
+from tests.fault_proxy import Fault, FaultProxy, fault_proxy
+
+pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
+
+KEY = "tenants/acme/db/20260304T050607.000008Z_v1.sqlite"
+SMALL, PARTS = 100_000, (10 << 20) + 17  # one request; three parts
+
+
+@pytest.fixture(scope="module")
+def proxy(s3: dict[str, object]) -> Iterator[FaultProxy]:
+    with fault_proxy(str(s3["s3_endpoint"])) as made:
+        yield made
+
+
+@pytest.fixture
+def through(proxy: FaultProxy, s3: dict[str, object], tmp_path: Path) -> dict[str, object]:
+    """Settings of a store behind the proxy."""
+    proxy.fail(Fault(), times=0)
+    return {
+        **s3,
+        "s3_endpoint": proxy.url,
+        "object_store_url": f"s3://engram/{tmp_path.name}",
+        "object_store_timeout_seconds": 2.0,
+        "object_store_retries": 1,
+        "object_store_retry_timeout_seconds": 3.0,
+        "object_store_single_put_bytes": 6 << 20,
+        "object_store_part_bytes": 5 << 20,
+    }
+
+
+@pytest.fixture
+def store(through: dict[str, object], tmp_path: Path) -> ObjectStore:
+    return ObjectStore(settings_in(tmp_path, "", **through))
+
+
+def make(directory: Path, size: int) -> tuple[Path, str]:
+    data = os.urandom(size)
+    (directory / "object").write_bytes(data)
+    return directory / "object", hashlib.sha256(data).hexdigest()
+
+
+PASSING = {
+    "an error": Fault(status=500),
+    "throttled": Fault(status=503, code="SlowDown", headers={"Retry-After": "1"}),
+    "too many": Fault(status=429, code="TooManyRequests", headers={"Retry-After": "1"}),
+    "a lost request": Fault(lose="request"),
+    "a lost reply": Fault(lose="reply"),
+    "silence": Fault(lose="silence"),
+    "a flipped byte": Fault(flip="request"),
+    "somebody else's upload under way": Fault(status=409, code="ConditionalRequestConflict"),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_put_that_meets_one_fault_stores_the_object_whole(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, fault: str
+) -> None:
+    """What passes by itself must not cost a backup, nor leave one that is not what was sent."""
+    path, digest = make(tmp_path, SMALL)
+    proxy.fail(PASSING[fault], method="PUT", times=1)
+    assert store.put_file(KEY, path, digest) == SMALL
+    assert store.sha256(KEY) == (digest, SMALL)
+    assert store.keys("tenants") == [KEY]
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+@pytest.mark.parametrize("fault", ["an error", "a lost reply", "a flipped byte"])
+def test_an_upload_in_parts_that_meets_one_fault_stores_the_object_whole(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, method: str, fault: str
+) -> None:
+    """Parts are the path of the large tenants: begin, part and completion may each fail."""
+    path, digest = make(tmp_path, PARTS)
+    proxy.fail(PASSING[fault], method=method, times=1)
+    assert store.put_file(KEY, path, digest) == PARTS
+    assert store.sha256(KEY) == (digest, PARTS)
+
+
+@pytest.mark.parametrize("fault", [Fault(cut=True), Fault(flip="reply"), Fault(lose="reply"), Fault(status=503)])
+def test_a_read_back_that_fails_once_does_not_condemn_the_object(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, fault: Fault
+) -> None:
+    """It is the way back that failed."""
+    path, digest = make(tmp_path, SMALL)
+    proxy.fail(fault, method="GET", times=1)
+    assert store.put_file(KEY, path, digest) == SMALL
+    assert proxy.count("PUT") == 1
+
+
+LASTING = {
+    "an error": (Fault(status=500), ObjectStoreUnavailable, "500"),
+    "throttled": (Fault(status=503, code="SlowDown", headers={"Retry-After": "3600"}), ObjectStoreUnavailable, "Slow"),
+    "full": (Fault(status=507, code="InsufficientStorage"), ObjectStoreUnavailable, "507 Insufficient Storage"),
+    "a lost request": (Fault(lose="request"), ObjectStoreUnavailable, "error sending request|GenericError"),
+    "over its quota": (Fault(status=403, code="QuotaExceeded"), ObjectStoreRefused, "QuotaExceeded"),
+    "no bucket": (Fault(status=404, code="NoSuchBucket"), ObjectStoreRefused, "bucket"),
+    "a bad digest": (Fault(flip="request"), ObjectStoreUnavailable, "BadDigest"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "size"), [*((fault, SMALL) for fault in LASTING), ("an error", PARTS), ("a lost request", PARTS)]
+)
+def test_a_store_that_goes_on_failing_is_given_up_with_its_cause_and_holds_nothing(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, fault: str, size: int
+) -> None:
+    """Bounded tries, the store's own words, and nothing that looks like a backup."""
+    spoiled, error, says = LASTING[fault]
+    path, digest = make(tmp_path, size)
+    proxy.fail(spoiled, method="PUT")
+    with pytest.raises(error, match=says) as failed:
+        store.put_file(KEY, path, digest)
+    assert "\n" not in str(failed.value) and "admin-" not in str(failed.value)
+    assert proxy.count("PUT") <= (1 + 1) ** 2 * 4  # of ours and of obstore, four parts at a time
+    proxy.fail(Fault(), times=0)
+    assert store.keys("tenants") == []
+
+
+def test_without_the_stores_checksum_the_read_back_finds_the_damage_and_clears_it(
+    through: dict[str, object], proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """A store that takes any body must not be believed; what it kept must not take the key."""
+    store = ObjectStore(settings_in(tmp_path, "", **through, s3_checksum="none"))
+    path, digest = make(tmp_path, SMALL)
+    proxy.fail(Fault(flip="request"), method="PUT")
+    with pytest.raises(CorruptBackup):
+        store.put_file(KEY, path, digest)
+    assert store.keys("tenants") == []
+    proxy.fail(Fault(flip="request"), method="PUT", times=1)
+    assert store.put_file(KEY, path, digest) == SMALL
+    assert store.sha256(KEY)[0] == digest
+
+
+def test_the_stores_checksum_can_replace_the_read_back(
+    through: dict[str, object], proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Half the traffic, for a store that was seen to refuse a flipped byte; alone neither may be switched off."""
+    store = ObjectStore(settings_in(tmp_path, "", **through, object_store_read_back=False))
+    path, digest = make(tmp_path, SMALL)
+    proxy.fail(Fault(flip="request"), method="PUT", times=1)
+    assert store.put_file(KEY, path, digest) == SMALL
+    assert proxy.count("GET") == 0
+    assert store.sha256(KEY)[0] == digest
+    with pytest.raises(ValueError, match="read back"):
+        settings_in(tmp_path, "", **through, object_store_read_back=False, s3_checksum="none")
+
+
+def test_a_lost_reply_never_hides_somebody_elses_object(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> None:
+    """ "It exists" after a time-out may be ours; only its bytes tell."""
+    theirs, their_digest = make(tmp_path, SMALL)
+    store.put_file(KEY, theirs, their_digest)
+    path, digest = make(tmp_path, SMALL)
+    proxy.fail(Fault(lose="request"), method="PUT", times=1)
+    with pytest.raises(KeyTaken):
+        store.put_file(KEY, path, digest)
+    assert store.sha256(KEY)[0] == their_digest
+
+
+@pytest.mark.parametrize("fault", [Fault(cut=True), Fault(status=500), Fault(lose="silence")])
+def test_a_download_that_meets_one_fault_arrives_whole(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, fault: Fault
+) -> None:
+    """A restore at night must not depend on one connection."""
+    path, digest = make(tmp_path, PARTS)
+    store.put_file(KEY, path, digest)
+    proxy.fail(fault, method="GET", times=1)
+    assert store.download(KEY, tmp_path / "back", digest) == PARTS
+    assert sha256_of(tmp_path / "back") == digest
+
+
+# The whole of a backup: nothing half-registered
+
+
+@pytest.fixture
+def s3_world(world: World, through: dict[str, object]) -> World:
+    world.settings = type(world.settings)(**(world.settings.model_dump() | through))
+    world.objects = ObjectStore(world.settings)
+    return world
+
+
+@pytest.mark.parametrize("packing", ["none", "age"])
+def test_a_backup_the_store_refused_has_no_row_and_the_next_one_is_good(
+    s3_world: World, proxy: FaultProxy, packing: str
+) -> None:
+    """The catalogue's newest stays the last good one."""
+    encrypted(s3_world, packing)
+    s3_world.write("one")
+    good = s3_world.back_up()
+    proxy.fail(Fault(status=507, code="InsufficientStorage"), method="PUT")
+    with pytest.raises(ObjectStoreUnavailable, match="507"):
+        s3_world.back_up()
+    assert catalogue.list_of(s3_world.control_plane, s3_world.tenant_id) == [good]
+    proxy.fail(Fault(lose="reply"), method="PUT", times=1)
+    again = s3_world.back_up()
+    assert s3_world.objects.keys("tenants") == [good.key, again.key]
+    assert catalogue.newest(s3_world.control_plane, s3_world.tenant_id) == again
+
+
+def encrypted(world: World, packing: str) -> None:
+    from shared import keys
+
+    if packing == "age":
+        values = {"backup_encryption": "age", "backup_master_key": keys.new_master()[0]}
+        world.settings = type(world.settings)(**(world.settings.model_dump() | values))
+        world.objects = ObjectStore(world.settings)
+
+
+def test_an_encrypted_object_whose_reply_was_lost_is_ours_though_its_bytes_differ(
+    s3_world: World, proxy: FaultProxy
+) -> None:
+    """Encrypting twice gives two objects of one snapshot: the second try must recognise the first."""
+    encrypted(s3_world, "age")
+    s3_world.write("one")
+    taken = backup.take(s3_world.settings, s3_world.tenant_id, s3_world.settings.data_dir)
+    proxy.fail(Fault(lose="reply"), method="PUT")  # every reply, so that the first call fails with its object there
+    proxy_reads = Fault(status=500)
+    choose = proxy._choose
+    proxy._choose = lambda method, path: proxy_reads if method == "GET" else choose(method, path)
+    with pytest.raises(ObjectStoreUnavailable):
+        backup.store(s3_world.objects, taken, s3_world.control_plane)
+    proxy.fail(Fault(), times=0)
+    stored = backup.store(s3_world.objects, taken, s3_world.control_plane)
+    made = backup.register(s3_world.control_plane, stored)
+    assert s3_world.objects.sha256(made.key) == (made.stored_sha256, made.stored_bytes)
+    backup.fetch(s3_world.objects, made, s3_world.settings.data_dir / "back", s3_world.control_plane)
+    assert contents_of(s3_world.settings.data_dir / "back") == ["one"]
+
+
+DIES = """
+    import os, sys
+    from pathlib import Path
+    from shared import backup
+    from shared.control_plane import ControlPlane
+    from shared.objects import ObjectStore
+    from shared.settings import Settings
+    settings, tenant_id, kind = Settings(), sys.argv[1], sys.argv[2]
+    with ControlPlane(settings) as control_plane:
+        taken = backup.take(settings, tenant_id, settings.data_dir)
+        print(backup.store(ObjectStore(settings), taken, control_plane, kind=kind).key, flush=True)
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("kind", ["scheduled", "safety"])
+def test_what_a_crash_between_object_and_row_left_is_registered_by_the_next_backup(
+    world: World, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an object nobody knows of, nor a row nobody checked; a safety backup stays one."""
+    world.write("one")
+    monkeypatch.setenv("ENGRAM_DATA_DIR", str(world.settings.data_dir))
+    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", world.settings.control_plane_url.get_secret_value())
+    child = start_child(DIES, world.tenant_id, kind)
+    key = child.communicate(timeout=30)[0].strip()
+    assert key and catalogue.list_of(world.control_plane, world.tenant_id) == []
+    world.write("two")
+    made = world.back_up()
+    adopted = next(b for b in catalogue.list_of(world.control_plane, world.tenant_id) if b.key == key)
+    assert (adopted.kind, adopted.status) == (kind, "available")
+    assert (adopted.sha256, adopted.size_bytes) == (sha256_of(world.object_path(adopted)), adopted.stored_bytes)
+    assert catalogue.newest(world.control_plane, world.tenant_id) == made
+    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
+    backup.fetch(world.objects, adopted, world.settings.data_dir / "back", world.control_plane)
+    assert contents_of(world.settings.data_dir / "back") == ["one"]
+
+
+@pytest.mark.parametrize("found", ["nothing", "something else"])
+def test_a_repair_registers_nothing_it_has_not_read(world: World, found: str) -> None:
+    """An upload that never arrived, or another object under its key, is no backup."""
+    stored = backup.store(
+        world.objects,
+        backup.take(world.settings, world.tenant_id, world.settings.data_dir),
+        world.control_plane,
+    )
+    there = world.settings.data_dir / "objects" / stored.key
+    there.unlink()
+    if found == "something else":
+        there.write_bytes(b"something else")
+    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
+    with pytest.raises(UnknownBackup):
+        catalogue.newest(world.control_plane, world.tenant_id)
+    assert there.exists() == (found == "something else")
+
+
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[Path]:
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+def test_a_local_store_on_a_full_disk_is_no_space_and_keeps_nothing(world: World, tmp_path: Path) -> None:
+    """Another filesystem: the snapshot is copied, and half a copy must not be found later."""
+    world.write("x" * 500_000)
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        world.settings = type(world.settings)(**(world.settings.model_dump() | {"object_store_url": disk.as_uri()}))
+        world.objects = ObjectStore(world.settings)
+        with pytest.raises(NoSpace):
+            world.back_up()
+        assert not [path for path in disk.rglob("*") if path.is_file()]
+    assert catalogue.list_of(world.control_plane, world.tenant_id) == []
+
+
+def test_a_local_store_on_another_filesystem_gets_a_checked_copy(world: World, tmp_path: Path) -> None:
+    """A link cannot reach there."""
+    world.write("one")
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        world.settings = type(world.settings)(**(world.settings.model_dump() | {"object_store_url": disk.as_uri()}))
+        world.objects = ObjectStore(world.settings)
+        made = world.back_up()
+        assert sha256_of(disk / made.key) == made.sha256
+        path, digest = make(tmp_path, SMALL)
+        with pytest.raises(CorruptBackup):
+            world.objects.put_file(KEY, path, "0" * 64)
+        assert world.objects.put_file(KEY, path, digest) == SMALL
