@@ -39,6 +39,7 @@ from shared.usage import UsageEvent
 __all__ = ["MAGIC", "SegmentContent", "Spool", "adopt", "frame", "quarantine", "read", "sealed", "survey"]
 
 _RETRY_EVENTS = 200  # of the backlog, while `append` waits
+_MOST_UNSEALED = 64  # each holds a descriptor; with more the disk is not to be trusted with new events
 _count_event = metrics.adder(metrics.usage_events_total)
 log = get_logger("spool")
 
@@ -59,7 +60,7 @@ class Spool:
         self._backlog_since = 0.0
         self._lock = threading.Lock()  # held for a write(2) or for detaching a segment, never across an fsync
         self._disk_lock = threading.Lock()  # taken before `_lock`; whoever fsyncs or seals has it
-        self._unsynced = False  # the last `sync` failed, and nothing has succeeded since
+        self._unsynced = False  # a `sync` failed, or too much could not be sealed, and it has not succeeded since
         self._lost, self._lost_cause = 0, ""  # since the last time it was logged
         self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fsync_path(self.dir.parent)
@@ -197,7 +198,9 @@ class Spool:
                 flush_failed("seal", e, segment.name)
                 failed.append(segment)
         self._sealing.extendleft(reversed(failed))
-        if not failed and not self._backlog:
+        if len(failed) >= _MOST_UNSEALED:
+            self._unsynced = True
+        elif not failed and not self._backlog:
             self._unsynced = False
         return not failed
 

@@ -33,7 +33,8 @@ class FailingSync:
     def __call__(self, fd: int) -> None:
         if self.times > 0:
             self.times -= 1
-            self.failed.add(os.fstat(os.dup(fd)).st_ino)  # a duplicate, so that no new file gets its inode
+            if os.fstat(fd).st_ino not in self.failed:
+                self.failed.add(os.fstat(os.dup(fd)).st_ino)  # a duplicate, so that no new file gets its inode
             raise OSError(5, "Input/output error")
         self._real(fd)
         self.good.add(os.fstat(fd).st_ino)
@@ -75,6 +76,24 @@ def test_sync_says_when_it_cannot_promise_and_the_spool_is_unavailable_until_it_
     assert producer.available
     producer.sync()
     assert drain(producer.dir) == [one]
+
+
+def test_a_disk_that_fails_every_fdatasync_closes_the_gateway_before_descriptors_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each segment that cannot be sealed keeps a file open; all of them are sealed when the disk works again."""
+    producer, written = Spool(settings_in(tmp_path, "", usage_flush_events=1)), [event() for _ in range(100)]
+    disk = FailingSync(monkeypatch, 1_000_000)
+    for n, one in enumerate(written):
+        if n >= 70:
+            assert not producer.available
+        producer.append(one)
+        producer.tick()
+    disk.times = 0
+    producer.tick()
+    assert producer.available
+    producer.close()
+    assert {e.request_id for e in drain(producer.dir)} == {e.request_id for e in written}
 
 
 def test_sync_fsyncs_the_name_as_well_as_the_bytes(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

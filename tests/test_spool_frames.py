@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shared import spool
 from shared.usage import UsageEvent
+from tests.core_fixtures import event
 
 events = st.builds(
     UsageEvent,
@@ -78,3 +79,21 @@ def test_any_overwriting_or_inserting_of_bytes_invents_no_event(
     assert all(e in written for e in read.events)
     header = len(spool.MAGIC) if raw.startswith(spool.MAGIC) else 0
     assert header + sum(len(spool.frame(e)) for e in read.events) + read.corrupt_bytes == len(raw)
+
+
+def test_every_cut_and_every_flipped_bit_of_a_segment_gives_no_wrong_event(tmp_path: Path) -> None:
+    """All of them, on a segment of five events: what is read was written, in its order, and what is not is damage."""
+    written = [event(tenant, memories_created=n) for n, tenant in enumerate(["a", "acme", "b" * 20, "c" * 63, "d"])]
+    raw = spool.MAGIC + b"".join(map(spool.frame, written))
+    cuts = [raw[:at] for at in range(len(raw))]
+    flips = [raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :] for at in range(len(raw)) for bit in range(8)]
+    for n, data in enumerate([*cuts, *flips]):
+        read = content(tmp_path, data)
+        numbers = [e.memories_created for e in read.events]
+        assert numbers == sorted(set(numbers))
+        assert read.events == [written[number] for number in numbers]
+        if n >= len(cuts):
+            assert len(numbers) >= 4
+        else:
+            assert numbers == list(range(len(numbers)))
+    print(f"{len(cuts)} cuts, {len(flips)} flips")
