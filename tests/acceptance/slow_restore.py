@@ -35,7 +35,7 @@ _LONGEST_WAIT_SECONDS = 180.0
 
 # Where to wait: the core function as the flows reach it, and whether before or after its work.
 POINTS: dict[str, tuple[Any, str, Literal["before", "after"]]] = {
-    "download": (ObjectStore, "download", "after"),  # the snapshot is there, unchecked
+    "download": (core, "fetch", "after"),  # the snapshot is there, not inspected
     "copy": (previous, "copy", "after"),
     "safety-backup": (ObjectStore, "put_file", "before"),
     "lock": (core, "lock", "after"),  # the lease is held, writes flow
