@@ -15,9 +15,11 @@ import json
 import runpy
 import sys
 import urllib.request
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from shared.settings import Settings
 
@@ -69,6 +71,7 @@ def worker_argv(settings: Settings) -> list[str]:
     return [
         *(sys.executable, "-m", "prefect", "worker", "start", "--type", "process"),
         *("--pool", settings.prefect_work_pool, "--name", worker_name(settings)),
+        *("--work-queue", settings.machine_id, "--work-queue", "default"),
         *("--limit", str(settings.prefect_worker_limit), "--install-policy", "never"),
     ]
 
@@ -79,6 +82,13 @@ def deploy_argv(settings: Settings) -> list[str]:
 
 def worker_name(settings: Settings) -> str:
     return f"engram-{settings.machine_id}"
+
+
+def ensure_queue(settings: Settings) -> bool:
+    """Make this machine's work queue, where the runs of its tenants go; whether it is there."""
+    queues = f"{settings.prefect_api_url.rstrip('/')}/work_pools/{settings.prefect_work_pool}/queues"
+    wanted = {"name": settings.machine_id, "description": f"Runs that need the volume of machine {settings.machine_id}"}
+    return _post(queues, wanted) is not None or http_ok(f"{queues}/{quote(settings.machine_id, safe='')}")
 
 
 def worker_online(settings: Settings, since: float) -> bool:
@@ -106,8 +116,9 @@ def prefect_file() -> Path:
     return in_checkout if in_checkout.exists() else here / "prefect.yaml"
 
 
-def _post(url: str) -> Any:
-    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
+def _post(url: str, body: Mapping[str, str] | None = None) -> Any:
+    data = json.dumps(body or {}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with _direct.open(request, timeout=_HTTP_TIMEOUT_SECONDS) as answer:
             return json.load(answer)

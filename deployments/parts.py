@@ -153,6 +153,7 @@ def _worker(settings: Settings, environment: dict[str, str]) -> Child:
     def note_start() -> None:
         nonlocal started_at
         started_at = time.time()
+        orchestration.ensure_queue(settings)  # a worker whose queue is missing does not start, and is started again
 
     return Child(
         "worker",

@@ -49,10 +49,18 @@ class PrefectApi:
         self._ui_url = settings.prefect_ui_url
         self._http = httpx.Client(base_url=settings.prefect_api_url.rstrip("/") + "/", timeout=30.0)
 
-    def start(self, deployment: str, parameters: dict[str, Any]) -> Run:
-        """Start a run of `flow/deployment`. Raises `Permanent` when Prefect refuses the parameters."""
+    def start(self, deployment: str, parameters: dict[str, Any], *, machine_id: str | None = None) -> Run:
+        """Start a run of `flow/deployment`, on a machine's queue or on the one that any worker polls.
+
+        Raises `Permanent` when Prefect refuses the parameters.
+        """
         found = self._call("GET", f"deployments/name/{deployment}")
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED", "message": "Started from the command line"}}
+        body: dict[str, Any] = {
+            "parameters": parameters,
+            "state": {"type": "SCHEDULED", "message": "Started from the command line"},
+        }
+        if machine_id is not None:
+            body["work_queue_name"] = machine_id
         return self._run(self._call("POST", f"deployments/{found['id']}/create_flow_run", body))
 
     def run(self, run_id: str) -> Run:

@@ -9,7 +9,7 @@ from uuid import UUID
 from prefect import flow, get_run_logger, task
 from pydantic import Field
 
-from flows import artifact, policy, restore_report
+from flows import artifact, machine, policy, restore_report
 from flows.core import configuration, control_plane, objects
 from shared import backup as backup_core
 from shared import plan as planning
@@ -119,6 +119,8 @@ def restore(
     """
     chosen = plan(tenant_id, str(backup_id) if backup_id else None, at)
     if dry_run:
+    if (elsewhere := machine.forwarded(tenant_id)) is not None:
+        return elsewhere
         return restore_report.planned(chosen)
     with recorded(chosen, requested_by, reason) as hold:
         staged = download(chosen, hold)

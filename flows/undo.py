@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from prefect import flow, task
 from pydantic import Field
 
-from flows import policy, restore_report
+from flows import machine, policy, restore_report
 from flows.core import configuration, control_plane
 from flows.restore import recorded, replace
 from shared import plan as planning
@@ -43,6 +43,8 @@ def restore_undo(
         reason: Why. Written into the lease and the restores table.
         requested_by: Who asks for it.
     """
+    if (elsewhere := machine.forwarded(tenant_id)) is not None:
+        return elsewhere
     chosen = plan(tenant_id)
     if dry_run:
         return restore_report.planned(chosen)

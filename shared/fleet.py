@@ -168,6 +168,20 @@ def choose(control_plane: ControlPlane, run: Run, tenant_ids: Sequence[str] | No
     return [_chosen(row) for row in rows if run.shards == 1 or shard_of(row["tenant_id"], run.shards) == run.shard]
 
 
+def made_by(
+    control_plane: ControlPlane, flow_run_id: str, tenant_ids: Sequence[str] | None, *, error: str | None
+) -> list[Done]:
+    """What a run on another machine stored. A named tenant without a row has `error`, or that it has no row."""
+    rows = control_plane.rows(
+        "backups_of_flow_run",
+        flow_run_id=flow_run_id,
+        tenant_ids=list(tenant_ids) if tenant_ids is not None else None,
+    )
+    done = {row["tenant_id"]: Done(**row) for row in rows}
+    missing = error or f"run {flow_run_id} ended without a backup of it"
+    return [done.get(t) or Done(t, error=missing) for t in tenant_ids] if tenant_ids is not None else [*done.values()]
+
+
 def shard_of(tenant_id: str, shards: int) -> int:
     """The same for ever and on every machine."""
     return zlib.crc32(tenant_id.encode()) % shards

@@ -20,29 +20,78 @@ def register(app: typer.Typer) -> None:
 
 def backup(
     tenants: Annotated[list[str] | None, typer.Argument(metavar="TENANT…", help="Whom to back up.")] = None,
-    all_tenants: Annotated[bool, typer.Option("--all", help="Every tenant of this machine.")] = False,
+    all_tenants: Annotated[
+        bool, typer.Option("--all", help="Every tenant of this machine that changed since its last backup.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --all: also those that did not change.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --all: go on with the last run, that died or had failures.")
+    ] = False,
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="With --all: go on with this run, or name a new one.")
+    ] = None,
+    shard: Annotated[str, typer.Option(metavar="N/M", help="With --all: part N of M, counted from 0.")] = "0/1",
     as_json: Json = False,
 ) -> None:
-    """Back up now: snapshot, store, read back, enter in the catalogue."""
+    """Back up now: snapshot, store, read back, enter in the catalogue. Named tenants are stored even if unchanged."""
     if bool(tenants) == all_tenants:
         raise typer.BadParameter("name the tenants, or give --all")
+    if not all_tenants and (force or resume or run_id or shard != "0/1"):
+        raise typer.BadParameter("--force, --resume, --run and --shard go with --all")
+    part = _part(shard)
+    if resume and run_id:
+        raise typer.BadParameter("--resume finds the run itself; --run names it")
+    chosen: dict[str, Any] = {"tenants": tenants or None, "all": all_tenants}
+    if all_tenants:
+        chosen |= part | {"force": force, "run_id": run_id} | _this_machine(resume, **part)
 
     def load() -> Any:
         from flows.backup import backup as flow
 
         return flow
 
-    results, error = beside.run_flow(load, tenants=tenants or None, all=all_tenants)
+    results, error = beside.run_flow(load, **chosen)
     results = results or []
     if as_json:
         print_json(results)
     else:
         print_table(
             ("tenant", "backup", "bytes", "key"),
-            [(r["tenant_id"], r["backup_id"] or r["error"], r["size_bytes"] or "", r["key"] or "") for r in results],
+            [
+                (
+                    r["tenant_id"],
+                    r["error"] or r["backup_id"],
+                    r["size_bytes"] or "",
+                    "unchanged" if r["skipped"] else r["key"],
+                )
+                for r in results
+            ],
         )
     if error:
         raise Permanent(error)
+
+
+def _part(shard: str) -> dict[str, int]:
+    number, _, of = shard.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of) <= 1000):
+        raise typer.BadParameter(f"{shard!r} is not a part such as 0/4")
+    return {"shard": int(number), "shards": int(of)}
+
+
+def _this_machine(resume: bool, shard: int, shards: int) -> dict[str, Any]:
+    """`--all` is this machine's tenants; says who has the others. With `resume`, the run to go on with."""
+    from shared import fleet
+
+    with beside.control_plane() as (settings, control_plane):
+        found = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
+        for machine_id, count in found.items():
+            if machine_id != settings.machine_id:
+                note(f"{count} tenants of machine {machine_id} are left to it, or to a run of the deployment `backup`")
+        chosen: dict[str, Any] = {"machine_id": settings.machine_id}
+        if resume:
+            chosen["run_id"] = fleet.unfinished(control_plane, settings, shard, shards)
+            note(f"going on with run {chosen['run_id']}")
+    return chosen
 
 
 def backups(

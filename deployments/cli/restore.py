@@ -49,7 +49,8 @@ def restore(
             _show_plan(chosen, as_json)
             return
         parameters = {"backup_id": _backup_id(chosen), "with_safety_backup": safety_backup}
-        _run(settings, control_plane, chosen, "restore/restore", parameters, reason, as_json)
+        what = f"restore of {tenant_id} to {chosen.source_at:%F %T} UTC"
+        _run(settings, control_plane, tenant_id, what, "restore/restore", parameters, reason, as_json)
 
 
 def restore_undo(
@@ -60,13 +61,19 @@ def restore_undo(
 ) -> None:
     """Take the last restore back: engram.db.bak becomes the live database. Twice is an undo of the undo."""
     from shared import plan as planning
+    from shared import registry
 
     with beside.control_plane() as (settings, control_plane):
-        chosen = planning.plan_undo(settings, control_plane, tenant_id)
-        if dry_run:
-            _show_plan(chosen, as_json)
-            return
-        _run(settings, control_plane, chosen, "restore-undo/restore-undo", {}, reason, as_json)
+        what = f"undo of the last restore of {tenant_id}"
+        if (machine_id := registry.get_active(control_plane, tenant_id).machine_id) == settings.machine_id:
+            chosen = planning.plan_undo(settings, control_plane, tenant_id)
+            if dry_run:
+                _show_plan(chosen, as_json)
+                return
+            what = f"undo of {tenant_id} to {chosen.source_at:%F %T} UTC"
+        elif dry_run:
+            raise Refused(f"the database before the last restore of {tenant_id} is on machine {machine_id}; look there")
+        _run(settings, control_plane, tenant_id, what, "restore-undo/restore-undo", {}, reason, as_json)
 
 
 def sweep(as_json: Json = False) -> None:
@@ -90,31 +97,34 @@ def sweep(as_json: Json = False) -> None:
 def _run(
     settings: Settings,
     control_plane: ControlPlane,
-    chosen: Plan,
+    tenant_id: str,
+    what: str,
     deployment: str,
     parameters: dict[str, Any],
     reason: str,
     as_json: bool,
 ) -> None:
-    """Start the deployment, follow it, and print what its row says."""
+    """Start the deployment on the tenant's machine, follow it, and print what its row says."""
     from deployments.prefect_api import PrefectApi
+    from shared import registry
 
     api = PrefectApi(settings)
     parameters |= {
-        "tenant_id": chosen.tenant_id,
+        "tenant_id": tenant_id,
         "reason": reason,
         "requested_by": f"cli {getpass.getuser()}",
     }
-    run = api.start(deployment, parameters)
-    note(f"{chosen.kind} of {chosen.tenant_id} to {chosen.source_at:%F %T} UTC: {run.url}")
-    ended = _follow(api, run)
+    machine_id = registry.get_active(control_plane, tenant_id).machine_id
+    run = api.start(deployment, parameters, machine_id=machine_id)
+    note(f"{what}{'' if machine_id == settings.machine_id else f', on machine {machine_id}'}: {run.url}")
+    ended = _follow(api, run, settings.prefect_pick_up_seconds)
     row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
     if ended.state != "COMPLETED":
         raise (Refused if row.get("state") == "refused" else Permanent)(row.get("error") or ended.message)
-    previous = settings.tenants_dir / chosen.tenant_id / "engram.db.bak"
+    previous = settings.tenants_dir / tenant_id / "engram.db.bak"
     result = {
         "restore_id": row["restore_id"],
-        "tenant_id": chosen.tenant_id,
+        "tenant_id": tenant_id,
         "backup_id": row["backup_id"],
         "outcome": row["state"],
         "locked_ms": row["locked_ms"],
@@ -128,12 +138,12 @@ def _run(
         note(f"done; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
 
 
-def _follow(api: PrefectApi, run: Run) -> Run:
+def _follow(api: PrefectApi, run: Run, pick_up_seconds: float) -> Run:
     from rich.console import Console
 
     seen = run
     with Console(stderr=True).status("waiting for a worker") as status:
-        for seen in api.follow(run, pick_up_seconds=120, run_seconds=3600):
+        for seen in api.follow(run, pick_up_seconds=pick_up_seconds, run_seconds=3600):
             status.update(f"{seen.name}: {seen.state.lower()}")
     for name, state in api.steps(run.id):
         note(f"  {name}: {state.lower()}")

@@ -80,10 +80,13 @@ def worker() -> None:
     """The Prefect worker of this machine alone, as production runs it."""
     from deployments import orchestration
     from deployments.running import running_settings
+    from shared.errors import Transient
     from shared.sweep import sweep_disk
 
     settings = running_settings("prefect_api_url")
     _log(settings)
+    if not orchestration.ensure_queue(settings):
+        raise Transient(f"no work pool {settings.prefect_work_pool} at {settings.prefect_api_url}: is it deployed?")
     sweep_disk(settings)  # a worker that comes back after a crash finds its tenants in order
     argv = orchestration.worker_argv(settings)
     os.execve(argv[0], argv, {**os.environ, **orchestration.client_environment(settings)})

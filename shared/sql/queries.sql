@@ -593,12 +593,12 @@ GROUP BY machine_id ORDER BY machine_id;
 
 -- name: backup_mark
 -- Tenants whose database is what the backup holds, seen at `checked_at`. Returns those whose backup can still be
--- trusted; for the others nothing is written.
+-- trusted; for the others nothing is written. A machine's clock that is ahead makes nothing younger than it is.
 WITH seen AS (
     SELECT * FROM unnest(%(tenant_ids)s::text[], %(backup_ids)s::uuid[], %(fingerprints)s::text[],
                          %(checked_at)s::timestamptz[]) AS s (tenant_id, backup_id, fingerprint, checked_at)
 ), trusted AS (
-    UPDATE backups b SET current_at = greatest(b.current_at, s.checked_at)
+    UPDATE backups b SET current_at = greatest(b.current_at, least(s.checked_at, clock_timestamp()))
     FROM seen s
     WHERE b.backup_id = s.backup_id AND b.tenant_id = s.tenant_id AND b.status = 'available'
       AND b.verified_at IS NOT NULL

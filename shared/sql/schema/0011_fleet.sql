@@ -5,6 +5,8 @@
 -- now - coalesce(current_at, ts).
 ALTER TABLE backups ADD COLUMN current_at timestamptz;
 
+CREATE INDEX backups_by_flow_run ON backups (flow_run_id);
+
 -- `fingerprint` is the stat of the database files before the snapshot of `backup_id`; null: it proves nothing.
 -- `run_id` is the last run that finished the tenant.
 CREATE TABLE backup_marks (
