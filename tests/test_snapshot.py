@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import secrets
 import signal
 import sqlite3
+import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -16,10 +19,10 @@ import pytest
 
 from shared import snapshot
 from shared.engine import database, schema
-from shared.errors import CorruptDatabase, SchemaTooNew, TenantDatabaseUnavailable, UnsafeTenantId
+from shared.errors import CorruptDatabase, NoSpace, SchemaTooNew, TenantDatabaseUnavailable, UnsafeTenantId
 from shared.settings import Settings
 from shared.tenant import TenantPaths
-from tests.core_fixtures import add_memories, contents_of, settings_in, sha256_of, start_child
+from tests.core_fixtures import add_memories, contents_of, settings_in, sha256_of, start_child, wait_until
 
 WRITER = """
     import sys
@@ -78,6 +81,106 @@ def test_a_snapshot_under_a_writer_is_a_prefix_that_holds_every_row_acknowledged
     assert len(contents_of(paths.database)) >= len(acknowledged) + 1
 
 
+NAMED_WRITER = """
+    import sys
+    from pathlib import Path
+    from shared.engine import memories
+    from shared.engine.database import TenantDatabase
+    from shared.tenant import TenantPaths
+    tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme")), 0
+    while not Path(sys.argv[3]).exists():
+        with tenant.write() as connection:
+            memories.create(connection, memories.NewMemory(f"{sys.argv[2]} {n} " + "x" * 2000))
+        print(n, flush=True)
+        n += 1
+"""
+
+
+def test_a_snapshot_holds_a_prefix_of_every_one_of_several_writers(
+    settings: Settings, paths: TenantPaths, tmp_path: Path
+) -> None:
+    """Gateway workers, a tool and a restore's check write at once; none of them may lose a row in the middle."""
+    names, stop = ("a", "b", "c"), tmp_path / "stop"
+    children = {name: start_child(NAMED_WRITER, settings.tenants_dir, name, stop) for name in names}
+    acknowledged: dict[str, int] = dict.fromkeys(names, 0)
+
+    def read(name: str) -> None:
+        for line in children[name].stdout or ():
+            acknowledged[name] = int(line) + 1
+
+    readers = [threading.Thread(target=read, args=(name,)) for name in names]
+    try:
+        for reader in readers:
+            reader.start()
+        last = dict.fromkeys(names, 0)
+        for n in range(4):
+            wait_until(lambda: all(acknowledged[name] >= last[name] + 5 for name in names))
+            before = dict(acknowledged)
+            taken = snapshot.take(settings, "acme", tmp_path / f"{n}.sqlite")
+            rows = [row.split()[:2] for row in contents_of(taken.path)]
+            for name in names:
+                mine = [int(number) for writer, number in rows if writer == name]
+                assert mine == list(range(len(mine)))
+                assert len(mine) >= before[name]
+                last[name] = len(mine)
+    finally:
+        stop.touch()
+        for child in children.values():
+            assert child.wait(30) == 0
+        for reader in readers:
+            reader.join()
+    assert len(contents_of(paths.database)) == sum(acknowledged.values())
+
+
+def test_writers_go_on_while_a_snapshot_is_copied(
+    settings: Settings, paths: TenantPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write inside the copy's read transaction is committed before the copy ends, and is not in it."""
+    add_memories(paths, "before")
+    real = snapshot.copy
+
+    def copied(source: sqlite3.Connection, destination: Path, *, durable: bool = True) -> None:
+        add_memories(paths, "meanwhile")  # a writer that were kept waiting would time out here
+        with closing(sqlite3.connect(paths.database.resolve())) as other:
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        real(source, destination, durable=durable)
+
+    monkeypatch.setattr(snapshot, "copy", copied)
+    taken = snapshot.take(settings, "acme", tmp_path / "s.sqlite")
+    assert contents_of(taken.path) == ["before"]
+    assert contents_of(paths.database) == ["before", "meanwhile"]
+
+
+def test_a_large_database_is_hashed_beside_its_check(settings: Settings, paths: TenantPaths, tmp_path: Path) -> None:
+    """The other path of the same claim: what is checked is what is hashed."""
+    add_memories(paths, *(secrets.token_hex(50_000) for _ in range(120)))
+    taken = snapshot.take(settings, "acme", tmp_path / "s.sqlite")
+    assert taken.size_bytes == taken.path.stat().st_size > 8 << 20
+    assert taken.sha256 == hashlib.sha256(taken.path.read_bytes()).hexdigest()
+    page = bytearray(paths.database.resolve().read_bytes())
+    page[len(page) // 2 : len(page) // 2 + 8192] = b"\xff" * 8192
+    paths.database.resolve().write_bytes(page)
+    with pytest.raises(CorruptDatabase):
+        snapshot.take(settings, "acme", tmp_path / "t.sqlite")
+
+
+def test_a_snapshot_for_which_there_is_no_room_is_no_space(
+    settings: Settings, paths: TenantPaths, tmp_path: Path
+) -> None:
+    """The tenant's database is well; this machine is full."""
+    add_memories(paths, "x" * 900_000)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(NoSpace):
+            snapshot.take(settings, "acme", disk / "s.sqlite")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_snapshot_opens_with_plain_sqlite_and_says_what_it_holds(
     settings: Settings, paths: TenantPaths, tmp_path: Path
 ) -> None:
@@ -125,16 +228,16 @@ def test_a_restore_is_not_kept_waiting_by_a_snapshot(
     settings: Settings, paths: TenantPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fence is held to open the source, not to copy a gigabyte."""
-    real, seen = snapshot.fsync_path, []
+    real, seen = snapshot.copy, []
 
-    def copied(path: Path) -> None:
+    def copied(source: sqlite3.Connection, destination: Path, *, durable: bool = True) -> None:
         fd = os.open(paths.lock, os.O_RDWR)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fd)
-        seen.append(path)
-        real(path)
+        seen.append(destination)
+        real(source, destination, durable=durable)
 
-    monkeypatch.setattr(snapshot, "fsync_path", copied)
+    monkeypatch.setattr(snapshot, "copy", copied)
     snapshot.take(settings, "acme", tmp_path / "s.sqlite")
     assert seen
 
