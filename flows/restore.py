@@ -47,7 +47,9 @@ def safety_backup(staged: Staged) -> Safety:
     settings, tenant_id = configuration(), staged.plan.tenant_id
     try:
         with backup_core.work(settings.data_dir / "tmp", "safety") as directory:
-            stored = backup_core.store(objects(), backup_core.take(settings, tenant_id, directory), control_plane())
+            stored = backup_core.store(
+                objects(), backup_core.take(settings, tenant_id, directory), control_plane(), kind="safety"
+            )
     except (CorruptDatabase, TenantDatabaseUnavailable) as e:
         get_run_logger().warning("no safety backup: %s", e)
         return Safety(None, str(e))
@@ -117,10 +119,10 @@ def restore(
         reason: Why. Written into the lease and the restores table.
         requested_by: Who asks for this restore.
     """
-    chosen = plan(tenant_id, str(backup_id) if backup_id else None, at)
-    if dry_run:
     if (elsewhere := machine.forwarded(tenant_id)) is not None:
         return elsewhere
+    chosen = plan(tenant_id, str(backup_id) if backup_id else None, at)
+    if dry_run:
         return restore_report.planned(chosen)
     with recorded(chosen, requested_by, reason) as hold:
         staged = download(chosen, hold)

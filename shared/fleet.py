@@ -348,7 +348,7 @@ class Fleet:
         same = not self.run.force and last is not None and last.sha256 == taken.sha256 and self._current(last)
         if same and last and self._mark([_Mark(tenant.tenant_id, last.backup_id, seen.fingerprint, taken.ts)]):
             return _skipped(tenant.tenant_id, last)
-        stored = backup.store(self.objects, taken, self.control_plane)
+        stored = backup.store(self.objects, taken, self.control_plane, kind=self.run.kind)
         made = backup.register(self.control_plane, stored, kind=self.run.kind, flow_run_id=self.run.flow_run_id)
         self._mark([_Mark(tenant.tenant_id, made.backup_id, seen.fingerprint, made.ts)])
         return Done(tenant.tenant_id, made.backup_id, made.key, made.sha256, made.size_bytes)
