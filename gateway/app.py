@@ -189,7 +189,9 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
     except ControlPlaneUnavailable:
         return  # `tenants_unread` says so already; the gauges keep their last values
     metrics.backup_oldest_success_age_seconds.set(_number(row.get("backup_age_seconds")))
+    metrics.backups_corrupt.set(_number(row.get("backups_corrupt")))
     metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
+    metrics.restore_test_last_success_age_seconds.set(_number(row.get("drill_last_age_seconds")))
     metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
     metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
 

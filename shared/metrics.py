@@ -130,13 +130,25 @@ usage_quarantined_segments = Gauge(
 )
 backup_oldest_success_age_seconds = Gauge(
     "engram_backup_oldest_success_age_seconds",
-    "Age of the last good backup of the tenant whose last good backup is oldest.",
+    "Age of the last good backup of the active tenant whose last good backup is oldest; without one, its own age.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+backups_corrupt = Gauge(
+    "engram_backups_corrupt",
+    "Stored backups that were found corrupt or missing and are not deleted yet.",
     registry=_registry,
     multiprocess_mode="mostrecent",
 )
 restore_test_oldest_success_age_seconds = Gauge(
     "engram_restore_test_oldest_success_age_seconds",
-    "Age of the last restore test that passed.",
+    "Age of the last passed restore test of the active tenant, with a backup, whose last one is oldest.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+restore_test_last_success_age_seconds = Gauge(
+    "engram_restore_test_last_success_age_seconds",
+    "Age of the newest restore test that passed, of whatever tenant.",
     registry=_registry,
     multiprocess_mode="mostrecent",
 )

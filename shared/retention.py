@@ -144,7 +144,7 @@ def _places(good: list[Item], policy: Policy, now: datetime) -> dict[UUID, list[
             places[item.backup_id].append(f"{name} {bucket}")
     for item in good:
         if item.kind == SAFETY and now - item.newest_date < timedelta(days=policy.safety_days):
-            places[item.backup_id].append(f"safety, {policy.safety_days} days")
+            places[item.backup_id].append(f"safety for {policy.safety_days} days")
     return places
 
 
@@ -162,16 +162,16 @@ def _shields(item: Item, policy: Policy, now: datetime) -> list[str]:
 
 def _corrupt(item: Item, policy: Policy, now: datetime, *, has_good: bool) -> list[str]:
     if not has_good:
-        return ["corrupt, but the tenant has no good one"]
+        return ["corrupt while the tenant has no good one"]
     since = max(item.newest_date, item.status_at or item.newest_date)
-    return [f"corrupt, {policy.corrupt_days} days"] if now - since < timedelta(days=policy.corrupt_days) else []
+    return [f"corrupt for {policy.corrupt_days} days"] if now - since < timedelta(days=policy.corrupt_days) else []
 
 
 def _after_deletion(item: Item, policy: Policy, now: datetime, deleted_at: datetime) -> list[str]:
     if item.held:
         return [f"held: {item.held}"]
     kept = now - deleted_at < timedelta(days=policy.deleted_tenant_days)
-    return [f"tenant deleted, {policy.deleted_tenant_days} days"] if kept else []
+    return [f"tenant deleted less than {policy.deleted_tenant_days} days ago"] if kept else []
 
 
 def _why_not(item: Item, policy: Policy, deleted_at: datetime | None) -> str:

@@ -25,15 +25,17 @@ from flows.drill import restore_test
 from flows.metering import metering
 from flows.restore import restore
 from flows.retention import retention
+from flows.verify import verify
 from shared import catalogue, fleet, registry
 from shared import metering as metering_core
 from shared.control_plane import ControlPlane
 from shared.errors import LeaseHeld
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
-from tests.core_fixtures import World, event
+from tests.core_fixtures import World, event, new_world, settings_in
 from tests.fleet_fixtures import Machine
 from tests.metering_fixtures import segment
+from tests.test_expiry import few, run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -165,6 +167,53 @@ def test_a_retention_run_shows_what_it_would_drop_then_drops_it_and_is_red_for_w
     assert f"| {long_ago[0]:%F} | attached | 1 |" in artifact_of(state) and "kept: its events" in artifact_of(state)
     dropped = flow_world.control_plane.rows("usage_days_dropped", days=[at.date() for at in long_ago])
     assert [row["day"] for row in dropped] == [long_ago[1].date()]
+
+
+@pytest.fixture
+def alone(tmp_path: Path, control_plane_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Like `flow_world`, alone in its control plane: for what looks at every tenant's backups."""
+    monkeypatch.setenv("ENGRAM_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", control_plane_url)
+    for cached in (cached_settings, flow_core.control_plane, flow_core.objects):
+        cached.cache_clear()
+    with ControlPlane(settings_in(tmp_path, control_plane_url)) as control_plane:
+        yield new_world(tmp_path, control_plane_url, control_plane)
+    flow_core.control_plane().close()
+
+
+def test_a_retention_run_deletes_what_has_no_place_after_a_dry_run_that_shows_it(alone: World) -> None:
+    """The table says what is kept as what; a plan that does not exist is a red run, and keeps all of its tenants'."""
+    kept, gone = few(alone)
+    dry = retention(dry_run=True, return_state=True)
+    assert dry.is_completed(), dry.message
+    assert "3 backups of 1 tenants would be deleted" in artifact_of(dry)
+    assert set(statuses(alone).values()) == {"available"} and len(alone.objects.keys("tenants")) == 4
+    state = retention(return_state=True)
+    assert state.is_completed(), state.message
+    assert statuses(alone) == {kept: "available", **dict.fromkeys(gone, "deleted")}
+    assert len(alone.objects.keys("tenants")) == 1
+    assert "3 backups deleted" in artifact_of(state) and "1 last, 1 last good" in artifact_of(state)
+    assert f"| {alone.tenant_id} | standard | 1 |" in artifact_of(state)
+    assert outcome(state)["backups"] == {"kept": 1, "planned": 3, "deleted": 3}
+    run_sql(alone, "UPDATE tenants SET plan_id = 'gone'")
+    red = retention(return_state=True)
+    assert red.is_failed() and "there is no plan gone" in str(red.message)
+
+
+def test_a_verify_run_marks_what_is_not_whole_and_is_red(alone: World) -> None:
+    """The corrupt one is not chosen any more; the run says which tenant wants a new backup."""
+    alone.write("one")
+    good = alone.back_up()
+    bad = alone.back_up()
+    assert verify(limit=9, return_state=True).is_completed()
+    path = alone.object_path(bad)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    state = verify(limit=9, return_state=True)
+    assert state.is_failed() and bad.key in str(state.message)
+    assert f"engram backup {alone.tenant_id}" in artifact_of(state)
+    assert outcome(state)["backup_now"] == [alone.tenant_id]
+    assert catalogue.newest(alone.control_plane, alone.tenant_id).backup_id == good.backup_id
+    assert verify(limit=9, return_state=True).is_completed()  # known, and listed
 
 
 def test_secrets_never_reach_parameters_or_artifacts(flow_world: World) -> None:

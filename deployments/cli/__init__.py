@@ -19,6 +19,7 @@ COMMANDS = (
     "stack",
     "tenants",
     "backup",
+    "retention",
     "keys",
     "restore",
     "usage",

@@ -95,13 +95,21 @@ def _this_machine(resume: bool, shard: int, shards: int) -> dict[str, Any]:
 
 
 def backups(
-    tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Newest first, at most this many.")] = 100,
+    tenant_id: Annotated[str | None, typer.Argument(metavar="TENANT", help="Whose catalogue.")] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Instead: tenants whose last good backup is older than it should be.")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most this many.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List a tenant's catalogue."""
+    """List a tenant's catalogue, newest first; or the tenants whose last good backup is too old."""
     from shared import catalogue, registry
 
+    if (tenant_id is None) != stale:
+        raise typer.BadParameter("name a tenant, or give --stale")
+    if tenant_id is None:
+        _print_stale(limit, as_json)
+        return
     with beside.control_plane() as (_, control_plane):
         registry.get(control_plane, tenant_id)
         found = catalogue.list_of(control_plane, tenant_id, limit=limit)
@@ -117,29 +125,71 @@ def backups(
     )
 
 
+def _print_stale(limit: int, as_json: bool) -> None:
+    from shared import catalogue
+
+    with beside.control_plane() as (settings, control_plane):
+        found = catalogue.stale(control_plane, settings.backup_stale_hours * 3600, limit=limit)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ("tenant", "machine", "last good (UTC)", "age in hours"),
+        [
+            (r["tenant_id"], r["machine_id"], f"{r['good_at']:%F %T}" if r["good_at"] else "never",
+             round(r["age_seconds"] / 3600, 1))
+            for r in found
+        ],
+    )  # fmt: skip
+
+
 def restore_test(
     tenant_id: Annotated[
         str | None, typer.Argument(metavar="[TENANT]", help="Without one, the selection policy picks.")
     ] = None,
+    backup_id: Annotated[
+        str | None, typer.Option("--backup", metavar="ID", help="Not the tenant's newest but this one.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, max=100_000, help="Without a tenant: how many; else the share set.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Restore a backup into a sandbox and prove that it works."""
+    """Restore backups into a sandbox and prove that they work."""
+    if tenant_id is None and backup_id is not None:
+        raise typer.BadParameter("--backup needs its TENANT")
+    if tenant_id is not None and count is not None:
+        raise typer.BadParameter("--count is for a run without a TENANT")
 
     def load() -> Any:
         from flows.drill import restore_test as flow
 
         return flow
 
-    result, error = beside.run_flow(load, tenant_id=tenant_id)
+    result, error = beside.run_flow(load, tenant_id=tenant_id, backup_id=backup_id, count=count)
+    if result is not None:
+        _print_drills(result, as_json)
     if error:
         raise Permanent(error)
+
+
+def _print_drills(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    note(
-        f"{result['tenant_id']}: {result['outcome']}, RTO {result['rto_ms']:.0f} ms, RPO {result['rpo_seconds']:.0f} s"
-    )
+    tests = result["tests"]
     print_table(
-        ("check", "held", "ms", "seen"),
-        [(c["name"], "yes" if c["passed"] else "NO", c["ms"], c["seen"]) for c in result["checks"]],
+        ("tenant", "outcome", "RTO ms", "RPO s", "backup", "why"),
+        [
+            (t["tenant_id"], t["outcome"], round(t["rto_ms"]), round(t["rpo_seconds"]), t["backup_id"], t["reason"])
+            for t in tests
+        ],
     )
+    for test in tests:
+        if len(tests) > 1 and test["outcome"] == "pass":
+            continue
+        note(f"{test['tenant_id']}: {test['outcome']}")
+        print_table(
+            ("check", "held", "ms", "seen"),
+            [(c["name"], "yes" if c["passed"] else "NO", c["ms"], c["seen"]) for c in test["checks"]],
+        )
