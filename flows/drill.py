@@ -1,33 +1,38 @@
-"""restore-test: pick → download → smoke → record. A drill that fails ends the run Failed, with its report."""
+"""restore-test: pick → download → smoke → record, drill by drill. One that fails ends the run Failed, with its report;
+the others go on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
 from shared import drill as core
-from shared.drill import Drilled, Fetched, Picked
-from shared.errors import CorruptBackup, ObjectStoreUnavailable
+from shared.drill import Drilled, Fetched, Picked, Trend
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @task(name="pick", **policy.READ)
-def pick(tenant_id: str | None) -> Picked:
-    return core.pick(control_plane(), tenant_id)
+def pick(tenant_id: str | None, backup_id: str | None, count: int | None) -> list[Picked]:
+    return core.select(control_plane(), configuration(), tenant_id=tenant_id, backup_id=backup_id, count=count)
 
 
-@task(name="download", **policy.ONCE)
+@task(name="download", task_run_name="download-{picked.tenant_id}", **policy.ONCE)
 def download(picked: Picked, sandbox: Path) -> Fetched:
     return core.fetch(objects(), picked, sandbox, control_plane())
 
 
-@task(name="smoke", **policy.ONCE)
+@task(name="smoke", task_run_name="smoke-{fetched.picked.tenant_id}", **policy.ONCE)
 def smoke(fetched: Fetched) -> Drilled:
     return core.run(fetched)
 
 
-@task(name="record", **policy.READ)
+@task(name="record", task_run_name="record-{drilled.picked.tenant_id}", **policy.READ)
 def record(drilled: Drilled) -> Drilled:
     return core.record(control_plane(), drilled, flow_run_id=artifact.flow_run_id())
 
@@ -35,50 +40,87 @@ def record(drilled: Drilled) -> Drilled:
 @flow(name="restore-test", flow_run_name="restore-test", **policy.FLOW)
 def restore_test(
     tenant_id: str | None = None,
-) -> dict[str, Any]:
-    """Restore a backup into a sandbox and prove that it works, without touching the tenant.
+    backup_id: str | None = None,
+    count: Annotated[int, Field(ge=1, le=100_000)] | None = None,
+) -> dict[str, Any] | State[dict[str, Any]]:
+    """Restore backups into a sandbox and prove that they work, without touching the tenants.
 
     Args:
-        tenant_id: The tenant to drill. None takes the one least recently drilled.
+        tenant_id: The tenant to drill. None lets the selection policy choose.
+        backup_id: With a tenant, which of its backups. None takes the newest.
+        count: Without a tenant, how many are drilled. None takes the share of the settings.
     """
-    picked = pick(tenant_id or None)
-    artifact.rename_run(f"restore-test-{picked.tenant_id}")
+    picked = pick(tenant_id or None, backup_id or None, count)
+    names = [one.tenant_id for one in picked]
+    artifact.rename_run(f"restore-test-{names[0]}" + (f"-and-{len(names) - 1}-more" if len(names) > 1 else ""))
+    drilled = []
     with core.sandbox(configuration()) as sandbox:
-        fetched = download(picked, sandbox)
-        drilled = record(smoke(fetched))
-    _report(drilled)
-    if drilled.outcome == "fail":
-        raise CorruptBackup(f"restore test of {picked.tenant_id} failed: {_first_failure(drilled)}")
-    if drilled.outcome == "inconclusive":
-        raise ObjectStoreUnavailable(f"restore test of {picked.tenant_id} is inconclusive: {_first_failure(drilled)}")
-    return {
-        "test_id": str(picked.test_id),
-        "tenant_id": picked.tenant_id,
-        "backup_id": str(picked.backup.backup_id),
-        "outcome": drilled.outcome,
-        "rto_ms": drilled.rto_ms,
-        "rpo_seconds": drilled.rpo_seconds,
-        "checks": [check.as_dict() for check in drilled.checks],
-    }
+        for one in picked:
+            drilled.append(record(smoke(download(one, sandbox))))
+    _report(drilled, core.trend(control_plane(), names[0] if len(names) == 1 else None))
+    bad = [d for d in drilled if d.outcome != "pass"]
+    worst = "fail" if any(d.outcome == "fail" for d in bad) else "inconclusive" if bad else "pass"
+    tests = [d.as_dict() for d in drilled]
+    result = {**(tests[0] if len(tests) == 1 else {}), "outcome": worst, "tests": tests}
+    if bad:
+        causes = "; ".join(f"{d.picked.tenant_id} {d.outcome}: {_first_failure(d)}" for d in bad[:5])
+        return Failed(message=f"{len(bad)} of {len(drilled)} restore tests did not pass: {causes}", data=result)
+    return result
 
 
 def _first_failure(drilled: Drilled) -> str:
     return next(f"{check.name}: {check.seen}" for check in drilled.checks if not check.passed)
 
 
-def _report(drilled: Drilled) -> None:
-    picked = drilled.picked
+def _report(drilled: list[Drilled], trend: Trend) -> None:
+    passed = sum(d.outcome == "pass" for d in drilled)
+    tables = [_overview(drilled)]
+    tables += [_checks(d) for d in drilled if len(drilled) == 1 or d.outcome != "pass"][:20]
+    tables += ["## The last drills, oldest first", _trend(trend)]
+    if trend.never_total:
+        more = f" and {trend.never_total - len(trend.never)} more" if trend.never_total > len(trend.never) else ""
+        tables.append(f"{trend.never_total} tenants with a backup were never drilled: {', '.join(trend.never)}{more}.")
+    else:
+        tables.append("Every active tenant with a backup was drilled at least once.")
+    one = drilled[0].picked.tenant_id if len(drilled) == 1 else None
     artifact.report(
-        artifact.key("restore-test", picked.tenant_id),
-        f"Restore test of {picked.tenant_id}: {drilled.outcome}",
-        f"{drilled.outcome}: {sum(c.passed for c in drilled.checks)} of {len(drilled.checks)} checks held",
-        {
-            "tenant": picked.tenant_id,
-            "why this one": picked.reason,
-            "backup": picked.backup.backup_id,
-            "taken at": picked.backup.ts,
-            "RTO in ms": drilled.rto_ms,
-            "RPO in seconds": drilled.rpo_seconds,
-        },
-        artifact.table(("check", "held", "seen", "ms"), ((c.name, c.passed, c.seen, c.ms) for c in drilled.checks)),
+        artifact.key("restore-test", one) if one else "restore-test",
+        f"Restore test of {one}: {drilled[0].outcome}" if one else "Restore tests",
+        f"{passed} of {len(drilled)} restore tests passed",
+        {},
+        *tables,
     )
+
+
+def _overview(drilled: list[Drilled]) -> str:
+    return artifact.table(
+        ("tenant", "outcome", "why this one", "backup", "taken at", "RTO in ms", "download", "decrypt", "verify",
+         "smoke", "RPO in seconds", "newest memory's age in seconds"),
+        (
+            (d.picked.tenant_id, d.outcome, d.picked.reason, d.picked.backup.backup_id, d.picked.backup.ts, d.rto_ms,
+             d.download_ms, d.decrypt_ms, d.verify_ms, d.smoke_ms, d.rpo_seconds, d.sentinel_age_seconds)
+            for d in drilled
+        ),
+    )  # fmt: skip
+
+
+def _checks(drilled: Drilled) -> str:
+    rows = ((c.name, c.passed, c.seen, c.ms) for c in drilled.checks)
+    return f"## {drilled.picked.tenant_id}\n\n" + artifact.table(("check", "held", "seen", "ms"), rows)
+
+
+def _trend(trend: Trend) -> str:
+    """Outcomes and two lines of bars, each from 0 to its largest value; then the figures."""
+    drills = trend.drills[::-1]
+    outcomes = "".join({"pass": "✓", "fail": "✗"}.get(d["outcome"], "?") for d in drills)
+    bars = artifact.table(
+        ("outcome", "RTO", "RPO"),
+        [(outcomes, _bars([d["rto_ms"] for d in drills]), _bars([d["rpo_seconds"] for d in drills]))],
+    )
+    rows = ((d["finished_at"], d["tenant_id"], d["outcome"], d["rto_ms"], d["rpo_seconds"]) for d in drills)
+    return bars + "\n\n" + artifact.table(("at", "tenant", "outcome", "RTO in ms", "RPO in seconds"), rows)
+
+
+def _bars(values: list[float | None]) -> str:
+    most = max((v or 0.0 for v in values), default=0.0) or 1.0
+    return "".join(_BARS[min(7, int(8 * (v or 0.0) / most))] for v in values)

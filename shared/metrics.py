@@ -128,6 +128,12 @@ usage_quarantined_segments = Gauge(
     registry=_registry,
     multiprocess_mode="mostrecent",
 )
+usage_stuck_segments = Gauge(
+    "engram_usage_stuck_segments",
+    "Segments that could not be drained for a reason of their own and are tried again. Should be 0.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
 backup_oldest_success_age_seconds = Gauge(
     "engram_backup_oldest_success_age_seconds",
     "Age of the last good backup of the active tenant whose last good backup is oldest; without one, its own age.",

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         default=True, description="download what was uploaded to S3; false trusts the store's check of s3_checksum"
     )
     object_store_single_put_bytes: int = Field(
-        default=33_554_432, ge=0, le=5_000_000_000, description="one conditional request up to here, parts above"
+        default=16_777_216, ge=0, le=5_000_000_000, description="one conditional request up to here, parts above"
     )
     object_store_part_bytes: int = Field(default=8_388_608, ge=5_242_880, description="all but the last are equal")
 
@@ -180,6 +180,10 @@ class Settings(BaseSettings):
     backup_force_days: float = Field(
         default=7.0, ge=0, description="an unchanged tenant is stored anew when its last backup is older"
     )
+
+    # Restore tests: shared/selection.py
+    restore_test_share: float = Field(default=0.1, gt=0, le=1, description="of the tenants, drilled by one weekly run")
+    restore_test_least: int = Field(default=4, ge=1, description="drills of a run, however few tenants there are")
 
     # Restore
     lease_seconds: float = Field(default=30.0, gt=0)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
+from random import randrange
 from typing import Any
 
 import sqlite_utils
 
-from shared import snapshot
+from shared import pack, snapshot
 from shared.engine import memories, schema, search
 from shared.engine.database import TenantDatabase, connect
-from shared.errors import CorruptDatabase, EngramError, SchemaTooNew, UnknownMemory
+from shared.errors import CorruptBackup, CorruptDatabase, EngramError, SchemaTooNew, UnknownMemory
 from shared.tenant import TenantPaths
 
+_CLOCK_STEP_SECONDS = 300  # a clock that was set back between a write and the snapshot
 FILE_CHECKS = ("sha256", "whole", "manifest")
 
 
@@ -58,7 +61,7 @@ def check_file(file: Path, tenant_id: str, manifest: dict[str, Any]) -> list[Che
 
     def whole() -> str:
         found.update(snapshot.inspect(file, tenant_id).as_dict())
-        return f"schema v{found['schema_version']}, integrity ok, foreign keys ok"
+        return f"tenant {tenant_id}, schema v{found['schema_version']}, integrity ok, foreign keys ok"
 
     def counts() -> str:
         wrong = [f"{k}: {v}, manifest {manifest.get(k)}" for k, v in found.items() if manifest.get(k) != v]
@@ -72,7 +75,36 @@ def check_file(file: Path, tenant_id: str, manifest: dict[str, Any]) -> list[Che
         return [Check("schema", False, str(e), 0.0)]
 
 
-def check_engine(paths: TenantPaths, manifest: dict[str, Any]) -> list[Check]:
+def check_flipped_byte(file: Path, sha256: str) -> Check:
+    """One byte of a copy of the file is flipped on its way through the gate that a restore uses: it must be refused.
+
+    Raises what the disk raises.
+    """
+    started = time.perf_counter()
+    size = file.stat().st_size
+    at = randrange(size)
+
+    def chunks() -> Iterator[bytes]:
+        with file.open("rb") as source:
+            position = 0
+            while chunk := bytearray(source.read(1 << 20)):
+                if 0 <= at - position < len(chunk):
+                    chunk[at - position] ^= 1 << randrange(8)
+                position += len(chunk)
+                yield bytes(chunk)
+
+    flipped = file.with_name(file.name + ".flipped")
+    try:
+        pack.receive(chunks(), flipped, sha256, name="a copy with one bit flipped")
+    except CorruptBackup:
+        seen, passed = f"refused: one bit of byte {at} of {size} flipped", True
+    else:
+        flipped.unlink()
+        seen, passed = f"accepted with byte {at} of {size} changed: sha256 is not compared", False
+    return Check("flipped_byte", passed, seen, round((time.perf_counter() - started) * 1000, 3))
+
+
+def check_engine(paths: TenantPaths, manifest: dict[str, Any], taken_at: datetime) -> list[Check]:
     """Checks through this build's own engine, on a tenant directory in the sandbox."""
     database = TenantDatabase(paths)
 
@@ -81,7 +113,12 @@ def check_engine(paths: TenantPaths, manifest: dict[str, Any]) -> list[Check]:
             return "the snapshot is empty: no sentinel"
         with database.read() as connection:
             found = memories.get(connection, manifest["sentinel_id"])
-        return f"newest memory is there, created {found.created_at}"
+        if found.created_at != manifest["sentinel_at"]:
+            raise CorruptDatabase(f"the newest memory was created {found.created_at}, not {manifest['sentinel_at']}")
+        age = (taken_at - datetime.fromisoformat(found.created_at)).total_seconds()
+        if age < -_CLOCK_STEP_SECONDS:
+            raise CorruptDatabase(f"the newest memory is {-age:.0f} s younger than the snapshot")
+        return f"newest memory is there, created {found.created_at}, {age:.0f} s before the snapshot"
 
     def fts() -> str:
         with database.write() as connection:

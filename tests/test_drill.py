@@ -6,11 +6,13 @@ import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from shared import catalogue, drill, registry, smoke
+from shared import catalogue, drill, keys, registry, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.drill import Drilled
@@ -35,9 +37,9 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def run(world: World, objects: ObjectStore | None = None) -> Drilled:
-    picked = drill.pick(world.control_plane, world.tenant_id)
+    (picked,) = drill.select(world.control_plane, world.settings, tenant_id=world.tenant_id)
     with drill.sandbox(world.settings) as directory:
-        tested = drill.run(drill.fetch(objects or world.objects, picked, directory))
+        tested = drill.run(drill.fetch(objects or world.objects, picked, directory, world.control_plane))
     return drill.record(world.control_plane, tested)
 
 
@@ -65,7 +67,7 @@ def test_a_good_backup_passes_every_check_and_nothing_else_is_touched(backed: Wo
     tested = run(backed)
     assert (tested.outcome, failed(tested)) == ("pass", [])
     assert [c.name for c in tested.checks] == [
-        *("sha256", "whole", "manifest", "schema", "sentinel", "full_text", "create_search_get")
+        *("sha256", "flipped_byte", "whole", "manifest", "schema", "sentinel", "full_text", "create_search_get")
     ]
     assert tree(backed.settings.tenants_dir) == before
     assert list(backed.settings.sandbox_dir.iterdir()) == []
@@ -180,7 +182,7 @@ def test_a_store_that_fails_in_the_middle_of_a_download_is_inconclusive(
     def broken(*_: object, **__: object) -> int:
         raise ObjectStoreUnavailable("cut off")
 
-    monkeypatch.setattr(backed.objects, "download", broken)
+    monkeypatch.setattr(backed.objects, "chunks", broken)
     assert run(backed).outcome == "inconclusive"
     assert status(backed) == "available"
 
@@ -190,10 +192,11 @@ def test_the_next_tenant_is_the_one_never_drilled_then_the_one_drilled_longest_a
 ) -> None:
     """Every backup gets its turn, whatever the order of names; what cannot be drilled is passed over."""
     url = new_database()
-    with ControlPlane(settings_in(tmp_path, url)) as control_plane:
+    settings = settings_in(tmp_path, url)
+    with ControlPlane(settings) as control_plane:
         control_plane.migrate()
         with pytest.raises(UnknownBackup):
-            drill.pick(control_plane)
+            drill.select(control_plane, settings)
         worlds = {w.tenant_id: w for w in (new_world(tmp_path, url, control_plane) for _ in range(5))}
         first, second, third, bare, suspended = worlds
         for tenant_id in (first, second, third, suspended):
@@ -201,25 +204,86 @@ def test_the_next_tenant_is_the_one_never_drilled_then_the_one_drilled_longest_a
         registry.suspend(control_plane, suspended)
         order = []
         for _ in range(4):
-            picked = drill.pick(control_plane)
+            (picked,) = drill.select(control_plane, settings, count=1)
             order.append(picked.tenant_id)
             run(worlds[picked.tenant_id])
         assert order == [first, second, third, first]
         assert bare not in order
-        assert drill.pick(control_plane, suspended).reason == "asked for"
+        assert drill.select(control_plane, settings, tenant_id=suspended)[0].reason == "asked for"
         with pytest.raises(UnknownBackup):
-            drill.pick(control_plane, bare)
+            drill.select(control_plane, settings, tenant_id=bare)
 
 
 def test_an_inconclusive_test_does_not_use_up_a_tenants_turn(new_database: Callable[[], str], tmp_path: Path) -> None:
     """Otherwise an outage on drill day leaves a tenant untested for a whole round."""
     url = new_database()
-    with ControlPlane(settings_in(tmp_path, url)) as control_plane:
+    settings = settings_in(tmp_path, url)
+    with ControlPlane(settings) as control_plane:
         control_plane.migrate()
         one, other = (new_world(tmp_path, url, control_plane) for _ in range(2))
         for world in (one, other):
             world.back_up()
-        picked = drill.pick(control_plane)
+        (picked,) = drill.select(control_plane, settings, count=1)
         check = smoke.Check("sha256", False, "unreachable", 1.0)
-        drill.record(control_plane, Drilled(picked, (check,), "inconclusive", 1.0, 1.0))
-        assert drill.pick(control_plane).tenant_id == picked.tenant_id == one.tenant_id
+        silent = Drilled(picked, (check,), "inconclusive", datetime.now(UTC), 1.0, 0.0, 0.0, 0.0, 1.0, None)
+        drill.record(control_plane, drill.record(control_plane, silent))  # twice is once
+        (again,) = drill.select(control_plane, settings, count=1)
+        assert again.tenant_id == picked.tenant_id == one.tenant_id
+        two = drill.select(control_plane, settings)
+        assert {p.tenant_id for p in two} == {one.tenant_id, other.tenant_id}
+        seen = drill.trend(control_plane)
+        assert [d["outcome"] for d in seen.drills] == ["inconclusive"]
+        assert (seen.never, seen.never_total) == ([one.tenant_id, other.tenant_id], 2)
+        row = control_plane.row("fleet_ages")
+        assert row is not None and row["drill_age_seconds"] > 0 and row["drill_last_age_seconds"] is None
+        run(one)
+        row = control_plane.row("fleet_ages")
+        assert row is not None and row["drill_age_seconds"] > row["drill_last_age_seconds"] >= 0  # the other's age
+        assert drill.trend(control_plane).never == [other.tenant_id]
+
+
+def test_an_older_recovery_point_is_drilled_by_its_id_and_its_rpo_is_its_own_age(backed: World) -> None:
+    """Any point must work, not only the newest."""
+    old = catalogue.newest(backed.control_plane, backed.tenant_id)
+    backed.write("three")
+    backed.back_up()
+    (picked,) = drill.select(
+        backed.control_plane, backed.settings, tenant_id=backed.tenant_id, backup_id=str(old.backup_id)
+    )
+    with drill.sandbox(backed.settings) as directory:
+        tested = drill.run(drill.fetch(backed.objects, picked, directory, backed.control_plane))
+        assert list(directory.iterdir()) == []
+    assert (tested.outcome, tested.picked.backup.backup_id) == ("pass", old.backup_id)
+    assert tested.rpo_seconds == pytest.approx((tested.started_at - old.ts).total_seconds(), abs=0.01)
+    assert tested.sentinel_age_seconds is not None and tested.sentinel_age_seconds >= tested.rpo_seconds
+    parts = (tested.download_ms, tested.decrypt_ms, tested.verify_ms, tested.smoke_ms)
+    assert tested.rto_ms == pytest.approx(sum(parts), abs=0.01) and min(tested.verify_ms, tested.smoke_ms) > 0
+
+
+def test_a_gate_that_lets_a_changed_byte_through_fails_the_drill(
+    backed: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate is tested too: a restore that compares no sha256 must not stay unseen."""
+    (picked,) = drill.select(backed.control_plane, backed.settings, tenant_id=backed.tenant_id)
+    with drill.sandbox(backed.settings) as directory:
+        fetched = drill.fetch(backed.objects, picked, directory, backed.control_plane)
+        assert fetched.checks[-1].passed and "refused" in fetched.checks[-1].seen
+        monkeypatch.setattr(smoke.pack, "receive", lambda _c, destination, *_, **__: destination.touch())
+        assert fetched.file is not None
+        assert not smoke.check_flipped_byte(fetched.file, picked.backup.sha256).passed
+
+
+def test_an_encrypted_backup_is_decrypted_and_its_time_is_told(world: World) -> None:
+    """RTO is split: a slow key is not a slow store."""
+    master, _ = keys.new_master()
+    settings = world.settings.model_copy(
+        update={"backup_compression": "zstd", "backup_encryption": "age", "backup_master_key": SecretStr(master)}
+    )
+    sealed = World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
+    sealed.write("one")
+    sealed.back_up()
+    tested = run(sealed)
+    assert (tested.outcome, failed(tested)) == ("pass", [])
+    assert "decryption" in [c.name for c in tested.checks]
+    keys.erase(sealed.control_plane, sealed.tenant_id)
+    assert run(sealed).outcome == "inconclusive"

@@ -147,26 +147,65 @@ SELECT restore_id, tenant_id, backup_id, kind, state, fence_epoch, from_generati
        error, created_at, finished_at
 FROM restores WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
 
--- name: drill_pick
-SELECT t.tenant_id
+-- name: drill_candidates
+-- Every active tenant that has a backup to drill, with what the selection looks at (shared/selection.py).
+SELECT t.tenant_id, t.machine_id, t.created_at, b.size_bytes, b.schema_version, d.finished_at AS drilled_at,
+       d.schema_version AS drilled_schema_version, coalesce(d.outcome = 'fail', false) AS failed,
+       coalesce(i.count, 0)::int AS inconclusive, i.tried_at, r.restored_at
 FROM tenants t
 JOIN LATERAL (
-    SELECT 1 FROM backups b
-    WHERE b.tenant_id = t.tenant_id AND b.status = 'available' AND b.verified_at IS NOT NULL LIMIT 1
+    SELECT size_bytes, schema_version FROM backups
+    WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
+    ORDER BY ts DESC LIMIT 1
 ) b ON true
 LEFT JOIN LATERAL (
-    SELECT max(d.finished_at) AS drilled_at FROM restore_tests d
-    WHERE d.tenant_id = t.tenant_id AND d.outcome <> 'inconclusive'
+    SELECT x.finished_at, x.outcome, y.schema_version
+    FROM restore_tests x LEFT JOIN backups y USING (backup_id)
+    WHERE x.tenant_id = t.tenant_id AND x.outcome <> 'inconclusive' ORDER BY x.finished_at DESC LIMIT 1
 ) d ON true
+LEFT JOIN LATERAL (
+    SELECT count(*) AS count, max(finished_at) AS tried_at FROM restore_tests
+    WHERE tenant_id = t.tenant_id AND outcome = 'inconclusive'
+      AND finished_at > coalesce(d.finished_at, '-infinity'::timestamptz)
+) i ON true
+LEFT JOIN LATERAL (
+    SELECT max(finished_at) AS restored_at FROM restores WHERE tenant_id = t.tenant_id AND state = 'restored'
+) r ON true
 WHERE t.state = 'active'
-ORDER BY d.drilled_at ASC NULLS FIRST, t.created_at, t.tenant_id
-LIMIT 1;
+ORDER BY t.tenant_id;
+
+-- name: drill_points
+-- The recovery points of some tenants; `true_until` is the instant up to which each holds all that was written.
+SELECT b.backup_id, b.tenant_id, b.ts, b.kind, coalesce(b.current_at, b.ts) AS true_until,
+       EXISTS (SELECT 1 FROM restore_tests d WHERE d.backup_id = b.backup_id AND d.outcome <> 'inconclusive') AS drilled
+FROM backups b
+WHERE b.tenant_id = ANY (%(tenant_ids)s::text[]) AND b.status = 'available' AND b.verified_at IS NOT NULL
+ORDER BY b.tenant_id, b.ts;
 
 -- name: drill_insert
+-- Twice is once: a reply may be lost.
 INSERT INTO restore_tests (test_id, tenant_id, backup_id, outcome, checks, rto_ms, rpo_seconds, flow_run_id,
-                           started_at, finished_at)
+                           started_at, finished_at, reason, download_ms, decrypt_ms, verify_ms, smoke_ms,
+                           sentinel_age_seconds)
 VALUES (%(test_id)s, %(tenant_id)s, %(backup_id)s, %(outcome)s, %(checks)s, %(rto_ms)s, %(rpo_seconds)s,
-        %(flow_run_id)s, %(started_at)s, clock_timestamp());
+        %(flow_run_id)s, %(started_at)s, clock_timestamp(), %(reason)s, %(download_ms)s, %(decrypt_ms)s,
+        %(verify_ms)s, %(smoke_ms)s, %(sentinel_age_seconds)s)
+ON CONFLICT (test_id) DO NOTHING;
+
+-- name: drill_trend
+-- The last drills, of one tenant or of all, newest first.
+SELECT test_id, tenant_id, outcome, rto_ms, rpo_seconds, finished_at FROM restore_tests
+WHERE %(tenant_id)s::text IS NULL OR tenant_id = %(tenant_id)s::text
+ORDER BY finished_at DESC LIMIT %(limit)s;
+
+-- name: drill_never
+-- Active tenants with a backup and without a drill that passed or failed; `total` counts them all.
+SELECT t.tenant_id, count(*) OVER () AS total FROM tenants t
+WHERE t.state = 'active'
+  AND EXISTS (SELECT 1 FROM backups b
+              WHERE b.tenant_id = t.tenant_id AND b.status = 'available' AND b.verified_at IS NOT NULL)
+  AND NOT EXISTS (SELECT 1 FROM restore_tests d WHERE d.tenant_id = t.tenant_id AND d.outcome <> 'inconclusive')
+ORDER BY t.created_at, t.tenant_id LIMIT %(limit)s;
 
 -- name: fleet_ages
 SELECT
@@ -182,10 +221,20 @@ SELECT
          ORDER BY ts DESC LIMIT 1) b ON true
      WHERE t.state = 'active') AS backup_age_seconds,
     (SELECT count(*) FROM backups WHERE status = 'corrupt') AS backups_corrupt,
-    -- Before the first drill that passed: since the oldest tenant could have been drilled.
-    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - coalesce(
-        (SELECT max(finished_at) FROM restore_tests WHERE outcome = 'pass'),
-        (SELECT min(created_at) FROM tenants WHERE state = 'active')))) AS drill_age_seconds,
+    -- Of the active tenants with a backup the one whose last passed drill is oldest; never passed: since its creation.
+    -- Bounded by the share a weekly run drills (2 / share weeks), so beyond that it says that some tenant is left out.
+    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - min(coalesce(d.finished_at, t.created_at)))
+     FROM tenants t
+     LEFT JOIN LATERAL (
+         SELECT finished_at FROM restore_tests
+         WHERE tenant_id = t.tenant_id AND outcome = 'pass' ORDER BY finished_at DESC LIMIT 1) d ON true
+     WHERE t.state = 'active' AND EXISTS (
+         SELECT 1 FROM backups b
+         WHERE b.tenant_id = t.tenant_id AND b.status = 'available' AND b.verified_at IS NOT NULL)
+    ) AS drill_age_seconds,
+    -- The newest passed drill of all: whether drills are run at all. Null before the first.
+    (SELECT EXTRACT(EPOCH FROM clock_timestamp() - max(finished_at))
+     FROM restore_tests WHERE outcome = 'pass') AS drill_last_age_seconds,
     (SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_locks,
     -- Days after today, in a row, whose partition is there; -1 when today's is not.
     (SELECT min(n) - 1 FROM generate_series(0, 400) AS n
