@@ -173,7 +173,7 @@ class Settings(BaseSettings):
     drain_run_seconds: float = Field(default=60.0, gt=0)
 
     # Backup of all tenants of a machine: shared/fleet.py
-    backup_parallel: int = Field(default=2, ge=1, le=64, description="tenants at a time in one run")
+    backup_parallel: int = Field(default=4, ge=1, le=64, description="tenants at a time in one run")
     backup_staging_bytes: int = Field(
         default=4_294_967_296, ge=1, description="temporary disk of one run; a larger tenant is refused"
     )
