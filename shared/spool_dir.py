@@ -24,7 +24,7 @@ from shared.log import get_logger
 from shared.segment import MAGIC, SegmentContent
 
 _BLOCK_BYTES = 4_096
-_QUARANTINE = "quarantine"
+_QUARANTINE, _STUCK = "quarantine", "stuck"
 _A_PERSON_DECIDES = (_QUARANTINE, "dry-run")
 log = get_logger("spool")
 
@@ -108,6 +108,7 @@ class Survey:
     size_bytes: int
     oldest_age_seconds: float
     quarantined: int
+    stuck: int = 0  # segments that wait to be tried again (`shared.stuck`)
 
 
 class Surveyor:
@@ -119,7 +120,7 @@ class Surveyor:
 
     def look(self) -> Survey:
         """Blocking: a listing, and a stat for each file that is new or still growing."""
-        size_bytes, quarantined = 0, 0
+        size_bytes, quarantined, stuck = 0, 0, 0
         waiting: list[str] = []
         sealed: dict[str, int] = {}
         for entry in _entries(self._directory):
@@ -131,6 +132,7 @@ class Surveyor:
                 kept = list(_entries(entry))
                 used = sum(map(_used, kept))
                 quarantined += len(kept) if name == _QUARANTINE else 0
+                stuck += len(kept) if name == _STUCK else 0
                 waiting += [] if name in _A_PERSON_DECIDES else [k.name for k in kept if k.name.endswith(".seg")]
             else:
                 used = _used(entry)
@@ -138,7 +140,7 @@ class Surveyor:
             size_bytes += used
         self._sealed = sealed
         oldest = min(map(_created, waiting), default=None)
-        return Survey(size_bytes, max(0.0, time.time() - oldest) if oldest is not None else 0.0, quarantined)
+        return Survey(size_bytes, max(0.0, time.time() - oldest) if oldest is not None else 0.0, quarantined, stuck)
 
 
 def survey(directory: Path) -> Survey:

@@ -52,6 +52,7 @@ class SpoolLimit:
         metrics.usage_spool_bytes.set(seen.size_bytes)
         metrics.usage_spool_limit_bytes.set(self._limit_bytes)
         metrics.usage_quarantined_segments.set(seen.quarantined)
+        metrics.usage_stuck_segments.set(seen.stuck)
         level = self._level_at(seen.size_bytes)
         if level != self._level:
             self._say(level, seen.size_bytes)

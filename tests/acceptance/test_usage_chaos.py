@@ -326,6 +326,30 @@ def test_a_client_request_id_sent_a_thousand_times_by_two_tenants_is_two_thousan
     assert (totals["rows"], totals["2xx"]) == (2_000, 2_000)
 
 
+def test_while_postgresql_is_down_requests_are_served_and_their_usage_arrives_afterwards(place: Place) -> None:
+    """Usage waits on disk, the age gauge tells, and nobody has to do anything."""
+    tenant = "outage"
+    registry.create(place.control_plane, place.settings, tenant)
+    time.sleep(1.0)  # every worker reads the tenants three times a second
+    stop, drains = threading.Event(), Drains(place.settings)
+    try:
+        drains.start()
+        place.postgres.child.stop(10)
+        threads, results = at_work([lambda n=n: load(place, [tenant], n, stop) for n in range(2)])  # type: ignore[misc]
+        eventually(lambda: place.gateway.metric("engram_usage_oldest_unflushed_seconds") > 3)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        place.postgres.child.start()
+        place.postgres.child.wait_ready(60)
+        eventually(lambda: not spool_of(place), 60)
+    finally:
+        stop.set()
+        drains.end()
+    totals = check_billed(place, {tenant: [ledgers[tenant] for ledgers in results]})
+    assert totals["5xx"] == totals["requests without an answer"] == 0 and totals["2xx"] > 50
+
+
 def test_producers_drains_and_postgresql_killed_at_random_leave_a_bill_that_is_exact(place: Place) -> None:
     """Acknowledged = rows in PostgreSQL = rollups, per tenant; a request without an answer is there once or not."""
     tenants = [f"chaos-{n}" for n in range(5)]
