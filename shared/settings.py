@@ -177,8 +177,8 @@ class Settings(BaseSettings):
     backup_staging_bytes: int = Field(
         default=4_294_967_296, ge=1, description="temporary disk of one run; a larger tenant is refused"
     )
-    backup_force_days: float = Field(
-        default=7.0, ge=0, description="an unchanged tenant is stored anew when its last backup is older"
+    backup_force_days: int = Field(
+        default=7, ge=0, description="an unchanged tenant is stored anew when its last backup is older"
     )
 
     # Restore tests: shared/selection.py

@@ -154,7 +154,7 @@ def test_a_backup_that_goes_bad_while_the_run_looks_is_replaced_not_skipped(mach
 def test_an_old_backup_is_made_anew_although_nothing_changed(machine: Machine) -> None:
     """Bits rot: every few days a fresh object, whatever the stat says. So it is with `force`."""
     unchanged(machine)
-    assert made(machine.back_up(backup_force_days=0.000001)) == set(machine.tenants)
+    assert made(machine.back_up(backup_force_days=0)) == set(machine.tenants)
     assert made(machine.back_up(machine.run(force=True))) == set(machine.tenants)
 
 

@@ -36,6 +36,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "prefect_worker_limit",
     "restore_generations_kept",
     "backup_compression_level",
+    "backup_parallel",
 }
 
 
