@@ -137,11 +137,14 @@ def _places(good: list[Item], policy: Policy, now: datetime) -> dict[UUID, list[
     for n, item in enumerate(regular[: policy.last], start=1):
         places[item.backup_id].append(f"last {n}")
     for name, bucket_of in _BUCKETS:
-        newest: dict[str, Item] = {}
-        for item in regular:
-            newest.setdefault(bucket_of(item.ts.astimezone(UTC)), item)
-        for bucket, item in list(newest.items())[: getattr(policy, name)]:
+        free, last = getattr(policy, name), ""
+        for item in regular if free else ():
+            if (bucket := bucket_of(item.ts.astimezone(UTC))) == last:
+                continue
+            if not free:
+                break
             places[item.backup_id].append(f"{name} {bucket}")
+            free, last = free - 1, bucket
     for item in good:
         if item.kind == SAFETY and now - item.newest_date < timedelta(days=policy.safety_days):
             places[item.backup_id].append(f"safety for {policy.safety_days} days")
