@@ -19,7 +19,7 @@ CLIENTS = 32
 def test_every_acknowledged_write_of_32_clients_outlives_a_sigkill(stack: Stack) -> None:  # noqa: F811
     """kill -9 under load: each 201 a client saw is in the database, with its content, and metered."""
     tenant = stack.tenant()
-    data_dir = stack.settings.data_dir.parent / "killed"
+    data_dir = stack.settings.data_dir.parent / "killed-writer"
     (data_dir / "tenants").mkdir(parents=True)
     (data_dir / "tenants" / tenant).symlink_to(stack.settings.tenants_dir / tenant)
     acknowledged: dict[str, str] = {}
