@@ -147,13 +147,16 @@ class ObjectStore:
         if self.exists(key):
             raise _Exists
         part_bytes = self.settings.object_store_part_bytes
-        obstore.put(self._store, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=4)
+        obstore.put(self._store, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
+
+    def _local_path(self, root: Path, key: str) -> Path:
+        if any(part in ("", ".", "..") for part in key.split("/")):
+            raise ObjectStoreRefused(f"{key}: not a valid key")
+        return root / key
 
     def _put_local(self, root: Path, key: str, path: Path, sha256: str) -> int:
         """Durable before it has its name: a name is never seen with half a file behind it."""
-        if any(part in ("", ".", "..") for part in key.split("/")):
-            raise ObjectStoreRefused(f"{key}: not a valid key")
-        target = root / key
+        target = self._local_path(root, key)
         with pack.disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             _clear_stale(target.parent)
@@ -247,6 +250,9 @@ class ObjectStore:
 
     def chunks(self, key: str) -> Iterator[Any]:
         """The bytes of an object as they arrive. Raises `CorruptBackup` when it is missing."""
+        if self._local_root is not None:
+            yield from _read(key, self._local_path(self._local_root, key), self._local_root)
+            return
         with _translated(key):
             response = obstore.get(self._store, key)
             expected = response.meta["size"]
@@ -256,6 +262,20 @@ class ObjectStore:
                 yield chunk
             if seen != expected:
                 raise ObjectStoreUnavailable(f"{key}: {seen} of {expected} bytes arrived")
+
+
+def _read(key: str, path: Path, root: Path) -> Iterator[bytes]:
+    """Three times as fast as obstore's stream of a local file."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_READ_BYTES):
+                yield chunk
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        if not root.is_dir():  # the disk is gone, not the backup
+            raise ObjectStoreUnavailable(f"the object store {root} is not there") from e
+        raise CorruptBackup(f"{key}: no such object") from e
+    except OSError as e:
+        raise ObjectStoreUnavailable(f"{key}: {e.strerror}") from e
 
 
 def _clear_stale(directory: Path) -> None:

