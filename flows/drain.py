@@ -1,4 +1,4 @@
-"""The resident process of a machine: the drain, and beside it the sweep of dead restores.
+"""The resident process of a machine: the drain, and beside it the sweep of dead restores and the storage gauge.
 
 It watches the spool and runs the `metering` flow in this process when something waits.
 
@@ -21,6 +21,7 @@ from flows.core import control_plane
 from flows.metering import metering, stopping, watermark
 from shared import log as logs
 from shared import metering as core
+from shared import storage
 from shared import sweep as core_sweep
 from shared.backoff import Backoff
 from shared.errors import ControlPlaneUnavailable, EngramError
@@ -60,9 +61,9 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
     """Look for dead restores from the start on, in a thread: a long drain must not keep a tenant waiting.
 
     The control plane is asked when the disk shows a trace, and once in a lease time: a restore that could not
-    reach it at its end leaves a lease and no trace.
+    reach it at its end leaves a lease and no trace. How many bytes the tenants keep is measured here too.
     """
-    asked_at = float("-inf")
+    asked_at = measured_at = float("-inf")
     while True:
         try:
             if core_sweep.sweep_disk(settings):
@@ -70,7 +71,11 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
             if time.monotonic() - asked_at >= settings.lease_seconds:
                 core_sweep.sweep_records(settings, control_plane())
                 asked_at = time.monotonic()
-        except (EngramError, OSError, psycopg.Error) as e:
+            if time.monotonic() - measured_at >= settings.usage_storage_seconds:
+                measured = storage.measure(control_plane(), settings)
+                measured_at = time.monotonic()
+                log.info("storage_measured", tenants=measured.tenants, storage_bytes=measured.storage_bytes)
+        except _FAULTS as e:
             log.error("sweep_failed", cause=str(e))
         if stop.wait(settings.sweep_seconds):
             return
