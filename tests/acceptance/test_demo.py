@@ -21,6 +21,17 @@ def test_the_demo_holds_on_the_built_in_corpus(stack: Stack) -> None:
     assert len(result["checks"]) > 15
 
 
+def test_the_resident_drain_measures_what_a_tenant_keeps(stack: Stack) -> None:
+    """Storage is billed and limited by a gauge that nobody asks for: it has to appear by itself."""
+    stack.tenant("measured").post("/v1/memories", json={"content": "some bytes"}).raise_for_status()
+    deadline = time.monotonic() + 120
+    statement = "SELECT storage_bytes FROM usage_daily WHERE tenant_id = 'measured' AND storage_bytes IS NOT NULL"
+    while not (rows := stack.rows(statement)):
+        assert time.monotonic() < deadline, "no measurement"
+        time.sleep(1)
+    assert rows[0][0] > 4096
+
+
 def test_a_scheduled_run_starts_by_itself(stack: Stack) -> None:
     """Some versions of Prefect's dependencies leave a healthy-looking server that never schedules anything."""
     stack.tenant("scheduled").post("/v1/memories", json={"content": "backed up by the clock"}).raise_for_status()
