@@ -60,6 +60,7 @@ def add(world: World, age: timedelta, *, kind: str = "scheduled", status: str = 
     file.write_bytes(data)
     sha256 = hashlib.sha256(data).hexdigest()
     world.objects.put_file(key, file, sha256)
+    file.unlink()  # the local store may have linked it
     run_sql(
         world,
         "INSERT INTO backups (backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256, key, kind,"

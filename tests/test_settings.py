@@ -21,6 +21,7 @@ UNITS = {
     "_entries": int,
     "_port": int,
     "_rps": float,
+    "_hours": float,
 }
 COUNTS = {  # a bare number whose noun is the unit
     "control_plane_pool_size",
@@ -37,6 +38,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "restore_generations_kept",
     "backup_compression_level",
     "backup_parallel",
+    "verify_parallel",
 }
 
 
