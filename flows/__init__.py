@@ -6,7 +6,7 @@
 | restore      | on demand (form in the UI) | plan → download → safety-backup → lock → swap → verify → release |
 | restore-undo | on demand                 | plan → copy → lock → swap → verify → release               |
 | sweep        | every minute              | disk → records → runs                                      |
-| restore-test | weekly                    | pick → download → smoke → record                           |
+| restore-test | weekly, a share of the tenants | pick → download → smoke → record                           |
 | metering     | resident drain, on demand | collect → drain → report                                   |
 
 Values are handed from step to step, so Prefect draws the graph from them; nothing travels through globals. Results

@@ -18,7 +18,7 @@ from shared.errors import Permanent, TenantNotActive, UnknownTenant
 from shared.settings import Settings
 from shared.tenant import TenantPaths, check_tenant_id
 
-State = Literal["creating", "active", "suspended"]
+State = Literal["creating", "active", "suspended", "deleting", "deleted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,16 @@ def create(control_plane: ControlPlane, settings: Settings, tenant_id: str, *, p
         machine_id=settings.machine_id,
     )
     tenant = get(control_plane, tenant_id)
+    if tenant.state == "deleted":
+        if not control_plane.execute(
+            "tenant_reuse",
+            tenant_id=tenant_id,
+            plan_id=plan_id,
+            machine_id=settings.machine_id,
+            schema_version=SCHEMA_VERSION,
+        ):
+            raise Permanent(f"tenant {tenant_id} was deleted and backups of it are kept: its id is not free yet")
+        tenant = get(control_plane, tenant_id)
     if tenant.state != "creating":
         raise Permanent(f"tenant {tenant_id} already exists ({tenant.state})")
     if tenant.machine_id != settings.machine_id:
@@ -65,6 +75,8 @@ def get_active(control_plane: ControlPlane, tenant_id: str) -> Tenant:
     tenant = get(control_plane, tenant_id)
     if tenant.state == "creating":
         raise TenantNotActive(f"tenant {tenant_id} is not created yet")
+    if tenant.state in ("deleting", "deleted"):
+        raise TenantNotActive(f"tenant {tenant_id} is {tenant.state}")
     return tenant
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from uuid import UUID
 
-from shared import generation, lease, previous, snapshot
+from shared import generation, lease, previous, registry, snapshot
 from shared.backup import fetch
 from shared.engine import schema
 from shared.engine.database import connect
@@ -146,6 +146,7 @@ def lock(staged: Staged, *, holder: str, reason: str) -> Lease:
         reason=reason,
         seconds=hold.settings.lease_seconds,
     )
+    registry.get_active(hold.control_plane, staged.plan.tenant_id)  # it may have been deleted since the plan
     hold.control_plane.execute("restore_fenced", restore_id=staged.plan.restore_id, epoch=taken.epoch)
     return taken
 

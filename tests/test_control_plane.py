@@ -102,6 +102,8 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
     },
     "fleet_tenants": {"tenant_ids": ["acme"]},
+    "tenant_deletion_begin": {"inventory": Jsonb({}), "deletion_id": uuid4(), "keep_backups": False},
+    "tenant_deletion_finish": {"deletion_id": uuid4(), "erased": True},
     "drill_points": {"tenant_ids": ["acme"]},
     "drill_insert": dict.fromkeys(("download_ms", "decrypt_ms", "verify_ms", "smoke_ms", "sentinel_age_seconds"), 1.5),
     "backups_of_flow_run": {"tenant_ids": ["acme"]},

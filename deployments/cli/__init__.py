@@ -19,6 +19,7 @@ COMMANDS = (
     "stack",
     "tenants",
     "backup",
+    "export",
     "retention",
     "keys",
     "restore",

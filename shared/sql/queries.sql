@@ -38,9 +38,11 @@ SELECT tenant_id, state FROM tenants;
 WITH done AS (DELETE FROM backup_uploads WHERE key = %(key)s)
 INSERT INTO backups (backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
                      stored_sha256, packing, key_id, key, kind, status, manifest, flow_run_id, verified_at)
-VALUES (%(backup_id)s, %(tenant_id)s, %(ts)s, %(schema_version)s, %(size_bytes)s, %(stored_bytes)s, %(sha256)s,
-        %(stored_sha256)s, %(packing)s, %(key_id)s, %(key)s, %(kind)s, 'available', %(manifest)s, %(flow_run_id)s,
-        clock_timestamp())
+SELECT %(backup_id)s, tenant_id, %(ts)s, %(schema_version)s, %(size_bytes)s, %(stored_bytes)s, %(sha256)s,
+       %(stored_sha256)s, %(packing)s, %(key_id)s, %(key)s, %(kind)s, 'available', %(manifest)s, %(flow_run_id)s,
+       clock_timestamp()
+-- Not of a tenant that is deleted meanwhile: FOR SHARE waits for that, or it waits for this.
+FROM tenants WHERE tenant_id = %(tenant_id)s AND state NOT IN ('deleting', 'deleted') FOR SHARE
 ON CONFLICT (key) DO NOTHING;
 
 -- name: backup_get
@@ -120,7 +122,7 @@ SELECT t.tenant_id, r.restore_id, r.to_generation
 FROM tenants t
 LEFT JOIN maintenance_locks l ON l.tenant_id = t.tenant_id AND l.holder IS NOT NULL
 LEFT JOIN restores r ON r.tenant_id = t.tenant_id AND r.state = 'running'
-WHERE t.machine_id = %(machine_id)s
+WHERE t.machine_id = %(machine_id)s AND t.state NOT IN ('deleting', 'deleted')
   AND (l.tenant_id IS NOT NULL
        OR r.created_at < clock_timestamp() - make_interval(secs => %(older_than_seconds)s))
 ORDER BY t.tenant_id, r.created_at;
@@ -709,7 +711,7 @@ ORDER BY backup_id LIMIT %(limit)s;
 -- One that is to go, for this run alone; and whether its tenant can still do without it.
 SELECT b.backup_id, b.tenant_id, b.key, b.status_before,
        coalesce(b.held_until > clock_timestamp(), false) AS held,
-       t.state = 'deleted' OR EXISTS (
+       t.state IN ('deleting', 'deleted') OR EXISTS (
            SELECT 1 FROM backups g
            WHERE g.tenant_id = b.tenant_id AND g.status = 'available' AND g.verified_at IS NOT NULL
              AND (g.kind <> 'safety' OR b.kind = 'safety' OR b.status_before = 'corrupt')
@@ -803,3 +805,58 @@ WHERE backup_id = %(backup_id)s AND status IN ('available', 'corrupt');
 -- name: backup_found_corrupt
 UPDATE backups SET status = 'corrupt', status_at = clock_timestamp(), status_reason = %(reason)s
 WHERE backup_id = %(backup_id)s AND status = 'available';
+
+-- Deletion of tenants (shared/deletion.py).
+
+-- name: tenant_holds
+SELECT backup_id, coalesce(hold_reason, 'by hand') AS hold_reason FROM backups
+WHERE tenant_id = %(tenant_id)s AND status <> 'deleted' AND held_until > clock_timestamp() LIMIT 1;
+
+-- name: tenant_set_deleting
+-- A deleted one too: its kept backups are to go now.
+UPDATE tenants SET state = 'deleting', updated_at = clock_timestamp() WHERE tenant_id = %(tenant_id)s;
+
+-- name: tenant_set_deleted
+UPDATE tenants SET state = 'deleted', updated_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND state = 'deleting';
+
+-- name: tenant_reuse
+-- Only of an id of which nothing is left.
+UPDATE tenants t
+SET state = 'creating', plan_id = %(plan_id)s, machine_id = %(machine_id)s, schema_version = %(schema_version)s,
+    generation = 1, created_at = clock_timestamp(), updated_at = clock_timestamp()
+WHERE t.tenant_id = %(tenant_id)s AND t.state = 'deleted'
+  AND NOT EXISTS (SELECT 1 FROM backups b WHERE b.tenant_id = t.tenant_id AND b.status <> 'deleted')
+  AND NOT EXISTS (SELECT 1 FROM tenant_keys k WHERE k.tenant_id = t.tenant_id);
+
+-- name: tenant_deletion_open
+SELECT deletion_id, inventory FROM tenant_deletions
+WHERE tenant_id = %(tenant_id)s AND finished_at IS NULL FOR UPDATE;
+
+-- name: tenant_deletion_begin
+INSERT INTO tenant_deletions (deletion_id, tenant_id, reason, requested_by, keep_backups, inventory)
+VALUES (%(deletion_id)s, %(tenant_id)s, %(reason)s, %(requested_by)s, %(keep_backups)s, %(inventory)s)
+ON CONFLICT (deletion_id) DO UPDATE SET inventory = EXCLUDED.inventory, keep_backups = EXCLUDED.keep_backups
+RETURNING deletion_id, tenant_id, reason, requested_by, keep_backups, inventory, started_at;
+
+-- name: tenant_deletion_finish
+UPDATE tenant_deletions
+SET receipt = %(receipt)s, receipt_sha256 = %(receipt_sha256)s, erased = %(erased)s, finished_at = clock_timestamp()
+WHERE deletion_id = %(deletion_id)s;
+
+-- name: restores_close_deleted
+-- The deletion holds the tenant's mutex: whoever ran these is gone.
+UPDATE restores SET state = 'failed', error = 'the tenant was deleted', finished_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND state = 'running';
+
+-- name: backups_of_deleted
+UPDATE backups
+SET status_before = status, status = 'deleting', status_reason = 'tenant deleted', status_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND status IN ('available', 'corrupt');
+
+-- name: backups_deleting_of
+SELECT key FROM backups WHERE tenant_id = %(tenant_id)s AND status = 'deleting' ORDER BY key;
+
+-- name: backup_deleted_by_key
+UPDATE backups SET status = 'deleted', status_at = clock_timestamp(), delete_error = NULL
+WHERE key = %(key)s AND status <> 'deleted';
