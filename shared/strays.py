@@ -20,15 +20,7 @@ from uuid import UUID
 from shared import catalogue, keys, pack, snapshot, verify
 from shared.catalogue import Stored
 from shared.control_plane import ControlPlane
-from shared.errors import (
-    CorruptBackup,
-    CorruptDatabase,
-    KeyUnavailable,
-    ObjectLocked,
-    ObjectStoreRefused,
-    SchemaTooNew,
-    Transient,
-)
+from shared.errors import CorruptBackup, CorruptDatabase, EngramError, KeyUnavailable, SchemaTooNew
 from shared.log import get_logger
 from shared.objects import Listed, ObjectStore
 from shared.pack import Packing
@@ -68,7 +60,7 @@ def find(control_plane: ControlPlane, objects: ObjectStore, settings: Settings, 
             listed, of = old[row["key"]], parts[row["key"]]
             try:
                 outcome, cause = _attend(control_plane, objects, settings, listed, of, row, dry_run)
-            except (Transient, ObjectStoreRefused, ObjectLocked, KeyUnavailable) as e:
+            except EngramError as e:  # one object must not keep the others from being looked at
                 outcome, cause = "unread", str(e)
             log.warning("stray_object", key=listed.key, outcome=outcome, cause=cause, dry_run=dry_run)
             yield Stray(listed.key, listed.size_bytes, listed.modified_at, outcome, cause)
@@ -89,6 +81,8 @@ def _attend(
         if not dry_run:
             objects.delete(listed.key)
         return "removed", "its row says deleted" if row["status"] == "deleted" else "its tenant was deleted"
+    if row["tenant_leaving"]:
+        return "listed", "its tenant is being deleted: it gets no row, and goes with the tenant"
     if row["uploading"]:
         return "waiting", "an upload that the tenant's next backup finishes"
     if not row["tenant_known"]:

@@ -102,6 +102,16 @@ def test_an_object_whose_row_says_deleted_goes(own: World) -> None:
     assert own.objects.keys("tenants") == [] and statuses(own) == {gone: "deleted"}
 
 
+def test_a_deleted_tenants_stray_gets_no_row_and_goes_with_the_tenants_backups(own: World) -> None:
+    """A row made now would be missed by the deletion, and would keep what was to be erased."""
+    own.write("one")
+    backup.store(own.objects, backup.take(own.settings, own.tenant_id, own.settings.data_dir))
+    for state, days, expected in (("deleting", 99, "listed"), ("deleted", 1, "listed"), ("deleted", 99, "removed")):
+        run_sql(own, "UPDATE tenants SET state = %s, updated_at = now() - %s", state, timedelta(days=days))
+        assert [s.outcome for s in find(own)] == [expected], (state, days)
+    assert own.objects.keys("tenants") == [] and statuses(own) == {}
+
+
 def test_an_upload_that_its_next_backup_finishes_is_left_to_it(own: World) -> None:
     """It knows the kind and the sha256; adopting would only guess."""
     own.write("one")

@@ -760,6 +760,7 @@ ORDER BY since, tenant_id LIMIT %(limit)s;
 -- name: strays_of
 -- Of these keys those the catalogue does not know, or calls deleted.
 SELECT k.key, b.status, u.key IS NOT NULL AS uploading, t.tenant_id IS NOT NULL AS tenant_known,
+       coalesce(t.state IN ('deleting', 'deleted'), false) AS tenant_leaving,
        coalesce(t.state = 'deleted' AND t.updated_at < clock_timestamp() - make_interval(days => %(deleted_days)s),
                 false) AS tenant_gone
 FROM unnest(%(keys)s::text[], %(tenant_ids)s::text[]) AS k (key, tenant_id)
