@@ -170,7 +170,7 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: 
     try:
         got = backup.fetch(objects, chosen, file, control_plane)
     except CorruptBackup as e:
-        failure = str(e)
+        failure, inconclusive = str(e), _given_up(control_plane, chosen)
     except (Transient, ObjectStoreRefused, KeyUnavailable, OSError) as e:
         failure, inconclusive = str(e), True
     ms = round((time.perf_counter() - clock) * 1000, 3)
@@ -188,6 +188,12 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: 
     except (Transient, OSError) as e:  # no room for a second copy
         checks, inconclusive = (*checks, Check("flipped_byte", False, str(e), 0.0)), True
     return Fetched(picked, directory, file, checks, inconclusive, started_at, got.download_ms, decrypt_ms, got.write_ms)
+
+
+def _given_up(control_plane: ControlPlane | None, chosen: Backup) -> bool:
+    """Whether retention or a deletion has taken the backup since it was picked: that says nothing against it."""
+    row = control_plane.row("backup_get", backup_id=chosen.backup_id) if control_plane is not None else None
+    return row is not None and row["status"] in ("deleting", "deleted")
 
 
 def run(fetched: Fetched) -> Drilled:

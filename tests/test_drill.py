@@ -287,3 +287,14 @@ def test_an_encrypted_backup_is_decrypted_and_its_time_is_told(world: World) -> 
     assert "decryption" in [c.name for c in tested.checks]
     keys.erase(sealed.control_plane, sealed.tenant_id)
     assert run(sealed).outcome == "inconclusive"
+
+
+def test_a_backup_that_retention_took_after_it_was_picked_says_nothing(backed: World) -> None:
+    """Its object is gone because it was given up: a failed drill would wake somebody for nothing."""
+    (picked,) = drill.select(backed.control_plane, backed.settings, tenant_id=backed.tenant_id)
+    with backed.control_plane.transaction() as connection:
+        connection.execute("UPDATE backups SET status = 'deleting', status_before = 'available'")
+    backed.objects.delete(picked.backup.key)
+    with drill.sandbox(backed.settings) as directory:
+        tested = drill.run(drill.fetch(backed.objects, picked, directory, backed.control_plane))
+    assert (tested.outcome, failed(tested)) == ("inconclusive", ["sha256"])
