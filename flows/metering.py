@@ -32,6 +32,22 @@ stopping = threading.Event()  # the process that holds this run wants to end
 watermark = Watermark()
 
 
+class Heart:
+    """Beats while a run of this process drains: one that waits for a Prefect server that does not answer is silent."""
+
+    def __init__(self) -> None:
+        self.beat()
+
+    def beat(self) -> None:
+        self._at = time.monotonic()
+
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._at
+
+
+heart = Heart()
+
+
 class Taken(Receipt, frozen=True):
     """What a run drained; `error` is why it ended early."""
 
@@ -54,6 +70,7 @@ def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> Ta
     end = time.monotonic() + run_seconds
     quiet_since = time.monotonic()
     while True:
+        heart.beat()
         pause = min(settings.drain_poll_seconds, linger_seconds)
         try:
             before, total = len(drained), len(drained) + len(segments)
@@ -61,6 +78,7 @@ def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> Ta
                 progress = artifact.Progress("metering-progress", "segments drained of those that waited")
             for one in core.drain(control_plane(), settings, segments):
                 drained.append(one)
+                heart.beat()
                 quiet_since = time.monotonic()
                 if progress is not None:
                     progress.show(len(drained), total)

@@ -92,7 +92,7 @@ def reconcile(
 
     Changes nothing by itself. --repair makes the rollups of the named days what their events say.
     """
-    from shared import correction
+    from shared import correction, log
     from shared import reconcile as core
     from shared.errors import Permanent
 
@@ -105,6 +105,7 @@ def reconcile(
     if repair and (start is None or end is None or not reason):
         raise typer.BadParameter("--repair wants --from, --to and --reason")
     with beside.control_plane() as (settings, control_plane):
+        log.configure(settings.log_level)  # to stderr: stdout is the result's
         books = core.reconcile(control_plane, settings, first, last)
         repaired = []
         if repair:
@@ -133,11 +134,12 @@ def usage_import(
     as_json: Json = False,
 ) -> None:
     """Bring usage events from a file into the books, through the drain: each event once, with a record of why."""
-    from shared import correction
+    from shared import correction, log
 
     if not reason.strip():
         raise typer.BadParameter("--reason must say something")
     with beside.control_plane() as (settings, control_plane):
+        log.configure(settings.log_level)  # to stderr: stdout is the result's
         words = {"reason": reason, "requested_by": _person()}
         found = correction.bring_in(control_plane, settings, file, apply=not dry_run, **words)
         drained = _wait_for(control_plane, found.segments)
