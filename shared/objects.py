@@ -6,9 +6,8 @@ overwritten: an earlier try of ours that arrived is recognised by its content.
 
 "Whole" is proven twice in S3. Every request carries x-amz-checksum-sha256, which the store compares with what it
 received (SeaweedFS refuses a flipped byte with BadDigest, a part's as well; without the header it keeps it), and the
-object is read back and hashed; `object_store_read_back` can switch the second off. A local store hashes the bytes as
-it writes them and fsyncs: reading them again would ask the page cache. Where the file lies on the store's own
-filesystem it is not copied at all: the store gets a link to it.
+object is read back and hashed; `object_store_read_back` can switch the second off. A local store is
+`shared.local_objects`.
 
 obstore retries 5xx, 429 and connection errors itself; a conditional put is not retried there on a time-out (the reply
 may be lost, the object may exist), so that loop is here, and bounded by `object_store_retry_timeout_seconds`. obstore
@@ -22,16 +21,13 @@ looked for first; it carries microseconds and a tenant has one writer).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
-import os
 import random
 import re
-import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,7 +43,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store
 
-from shared import pack
+from shared import local_objects, pack
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.pack import Progress
@@ -57,7 +53,6 @@ if TYPE_CHECKING:
     from obstore.store import S3Config  # a type only, not importable at run time
 
 _READ_BYTES = 1 << 20
-_STALE_SECONDS = 86_400.0  # a local store's half-written file of a process that died
 _THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExceeded")
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
@@ -103,7 +98,7 @@ class ObjectStore:
         `ObjectStoreRefused`, `CorruptBackup` when what was stored is again and again not what was sent, `NoSpace`.
         """
         if self._local_root is not None:
-            return self._put_local(self._local_root, key, path, sha256)
+            return local_objects.put(self._local_root, key, path, sha256)
         deadline = time.monotonic() + self.settings.object_store_retry_timeout_seconds
         for attempt in itertools.count():
             try:
@@ -148,43 +143,6 @@ class ObjectStore:
             raise _Exists
         part_bytes = self.settings.object_store_part_bytes
         obstore.put(self._store, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
-
-    def _local_path(self, root: Path, key: str) -> Path:
-        if any(part in ("", ".", "..") for part in key.split("/")):
-            raise ObjectStoreRefused(f"{key}: not a valid key")
-        return root / key
-
-    def _put_local(self, root: Path, key: str, path: Path, sha256: str) -> int:
-        """Durable before it has its name: a name is never seen with half a file behind it."""
-        target = self._local_path(root, key)
-        with pack.disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _clear_stale(target.parent)
-            # A name obstore does not list.
-            staged = target.with_name(f"{target.name}#{secrets.randbelow(10**12)}")
-            try:
-                try:
-                    os.link(path, staged)
-                    digest, size = (sha256, path.stat().st_size)
-                except OSError as e:
-                    if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                        raise
-                    digest, size = _copy(path, staged)
-                if digest != sha256:
-                    raise CorruptBackup(f"{key}: the file sent has another sha256 than it was said to have")
-                fsync_path(staged)
-                try:
-                    os.link(staged, target)
-                except FileExistsError:
-                    if self.sha256(key)[0] != sha256:
-                        raise KeyTaken(f"{key} already exists with other content") from None
-            finally:
-                staged.unlink(missing_ok=True)
-            for directory in target.parents:
-                fsync_path(directory)
-                if directory == root:
-                    break
-        return size
 
     def download(self, key: str, destination: Path, sha256: str, *, progress: Progress | None = None) -> int:
         """Write the object to `destination` (replaced), fsynced; return its size in bytes.
@@ -251,7 +209,7 @@ class ObjectStore:
     def chunks(self, key: str) -> Iterator[Any]:
         """The bytes of an object as they arrive. Raises `CorruptBackup` when it is missing."""
         if self._local_root is not None:
-            yield from _read(key, self._local_path(self._local_root, key), self._local_root)
+            yield from local_objects.read(self._local_root, key)
             return
         with _translated(key):
             response = obstore.get(self._store, key)
@@ -262,40 +220,6 @@ class ObjectStore:
                 yield chunk
             if seen != expected:
                 raise ObjectStoreUnavailable(f"{key}: {seen} of {expected} bytes arrived")
-
-
-def _read(key: str, path: Path, root: Path) -> Iterator[bytes]:
-    """Three times as fast as obstore's stream of a local file."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            while chunk := file.read(_READ_BYTES):
-                yield chunk
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        if not root.is_dir():  # the disk is gone, not the backup
-            raise ObjectStoreUnavailable(f"the object store {root} is not there") from e
-        raise CorruptBackup(f"{key}: no such object") from e
-    except OSError as e:
-        raise ObjectStoreUnavailable(f"{key}: {e.strerror}") from e
-
-
-def _clear_stale(directory: Path) -> None:
-    for entry in directory.glob("*#*"):
-        with suppress(FileNotFoundError):
-            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-                entry.unlink()
-
-
-def _copy(source: Path, destination: Path) -> tuple[str, int]:
-    """One pass: what is hashed is what is written. Hex sha256 and size in bytes."""
-    digest, size = hashlib.sha256(), 0
-    with source.open("rb") as file, destination.open("xb", buffering=0) as out:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-            view = memoryview(chunk)
-            while view:
-                view = view[out.write(view) :]
-            size += len(chunk)
-    return digest.hexdigest(), size
 
 
 def _denied(e: BaseError) -> bool:

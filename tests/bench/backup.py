@@ -3,7 +3,7 @@
     python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--install-litestream] [--s3]
 
 One database a size; all ways of copying it take turns, round by round, so that whatever else this machine does falls
-on all of them. Read the ratios.
+on all of them. Read the ratios: to_sha256sum and to_openssl are a backup's time by those of the first two ways.
 
     cp + sha256            `cp`, then sha256 of the copy by OpenSSL (hashlib): nothing checked, nothing synced
     cp + sha256sum         the same with coreutils' sha256sum
@@ -298,8 +298,9 @@ def _row(
     parts = {name: round(median(r["seconds"][name] for r in results), 3) for name in results[0]["seconds"]}
     row |= {"seconds": parts.pop("total"), "parts": parts}
     if what == "backup":
-        floor = [r["seconds"]["total"] for r in found[("cp + sha256", "backup", beside)]]
-        row["ratio"] = round(median(r["seconds"]["total"] / f for r, f in zip(results, floor, strict=True)), 2)
+        for name, tool in (("to_sha256sum", "cp + sha256sum"), ("to_openssl", "cp + sha256")):
+            floor = [r["seconds"]["total"] for r in found[(tool, "backup", beside)]]
+            row[name] = round(median(r["seconds"]["total"] / f for r, f in zip(results, floor, strict=True)), 2)
     for name in ("rss_mb", "longest_commit_ms"):
         values = [r[name] for r in results if r.get(name) is not None]
         row |= {name: round(max(values), 1)} if values else {}
@@ -319,7 +320,18 @@ def find_litestream(install: bool) -> str | None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ("megabytes", "beside", "what", "way", "seconds", "ratio", "rss_mb", "longest_commit_ms", "parts")
+    columns = (
+        "megabytes",
+        "beside",
+        "what",
+        "way",
+        "seconds",
+        "to_sha256sum",
+        "to_openssl",
+        "rss_mb",
+        "longest_commit_ms",
+        "parts",
+    )
     table = [[str(row.get(c, "")) if c != "parts" else _parts(row) for c in columns] for row in rows]
     table.sort(key=lambda r: (int(r[0]), r[2], r[1]))
     widths = [max(len(line[i]) for line in [list(columns), *table]) for i in range(len(columns))]
