@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -73,6 +77,29 @@ def test_after_dry_run_is_switched_off_its_segments_are_billed_once_and_only_whe
     [drained] = drain(core_control_plane, wet)
     assert (drained.inserted, drained.duplicates, drained.dry_run) == (5, 2, False)
     check_counted(core_control_plane, tenant_id, [*staged, *billed])
+
+
+def test_the_command_gives_the_segments_back_and_refuses_while_dry_run_is_on(
+    core_control_plane: ControlPlane, dry: Settings, wet: Settings, tenant_id: str
+) -> None:
+    """An operator decides, by one command; with the setting still on it would only go round in a circle."""
+    staged = [event(tenant_id) for _ in range(3)]
+    segment(dry, staged)
+    drain(core_control_plane, dry)
+
+    def engram(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        url = dry.control_plane_url.get_secret_value()
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("ENGRAM_")}
+        environment = kept | {"ENGRAM_DATA_DIR": str(dry.data_dir), "ENGRAM_CONTROL_PLANE_URL": url} | more
+        command = [sys.executable, "-m", "deployments.cli", "usage-dry-runs", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    refused = engram("--bill", ENGRAM_USAGE_DRY_RUN="true")
+    assert refused.returncode == 3 and "ENGRAM_USAGE_DRY_RUN" in refused.stderr
+    assert json.loads(engram("--json").stdout) == {"kept": 1, "given_back": 0}
+    assert json.loads(engram("--bill", "--json").stdout) == {"kept": 0, "given_back": 1}
+    drain(core_control_plane, wet)
+    check_counted(core_control_plane, tenant_id, staged)
 
 
 def test_two_dry_runs_at_once_examine_every_segment(

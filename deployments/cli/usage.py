@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command()(usage)
     app.command()(reconcile)
     app.command("usage-import")(usage_import)
+    app.command("usage-dry-runs")(usage_dry_runs)
 
 
 def usage(
@@ -154,6 +155,27 @@ def usage_import(
         note("waits in the spool: no drain has taken it yet")
     else:
         print_table(tuple(drained), [tuple(drained.values())])
+
+
+def usage_dry_runs(
+    bill: Annotated[
+        bool, typer.Option("--bill", help="Give them back to the drain: each event is billed once.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """How many segments ENGRAM_USAGE_DRY_RUN examined and kept on this machine; with --bill, bill them."""
+    from shared import metering
+    from shared.errors import Refused
+
+    with beside.control_plane() as (settings, _):
+        if bill and settings.usage_dry_run:
+            raise Refused("ENGRAM_USAGE_DRY_RUN is on: the drain would examine them once more")
+        given_back = metering.bill_dry_runs(settings) if bill else 0
+        kept = len(metering.dry_run_segments(settings))
+    if as_json:
+        print_json({"kept": kept, "given_back": given_back})
+        return
+    note(f"{given_back} segments given back to the drain, {kept} kept" if bill else f"{kept} segments kept")
 
 
 def _wait_for(control_plane: ControlPlane, segments: list[str]) -> dict[str, int] | None:
