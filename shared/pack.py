@@ -16,14 +16,14 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import pyrage
 import zstandard
 
-from shared.durable import fsync_path
+from shared.durable import flushed_along, fsync_path
 from shared.errors import CorruptBackup, NoSpace
 from shared.receipt import Receipt
 from shared.settings import Settings
@@ -33,6 +33,7 @@ Identity = pyrage.x25519.Identity
 Progress = Callable[[int], object]
 
 _CHUNK_BYTES = 1 << 20
+_FLUSHED_BYTES = 32 << 20  # a smaller file is flushed at its end
 _WINDOW_BYTES = 8 << 20  # what zstd's level 19 uses; a frame that asks for more is not ours
 
 
@@ -138,7 +139,8 @@ def receive(
     try:
         with disk_errors(destination), destination.open("wb") as file:
             sink.file = file
-            source, unzip_seconds = _unpack(chunks, sink, name, packing, identity)
+            with flushed_along(destination) if size_bytes and size_bytes >= _FLUSHED_BYTES else nullcontext():
+                source, unzip_seconds = _unpack(chunks, sink, name, packing, identity)
             with sink.clock:
                 file.flush()
                 os.fsync(file.fileno())
