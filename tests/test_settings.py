@@ -39,6 +39,8 @@ COUNTS = {  # a bare number whose noun is the unit
     "backup_compression_level",
     "backup_parallel",
     "verify_parallel",
+    "restore_test_share",  # of the tenants, 0 to 1
+    "restore_test_least",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,6 +90,8 @@ def worker() -> None:
         raise Transient(f"no work pool {settings.prefect_work_pool} at {settings.prefect_api_url}: is it deployed?")
     sweep_disk(settings)  # a worker that comes back after a crash finds its tenants in order
     argv = orchestration.worker_argv(settings)
+    # Prefect's worker turns SIGTERM into SIGINT, and would never stop where that is inherited as ignored (`… &`).
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execve(argv[0], argv, {**os.environ, **orchestration.client_environment(settings)})
 
 
