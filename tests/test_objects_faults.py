@@ -39,7 +39,7 @@ def through(proxy: FaultProxy, s3: dict[str, object], tmp_path: Path) -> dict[st
         "object_store_url": f"s3://engram/{tmp_path.name}",
         "object_store_timeout_seconds": 2.0,
         "object_store_retries": 1,
-        "object_store_retry_timeout_seconds": 3.0,
+        "object_store_retry_timeout_seconds": 3.5,
         "object_store_single_put_bytes": 6 << 20,
         "object_store_part_bytes": 5 << 20,
     }
