@@ -84,7 +84,7 @@ class Child:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=partial(_begin, parent, int(self._stop_signal)),
+                    preexec_fn=partial(end_with_parent, parent, int(self._stop_signal)),
                 )
             except OSError as e:
                 raise StartFailed(f"{self.name}: {self._argv[0]}: {e.strerror}") from e
@@ -220,9 +220,3 @@ def _session_members(leader: int) -> list[psutil.Process]:
             if pid != leader and os.getsid(pid) == leader:
                 found.append(psutil.Process(pid))
     return found
-
-
-def _begin(parent_pid: int, number: int) -> None:
-    """In the child. A shell's `… &` has us ignore SIGINT, and a child that inherits that cannot be stopped by it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    end_with_parent(parent_pid, number)
