@@ -69,7 +69,7 @@ class Load:
             time.sleep(0.005)
 
     def _read(self, _number: int) -> None:
-        for memory_id in list(self.acknowledged)[-5:]:
+        for memory_id in list(self.acknowledged.copy())[-5:]:
             answer = self.client.get(f"/v1/memories/{memory_id}")
             self._count(answer, "read", 200, 404)  # 404: a restore took it back
             self.reads += answer.status_code == 200
@@ -86,7 +86,7 @@ class Load:
             self.wrong.append(f"{what}: {answer.status_code} {answer.text[:200]}")
 
     def sent_and_answered(self, since: float, until: float) -> set[str]:
-        return {i for i, (sent, answered) in list(self.acknowledged.items()) if sent >= since and answered <= until}
+        return {i for i, (sent, answered) in self.acknowledged.copy().items() if sent >= since and answered <= until}
 
 
 def ids_of(file: Path) -> set[str]:
@@ -124,7 +124,7 @@ def test_twenty_restores_under_load_lose_no_acknowledged_write(stack: Stack, bes
             ended = time.monotonic()
             windows.append((began, ended))
             wait_until(lambda at=ended: bool(busy.sent_and_answered(at, time.monotonic())))  # type: ignore[misc]
-            known = dict(busy.acknowledged)
+            known = busy.acknowledged.copy()
             bak, live = ids_of(root / "engram.db.bak"), ids_of(root / "engram.db")
 
             before = active | busy.sent_and_answered(released_at, began)
