@@ -11,10 +11,10 @@ from typing import Any
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
+from shared.ids import new_id
 from shared.pack import PLAIN, Packing, PackingName
 from shared.receipt import Receipt
 from shared.snapshot import Snapshot
@@ -64,7 +64,7 @@ def register(
     snapshot = stored.snapshot
     control_plane.execute(
         "backup_insert",
-        backup_id=UUID(int=uuid7().int),
+        backup_id=new_id(),
         tenant_id=snapshot.tenant_id,
         ts=snapshot.ts,
         schema_version=snapshot.manifest.schema_version,

@@ -30,13 +30,13 @@ from typing import Any
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from shared import generation, keys, lease, registry
 from shared.control_plane import ControlPlane, rows
 from shared.durable import fsync_path
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
 from shared.fence import Fence, Mark, RestoreMutex
+from shared.ids import new_id
 from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
@@ -107,7 +107,7 @@ def delete(
     except LeaseHeld as e:
         raise Refused(f"{e}; nothing was deleted") from e
     try:
-        holder = f"delete {UUID(int=uuid7().int)}"
+        holder = f"delete {new_id()}"
         _lease(settings, control_plane, tenant_id, holder, reason)
         try:
             inventory = look(settings, control_plane, objects, tenant_id)
@@ -151,7 +151,7 @@ def _begin(
         return rows(
             connection,
             "tenant_deletion_begin",
-            deletion_id=begun[0]["deletion_id"] if begun else UUID(int=uuid7().int),
+            deletion_id=begun[0]["deletion_id"] if begun else new_id(),
             tenant_id=tenant_id,
             reason=reason,
             requested_by=requested_by,
@@ -166,7 +166,7 @@ def _remove_files(settings: Settings, paths: TenantPaths, holder: str) -> None:
     fence = Fence(paths, Mark(paths.tenant_id, holder, 0, number, number, time.time()))
     try:
         fence.raise_(settings.restore_drain_timeout_seconds)
-        os.rename(paths.root, paths.root.with_name(f".deleting-{paths.tenant_id}.{uuid7().hex}"))
+        os.rename(paths.root, paths.root.with_name(f".deleting-{paths.tenant_id}.{new_id().hex}"))
         fsync_path(settings.tenants_dir)
         for directory in _trash(paths):
             shutil.rmtree(directory)

@@ -27,12 +27,12 @@ from typing import Any, Literal
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from uuid6 import uuid7
 
 from shared import backup, catalogue, generation, registry, selection, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, KeyUnavailable, ObjectStoreRefused, Permanent, Transient, UnknownBackup
+from shared.ids import new_id
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
 from shared.selection import Candidate, Point
@@ -151,7 +151,7 @@ def select(
 
 
 def _picked(chosen: Backup, reason: str, true_until: datetime) -> Picked:
-    return Picked(UUID(int=uuid7().int), chosen.tenant_id, chosen, reason, true_until)
+    return Picked(new_id(), chosen.tenant_id, chosen, reason, true_until)
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
-from uuid6 import uuid7
 
 from shared import backup, fingerprint
 from shared.control_plane import ControlPlane
@@ -48,6 +47,7 @@ from shared.errors import (
     Transient,
 )
 from shared.fingerprint import Seen
+from shared.ids import new_id
 from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.pack import Packing
@@ -138,7 +138,7 @@ def holding(settings: Settings, run: Run) -> Iterator[None]:
 
 
 def new_run_id() -> str:
-    return str(UUID(int=uuid7().int))
+    return str(new_id())
 
 
 def unfinished(control_plane: ControlPlane, settings: Settings, shard: int = 0, shards: int = 1) -> str:

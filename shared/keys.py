@@ -21,10 +21,10 @@ from typing import Any
 from uuid import UUID
 
 import pyrage
-from uuid6 import uuid7
 
 from shared.control_plane import ControlPlane
 from shared.errors import KeyUnavailable
+from shared.ids import new_id
 from shared.pack import Identity
 from shared.receipt import Receipt
 from shared.settings import Settings
@@ -106,7 +106,7 @@ def current(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> 
     master = Master(settings)
     row = control_plane.row("tenant_key_current", tenant_id=check_tenant_id(tenant_id))
     if row is None:
-        key_id, identity = UUID(int=uuid7().int), Identity.generate()
+        key_id, identity = new_id(), Identity.generate()
         row = control_plane.row(
             "tenant_key_insert",
             key_id=key_id,

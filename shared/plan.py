@@ -7,14 +7,13 @@ from datetime import UTC, datetime
 from typing import Literal
 from uuid import UUID
 
-from uuid6 import uuid7
-
 from shared import catalogue, previous, registry
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.engine import schema
 from shared.engine.database import TenantDatabase
 from shared.errors import EngramError, Permanent
+from shared.ids import new_id
 from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.tenant import TenantPaths
@@ -123,7 +122,7 @@ def _weigh(
         error = str(e)
     window = control_plane.row("restore_window")
     return Plan(
-        restore_id=UUID(int=uuid7().int),
+        restore_id=new_id(),
         tenant_id=tenant_id,
         kind="undo" if backup is None else "restore",
         backup=backup,
