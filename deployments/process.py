@@ -62,7 +62,6 @@ class Child:
         self._before_start = before_start
         self._popen: subprocess.Popen[bytes] | None = None
         self.created_at = 0.0
-        self.restarts = 0
 
     @property
     def pid(self) -> int:

@@ -83,16 +83,6 @@ def pending(settings: Settings) -> list[Path]:
     return spool.sealed(settings.spool_dir)
 
 
-def drain_segment(control_plane: ControlPlane, settings: Settings, path: Path) -> Drained:
-    """Drain one sealed segment and remove it. Raises `ControlPlaneUnavailable` or what is wrong with the segment; it
-    stays then.
-
-    A segment that another drainer has just removed counts as nothing.
-    """
-    segment = _read(settings, path)
-    return _finish(control_plane, settings, segment, segment.batch.copy_rows())
-
-
 def drain(control_plane: ControlPlane, settings: Settings, paths: Iterable[Path]) -> Iterator[Drained]:
     """Drain segments in this order; what comes next is read and encoded while PostgreSQL has what was before.
 

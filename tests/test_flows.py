@@ -142,8 +142,11 @@ def test_a_metering_run_drains_the_spool_once(flow_world: World) -> None:
     first, second = metering(return_state=True), metering(return_state=True)
     assert outcome(first)["inserted"] == 25 and outcome(second)["events"] == 0
     assert "25 of 25 events were new" in artifact_of(first)
-    row = flow_world.control_plane.row("usage_event_count", tenant_id=flow_world.tenant_id)
-    assert row is not None and row["count"] == 25
+    with flow_world.control_plane.transaction() as connection:
+        counted = connection.execute(
+            "SELECT count(*) AS n FROM usage_events WHERE tenant_id = %s", (flow_world.tenant_id,)
+        ).fetchone()
+    assert counted == {"n": 25}
 
 
 def test_a_retention_run_shows_what_it_would_drop_then_drops_it_and_is_red_for_what_it_must_keep(

@@ -207,7 +207,7 @@ def _tables(plan: Any) -> Iterator[str]:
 def test_every_query_over_single_events_was_asked_whether_it_prunes() -> None:
     """A new query must join the list above."""
     reading = {name for name, text in queries().items() if "FROM usage_events" in text}
-    assert reading - PRUNED.keys() == {"usage_event_count"}  # of a tenant over all time
+    assert reading <= PRUNED.keys()
 
 
 # --- created ahead, and when they are missing ---

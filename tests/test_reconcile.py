@@ -138,7 +138,7 @@ def test_what_the_gateway_counted_is_compared_with_its_segments(
     worker.kill()
     worker.wait()
     [one, *_] = metering.pending(settings)
-    metering.drain_segment(control_plane, settings, one)
+    list(metering.drain(control_plane, settings, [one]))
     second = books(control_plane, settings).gateway
     assert second is not None and second.agree
     assert (second.drained, second.spooled) == (10, 20)

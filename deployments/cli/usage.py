@@ -164,14 +164,15 @@ def usage_dry_runs(
     as_json: Json = False,
 ) -> None:
     """How many segments ENGRAM_USAGE_DRY_RUN examined and kept on this machine; with --bill, bill them."""
+    from deployments.running import running_settings
     from shared import metering
     from shared.errors import Refused
 
-    with beside.control_plane() as (settings, _):
-        if bill and settings.usage_dry_run:
-            raise Refused("ENGRAM_USAGE_DRY_RUN is on: the drain would examine them once more")
-        given_back = metering.bill_dry_runs(settings) if bill else 0
-        kept = len(metering.dry_run_segments(settings))
+    settings = running_settings()
+    if bill and settings.usage_dry_run:
+        raise Refused("ENGRAM_USAGE_DRY_RUN is on: the drain would examine them once more")
+    given_back = metering.bill_dry_runs(settings) if bill else 0
+    kept = len(metering.dry_run_segments(settings))
     if as_json:
         print_json({"kept": kept, "given_back": given_back})
         return

@@ -384,9 +384,6 @@ DELETE FROM usage_segments WHERE segment IN (
     SELECT segment FROM usage_segments WHERE drained_at < %(before)s LIMIT 10000
 );
 
--- name: usage_event_count
-SELECT count(*) FROM usage_events WHERE tenant_id = %(tenant_id)s;
-
 -- name: quota_usage
 -- Active tenants whose plan limits anything: the limits, and this month's counts until now. In one snapshot with
 -- which of the named segments these counts hold: what is in the others comes on top.
