@@ -191,6 +191,10 @@ class Settings(BaseSettings):
     restore_generations_kept: int = Field(default=1, ge=1, description="databases from before, engram.db.bak included")
     sweep_seconds: float = Field(default=2.0, gt=0, description="how often the resident drain looks for dead restores")
 
+    # Prometheus, asked by reports and diagnoses; empty: they say so and go on with what they have
+    prometheus_url: str = ""
+    prometheus_timeout_seconds: float = Field(default=10.0, gt=0)
+
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
     prefect_port: int = Field(default=4200, ge=0, le=65535)
