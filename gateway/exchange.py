@@ -4,22 +4,20 @@ The edge makes an `Exchange` before anything else runs and hangs it on the ASGI 
 calling, a handler writes how many memories it made, and the edge turns all of it into one usage event, one
 access line and one count.
 
-Request ids are UUIDv7 minted here: their first 48 bits are the time, so usage rows land at one end of the
-index. A client's own id is never a key: it could be repeated, and a repeated key is lost usage.
+Request ids are minted here (`shared.ids`). A client's own id is never a key: it could be repeated, and a repeated key
+is lost usage.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from shared.ids import as_text, mint
 
 SCOPE_KEY = "engram.exchange"
 CLIENT_REQUEST_ID_CHARS = 128
-_RANDOM_BYTES = 10 * 400
-_RANDOM_BITS = (1 << 76) - 1 ^ 3 << 62  # of a UUIDv7 below its version, without its variant
-_VERSION_AND_VARIANT = 7 << 76 | 2 << 62
 
 
 class Exchange:
@@ -49,8 +47,7 @@ class Exchange:
     def __init__(self, method: str, client_request_id: str | None) -> None:
         now_ns = time.time_ns()
         self.key = key = mint(now_ns // 1_000_000)
-        h = key.hex()
-        self.request_id = f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+        self.request_id = as_text(key)
         self.ts_us = now_ns // 1_000
         self.started = time.perf_counter()
         self.method = method
@@ -73,34 +70,6 @@ def exchange_of(scope: Mapping[str, Any]) -> Exchange:
     """The exchange the edge hung on this scope."""
     exchange: Exchange = scope[SCOPE_KEY]
     return exchange
-
-
-def mint(milliseconds: int) -> bytes:
-    """The 16 bytes of a UUIDv7 of that time: 48 bits of time, version 7, 74 random bits."""
-    random = int.from_bytes(_random(), "big")
-    return (milliseconds << 80 | random & _RANDOM_BITS | _VERSION_AND_VARIANT).to_bytes(16, "big")
-
-
-class _Random:
-    """10 random bytes a call, of which the kernel is asked for 400 at a time: asked each time it is a microsecond, and
-    gives Python's lock to any thread that waits for it."""
-
-    def __init__(self) -> None:
-        self._left: Iterator[bytes] = iter(())
-        os.register_at_fork(after_in_child=self._forget)
-
-    def __call__(self) -> bytes:
-        for found in self._left:
-            return found
-        data = os.urandom(_RANDOM_BYTES)
-        self._left = iter([data[at : at + 10] for at in range(0, _RANDOM_BYTES, 10)])
-        return next(self._left)
-
-    def _forget(self) -> None:
-        self._left = iter(())  # or parent and child would mint the same ids
-
-
-_random = _Random()
 
 
 def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

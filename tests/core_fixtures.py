@@ -19,12 +19,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg import sql
-from uuid6 import uuid7
 
 from deployments.postgres import EmbeddedPostgres
 from shared import backup, registry, snapshot
@@ -33,6 +31,7 @@ from shared.control_plane import ControlPlane
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
+from shared.ids import mint
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
@@ -196,10 +195,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def event(tenant_id: str = "acme", *, at: datetime | None = None, **fields: object) -> UsageEvent:
     """One usage event as the edge mints it."""
     at = at or datetime.now(UTC)
-    ms = int(at.timestamp() * 1000)
-    request_id = UUID(int=(ms << 80) | (uuid7().int & ((1 << 80) - 1)))
     values = {
-        "request_id": request_id.bytes,
+        "request_id": mint(int(at.timestamp() * 1000)),
         "tenant_id": tenant_id,
         "route": "/v1/search",
         "status": 200,

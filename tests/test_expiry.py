@@ -16,12 +16,12 @@ from uuid import UUID
 
 import pytest
 from psycopg import sql
-from uuid6 import uuid7
 
 from shared import catalogue, expiry
 from shared.control_plane import Connection, ControlPlane
 from shared.errors import ObjectLocked, ObjectStoreUnavailable, UnknownBackup
 from shared.expiry import Removed
+from shared.ids import new_id
 from shared.objects import ObjectStore
 from shared.tenant import object_key
 from tests.core_fixtures import World, new_world, settings_in
@@ -54,7 +54,7 @@ def run_sql(world: World, statement: str, *parameters: object) -> list[dict[str,
 
 def add(world: World, age: timedelta, *, kind: str = "scheduled", status: str = "available") -> UUID:
     """A small object and its row, as old as that."""
-    backup_id, ts = UUID(int=uuid7().int), NOW - age
+    backup_id, ts = new_id(), NOW - age
     key, data = object_key(world.tenant_id, ts, 1), f"{world.tenant_id} {ts}".encode()
     file = world.settings.data_dir / "object"
     file.write_bytes(data)

@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import UUID
 
 import pytest
 
 from gateway.access_log import AccessLog
 from gateway.edge import Edge
-from gateway.exchange import exchange_of, mint
+from gateway.exchange import exchange_of
 from shared import spool
 from shared.settings import Settings
 from shared.usage import UsageEvent
@@ -133,30 +132,6 @@ def test_however_it_ends_it_is_recorded_once(tmp_path: Any, app: App, cancel: bo
     assert seen.lines[0]["request_id"].replace("-", "") == seen.events[0].request_id.hex()
     assert seen.lines[0]["client_request_id"] == "theirs"
     assert (seen.error is not None) == (app in (raises_late, stuck))
-
-
-def test_request_ids_are_version_7_and_sort_by_their_millisecond() -> None:
-    """The drain and the partitions rely on the time in the id."""
-    ids = [mint(ms) for ms in (1, 2, 1_800_000_000_000)]
-    assert ids == sorted(ids)
-    assert all(i[6] >> 4 == 7 and i[8] >> 6 == 2 and len(i) == 16 for i in ids)
-    assert int.from_bytes(ids[2][:6], "big") == 1_800_000_000_000
-
-
-def test_a_forked_process_never_mints_its_parents_ids() -> None:
-    """Random bytes are fetched ahead; two processes that shared them would overwrite each other's usage."""
-    mint(0)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, b"".join(mint(1) for _ in range(20)))
-        os._exit(0)
-    os.waitpid(child, 0)
-    theirs = os.read(reading, 320)
-    os.close(reading)
-    os.close(writing)
-    ids = {theirs[at : at + 16] for at in range(0, 320, 16)} | {mint(1) for _ in range(1_000)}
-    assert len(ids) == 1_020 and all(UUID(bytes=i).version == 7 for i in ids)
 
 
 def test_access_lines_leave_in_pieces_a_pipe_keeps_whole(tmp_path: Any) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gateway.exchange import mint
 from gateway.problems import Refusal
 from gateway.quota import CountingSpool, Quotas
 from shared import metering, registry
 from shared.control_plane import ControlPlane
+from shared.ids import mint
 from shared.settings import Settings
 from shared.usage import UsageEvent
 from tests.gateway_stack import Stack, assert_problem, eventually, gateway, stack  # noqa: F401

@@ -1,6 +1,6 @@
 """Memories: create, get, update, delete, list. Functions over a fenced connection (`TenantDatabase`).
 
-Times are ISO 8601 UTC with microseconds; ids are UUIDv7, so they sort by creation. An update writes the state
+Times are ISO 8601 UTC with microseconds; ids are UUIDv7, so they sort by the millisecond. An update writes the state
 it replaces into `versions` in the same transaction.
 """
 
@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from uuid6 import uuid7
 
 from shared.errors import Permanent, UnknownMemory
+from shared.ids import new_text_id
 
 COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
 _encode_json = msgspec.json.Encoder().encode
@@ -64,7 +64,7 @@ def create(connection: sqlite3.Connection, new: NewMemory) -> Memory:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     tags = _unique(new.tags)
     values = (
-        str(uuid7()),
+        new_text_id(),
         new.content,
         _encode_json(tags).decode(),
         _encode_json(new.metadata).decode(),
