@@ -858,3 +858,56 @@ SELECT key FROM backups WHERE tenant_id = %(tenant_id)s AND status = 'deleting' 
 -- name: backup_deleted_by_key
 UPDATE backups SET status = 'deleted', status_at = clock_timestamp(), delete_error = NULL
 WHERE key = %(key)s AND status <> 'deleted';
+
+-- Service levels (shared/slo_report.py).
+
+-- name: slo_usage_top
+-- Who used most: the tenants with most billed calls in the days that begin in [from, to), and everybody's sum beside.
+SELECT tenant_id, sum(api_calls)::bigint AS api_calls, sum(search_queries)::bigint AS search_queries,
+       sum(memories_created)::bigint AS memories_created,
+       (array_agg(storage_bytes ORDER BY bucket DESC) FILTER (WHERE storage_bytes IS NOT NULL))[1] AS storage_bytes,
+       (sum(sum(api_calls)) OVER ())::bigint AS api_calls_of_all, count(*) OVER () AS tenants
+FROM usage_daily
+WHERE bucket >= %(from)s AND bucket < %(to)s
+GROUP BY tenant_id
+ORDER BY sum(api_calls) DESC, tenant_id LIMIT %(limit)s;
+
+-- name: slo_backup_ages
+-- RPO: what each active tenant would lose now, in seconds; the ages of `backups_stale`, of all tenants.
+WITH ages AS (
+    SELECT b.backup_id, greatest(EXTRACT(EPOCH FROM clock_timestamp()
+               - coalesce(greatest(least(b.ts, b.created_at), b.current_at), t.created_at)), 0)::float8 AS age
+    FROM tenants t
+    LEFT JOIN LATERAL (
+        SELECT backup_id, ts, created_at, current_at FROM backups
+        WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
+        ORDER BY ts DESC LIMIT 1) b ON true
+    WHERE t.state = 'active'
+)
+SELECT count(*) AS tenants, count(*) FILTER (WHERE backup_id IS NULL) AS never,
+       count(*) FILTER (WHERE age > %(older_than_seconds)s) AS stale,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY age) AS quantiles,
+       ARRAY[count(*) FILTER (WHERE age < 3600),
+             count(*) FILTER (WHERE age >= 3600 AND age < 21600),
+             count(*) FILTER (WHERE age >= 21600 AND age < 43200),
+             count(*) FILTER (WHERE age >= 43200 AND age < 93600),
+             count(*) FILTER (WHERE age >= 93600 AND age < 172800),
+             count(*) FILTER (WHERE age >= 172800)] AS buckets
+FROM ages;
+
+-- name: slo_drills
+-- Restore tests since: outcomes, and of those that passed the median, the 95th percentile and the longest of each part
+-- in ms.
+SELECT count(*) FILTER (WHERE outcome = 'pass') AS passed, count(*) FILTER (WHERE outcome = 'fail') AS failed,
+       count(*) FILTER (WHERE outcome = 'inconclusive') AS inconclusive, max(finished_at) AS last_at,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY download_ms) FILTER (WHERE outcome = 'pass') AS download,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY decrypt_ms) FILTER (WHERE outcome = 'pass') AS decrypt,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY verify_ms) FILTER (WHERE outcome = 'pass') AS verify,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY smoke_ms) FILTER (WHERE outcome = 'pass') AS smoke,
+       percentile_cont(ARRAY[0.5, 0.95, 1]) WITHIN GROUP (ORDER BY rto_ms) FILTER (WHERE outcome = 'pass') AS total
+FROM restore_tests WHERE finished_at >= %(from)s;
+
+-- name: slo_restores
+-- Restores since, by how they ended, with the longest time writes were held in ms.
+SELECT state, count(*) AS restores, max(locked_ms) AS locked_ms FROM restores
+WHERE created_at >= %(from)s GROUP BY state ORDER BY state;
