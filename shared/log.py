@@ -40,7 +40,10 @@ class Stderr:
 
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
-    """Set up structlog for this process. Call once, at the process edge."""
+    """Set up structlog for this process. Call once, at the process edge.
+
+    A line leaves as one `write`: workers share a stderr, and a line whose end is written apart gets another's in it.
+    """
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -51,7 +54,7 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(stream or cast(TextIO, Stderr())),
+        logger_factory=structlog.WriteLoggerFactory(stream or cast(TextIO, Stderr())),
         cache_logger_on_first_use=True,
     )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -75,3 +78,13 @@ def test_lines_below_the_level_are_not_written(stream: io.StringIO) -> None:
     log.get_logger("edge").debug("noise")
     log.get_logger("edge").warning("signal")
     assert [line["event"] for line in lines(stream)] == ["signal"]
+
+
+def test_lines_of_two_processes_on_one_stderr_stay_whole(tmp_path: Path) -> None:
+    """Gateway workers share one: a line and its end must be one write(2), or another's line comes between."""
+    code = "from shared import log\nlog.configure()\nfor n in range(3_000): log.get_logger('x').info('said', n=n)"
+    with (tmp_path / "log").open("ab") as file:
+        both = [subprocess.Popen([sys.executable, "-c", code], stderr=file) for _ in range(2)]
+        assert [p.wait() for p in both] == [0, 0]
+    said = [json.loads(line)["n"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(said) == sorted([*range(3_000), *range(3_000)])
