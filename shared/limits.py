@@ -2,14 +2,18 @@
 
     {data_dir}/run/limits.json     written whole (fsync, rename), under `limits.lock` when it is changed
 
-| name                | value                                   | what a worker does                              |
-|---------------------|-----------------------------------------|-------------------------------------------------|
-| `rate_limit_mode`   | "off", "shadow" or "enforce"            | replaces the setting                            |
-| `rate_limit`        | {"rps": 50, "burst": 100, …} (`Rate`)   | replaces the settings for all tenants           |
-| `rate_limit:TENANT` | the same                                | for one tenant                                  |
-| `shed`              | ["search", "list", "write", "get"]      | refuses these classes of routes with 503        |
-| `pool_size`         | 64                                      | keeps at most so many tenant databases open     |
-| `jwks_refresh`      | true                                    | fetches the issuer's keys, once for each change |
+| name                    | value                                 | what a worker does                              |
+|-------------------------|---------------------------------------|-------------------------------------------------|
+| `rate_limit_mode`       | "off", "shadow" or "enforce"          | replaces the setting                            |
+| `rate_limit`            | {"rps": 50, "burst": 100, …} (`Rate`) | replaces the settings for all tenants           |
+| `rate_limit:TENANT`     | the same                              | for one tenant                                  |
+| `shed`                  | ["search", "list", "write", "get"]    | refuses these classes of routes with 503        |
+| `pool_size`             | 64                                    | keeps at most so many tenant databases open     |
+| `inflight`              | 8                                     | has at most so many requests of a tenant at work|
+| `inflight:TENANT`       | the same                              | for one tenant                                  |
+| `jwks_refresh`          | true                                  | fetches the issuer's keys, once for each change |
+| `restart_tenant:TENANT` | true                                  | closes that tenant's database, once each        |
+| `restart_workers`       | true                                  | is replaced by a new one (the supervisor), once |
 
 Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
 the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help.
@@ -75,17 +79,27 @@ class Limits(msgspec.Struct, frozen=True):
     tenant_rates: dict[str, Rate] = msgspec.field(default_factory=dict)
     shed: frozenset[str] = frozenset()
     pool_size: int | None = None
-    jwks_refresh: str = ""
+    inflight: int | None = None
+    tenant_inflight: dict[str, int] = msgspec.field(default_factory=dict)
+    jwks_refresh: str = ""  # of what is done once: the entry's id
+    restart_tenants: dict[str, str] = msgspec.field(default_factory=dict)
+    restart_workers: str = ""
 
 
-_TENANT_RATE = "rate_limit:"
+Inflight = Annotated[int, Meta(ge=1, le=100_000)]
+PoolSize = Annotated[int, Meta(ge=1, le=100_000)]
 _TYPES: dict[str, Any] = {
     "rate_limit_mode": Mode,
     "rate_limit": Rate,
     "shed": list[RouteClass],
-    "pool_size": Annotated[int, Meta(ge=1, le=100_000)],
+    "pool_size": PoolSize,
+    "inflight": Inflight,
     "jwks_refresh": Literal[True],
+    "restart_workers": Literal[True],
 }
+_TENANT_TYPES: dict[str, Any] = {"rate_limit": Rate, "inflight": Inflight, "restart_tenant": Literal[True]}
+_TENANT_FIELDS = {"rate_limit": "tenant_rates", "inflight": "tenant_inflight", "restart_tenant": "restart_tenants"}
+ONCE = frozenset({"jwks_refresh", "restart_tenant", "restart_workers"})
 
 
 def path_of(settings: Settings) -> Path:
@@ -187,15 +201,17 @@ class Watch:
 
 def check_name(name: str) -> Any:
     """The type of this limit's values. Raises `BadLimit` when there is none."""
-    if name.startswith(_TENANT_RATE):
+    kind, of_tenant, tenant_id = name.partition(":")
+    types = _TENANT_TYPES if of_tenant else _TYPES
+    if kind not in types:
+        known = ", ".join([*sorted(_TYPES), *(f"{each}:TENANT" for each in sorted(_TENANT_TYPES))])
+        raise BadLimit(f"no limit is called {name!r:.80}; there are {known}")
+    if of_tenant:
         try:
-            check_tenant_id(name.removeprefix(_TENANT_RATE))
+            check_tenant_id(tenant_id)
         except UnsafeTenantId as e:
             raise BadLimit(str(e)) from e
-        return Rate
-    if name not in _TYPES:
-        raise BadLimit(f"no limit is called {name!r:.80}; there are {', '.join(sorted(_TYPES))}, {_TENANT_RATE}TENANT")
-    return _TYPES[name]
+    return types[kind]
 
 
 def _checked(name: str, value: object) -> Any:
@@ -206,21 +222,21 @@ def _checked(name: str, value: object) -> Any:
 
 
 def _limits(entries: dict[str, Entry]) -> Limits:
-    values: dict[str, Any] = {}
-    rates: dict[str, Rate] = {}
+    values: dict[str, Any] = {field: {} for field in _TENANT_FIELDS.values()}
     for name, entry in entries.items():
+        kind, _, tenant_id = name.partition(":")
         try:
             value = _checked(name, entry.value)
         except Permanent as e:  # written by a newer build, or by hand: the others still hold
             log.error("limit_not_understood", limit=name, cause=str(e))
             continue
-        if name.startswith(_TENANT_RATE):
-            rates[name.removeprefix(_TENANT_RATE)] = value
-        elif name == "jwks_refresh":
-            values[name] = entry.id
+        if kind in ONCE:
+            value = entry.id
+        if tenant_id:
+            values[_TENANT_FIELDS[kind]][tenant_id] = value
         else:
             values[name] = frozenset(value) if name == "shed" else value
-    return Limits(tenant_rates=rates, **values)
+    return Limits(**values)
 
 
 def _unexpired(entries: dict[str, Entry], wall: float) -> dict[str, Entry]:

@@ -84,6 +84,13 @@ class Settings(BaseSettings):
     verify_parallel: int = Field(default=2, ge=1, le=64)
     backup_stale_hours: float = Field(default=26.0, gt=0, description="a last good backup older than this is listed")
 
+    # Point in time, a second layer beside the backups: shared/litestream.py
+    point_in_time: Literal["off", "litestream"] = "off"
+    point_in_time_hours: float = Field(default=24.0, gt=0, description="back to which every second can be restored")
+    point_in_time_poll_seconds: float = Field(default=1.0, gt=0, description="how soon a new generation is followed")
+    litestream_path: str = Field(default="", description="empty: the extra's, beside this Python, else from PATH")
+    litestream_restore_seconds: float = Field(default=3600.0, gt=0, description="then the backup is taken instead")
+
     # Tokens
     jwt_issuer: str = ""
     jwt_audience: str = "engram"
@@ -141,6 +148,17 @@ class Settings(BaseSettings):
     quota_refresh_seconds: float = Field(default=5.0, gt=0)
     quota_stale_seconds: float = Field(default=60.0, gt=0, description="an older snapshot refuses nobody")
     limits_poll_seconds: float = Field(default=0.25, gt=0, description="how soon a worker sees a run-time limit")
+
+    # The incident playbook (shared/playbook) and who may use it
+    operator_tenant: str = Field(
+        default="operators", min_length=1, description="claim of tokens for /v1/admin; no customer may have this id"
+    )
+    admin_rps: float = Field(default=2.0, gt=0, description="requests to /v1/admin per machine")
+    admin_burst: int = Field(default=30, ge=1)
+    automation: bool = Field(default=True, description="false: nothing but reading happens without a person")
+    automation_actions_per_hour: int = Field(
+        default=6, ge=0, description="reversible actions without a person, all machines together"
+    )
 
     # Browsers
     cors_allowed_origins: str = Field(default="", description="comma-separated; in dev also any port of localhost")
@@ -219,6 +237,8 @@ class Settings(BaseSettings):
             self.unauthenticated_rps = 20.0
         if self.usage_durability == "sync" and self.usage_at_limit == "drop":
             raise ValueError("usage_durability=sync loses no event and usage_at_limit=drop does: choose one")
+        if self.point_in_time == "litestream" and self.backup_encryption != "none":
+            raise ValueError("litestream cannot encrypt its copies: choose point_in_time or backup_encryption")
         if self.s3_checksum == "none" and not self.object_store_read_back:
             raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
         # Assigning marks a field as set; `is_set` must go on telling what the person set.

@@ -1,6 +1,7 @@
 """Which gateway workers run on this machine, and which run-time limits each of them obeys.
 
-    {data_dir}/run/workers/PID     locked (flock) by that worker while it lives; holds the version it obeys
+    {data_dir}/run/workers/PID         locked (flock) by that worker while it lives; holds the version it obeys
+    {data_dir}/run/workers/PID.json    what it says of itself (`Report`): its keys, what it did, its busiest tenants
 
 The lock is the truth about who lives: the kernel drops it with its holder, whatever killed it. A reader removes the
 files of the dead.
@@ -12,8 +13,10 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import msgspec
 
 from shared.log import get_logger
 from shared.settings import Settings
@@ -23,11 +26,46 @@ POLL_SECONDS = 0.05
 log = get_logger("workers")
 
 
+class Keys(msgspec.Struct, frozen=True):
+    """The issuer's keys as a worker holds them. Seconds since 1970: `asked_at` of when the fetch that gave them was
+    sent, None before the first; `failed` is why the newest fetch gave none, empty when it did."""
+
+    kids: list[str]
+    asked_at: float | None = None
+    failed: str = ""
+
+
+class Busy(msgspec.Struct, frozen=True):
+    """A tenant's requests within the last `Report.window_seconds`. `slow_ms` is the upper edge of the 95th percentile's
+    bucket, None above the last one."""
+
+    tenant_id: str
+    requests: int
+    errors: int
+    refused: int
+    slow_ms: float | None
+    busy_seconds: float
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`done` are ids of entries of `shared.limits` that are carried out once, and were: newest last. `unseen` counts
+    requests of tenants beyond those that one look counts apart."""
+
+    started_at: float
+    keys: Keys
+    done: list[str] = []
+    window_seconds: float = 0.0
+    requests: int = 0
+    unseen: int = 0
+    tenants: list[Busy] = []
+
+
 class Announcement:
     """A worker's own file. A disk that takes none costs the operator's view of this worker, not the worker."""
 
     def __init__(self, settings: Settings) -> None:
         self._fd = -1
+        self._said: Report | None = None
         self._path = _directory(settings) / str(os.getpid())
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,8 +82,21 @@ class Announcement:
         if self._fd >= 0:
             os.pwrite(self._fd, version.encode("ascii")[:_BYTES].ljust(_BYTES), 0)
 
+    def says(self, report: Report) -> None:
+        """Replace what this worker says of itself. Not fsynced: it is worth nothing after the machine."""
+        if self._fd < 0 or report == self._said:
+            return
+        new = self._path.with_name(f".{self._path.name}.json")
+        try:
+            new.write_bytes(msgspec.json.encode(report))
+            new.rename(_report_of(self._path))
+            self._said = report
+        except OSError as e:
+            log.error("worker_report_unwritten", cause=e.strerror)
+
     def close(self) -> None:
         if self._fd >= 0:
+            _report_of(self._path).unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
@@ -55,10 +106,13 @@ def announced(settings: Settings) -> dict[int, str]:
     """The version each living worker obeys, by pid; empty until it has read the limits."""
     found: dict[int, str] = {}
     for path in _directory(settings).glob("[0-9]*"):
+        if not path.name.isdigit():
+            continue
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _report_of(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
             except BlockingIOError:
                 found[int(path.name)] = os.pread(fd, _BYTES, 0).decode("ascii", "replace").strip()
@@ -75,6 +129,31 @@ def wait_until_obeyed(settings: Settings, version: str, timeout_seconds: float) 
         if all(found.values()) or time.monotonic() >= deadline:
             return found
         time.sleep(POLL_SECONDS)
+
+
+def reports(settings: Settings) -> dict[int, Report | None]:
+    """What each living worker says of itself, by pid; None for one that has not said anything readable yet."""
+    found: dict[int, Report | None] = {}
+    for pid in announced(settings):
+        try:
+            found[pid] = msgspec.json.decode(_report_of(_directory(settings) / str(pid)).read_bytes(), type=Report)
+        except (OSError, msgspec.MsgspecError):
+            found[pid] = None
+    return found
+
+
+def wait_until_said(settings: Settings, check: Callable[[Report], bool], timeout_seconds: float) -> Mapping[int, bool]:
+    """Every living worker, by pid, and whether what it says passes; as soon as all do, or after the time-out."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        found = {pid: said is not None and check(said) for pid, said in reports(settings).items()}
+        if all(found.values()) or time.monotonic() >= deadline:
+            return found
+        time.sleep(POLL_SECONDS)
+
+
+def _report_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _directory(settings: Settings) -> Path:

@@ -911,3 +911,37 @@ FROM restore_tests WHERE finished_at >= %(from)s;
 -- Restores since, by how they ended, with the longest time writes were held in ms.
 SELECT state, count(*) AS restores, max(locked_ms) AS locked_ms FROM restores
 WHERE created_at >= %(from)s GROUP BY state ORDER BY state;
+
+-- name: action_put
+-- A row as it begins, or as it ends. One that has ended stays as it is.
+INSERT INTO actions (action_id, action, kind, tenant_id, machine_id, door, requested_by, who, reason, arguments,
+                     ttl_seconds, dry_run, state, verified, before, after, undo, expires_at, error, flow_run_id,
+                     begun_at, finished_at)
+VALUES (%(action_id)s, %(action)s, %(kind)s, %(tenant_id)s, %(machine_id)s, %(door)s, %(requested_by)s, %(who)s,
+        %(reason)s, %(arguments)s, %(ttl_seconds)s, %(dry_run)s, %(state)s, %(verified)s, %(before)s, %(after)s,
+        %(undo)s, %(expires_at)s, %(error)s, %(flow_run_id)s, %(begun_at)s, %(finished_at)s)
+ON CONFLICT (action_id) DO UPDATE
+SET state = excluded.state, verified = excluded.verified, before = excluded.before, after = excluded.after,
+    undo = excluded.undo, expires_at = excluded.expires_at, error = excluded.error, finished_at = excluded.finished_at
+WHERE actions.state = 'begun';
+
+-- name: actions_lock
+-- Until the transaction ends nobody else counts or begins an action by itself.
+SELECT pg_advisory_xact_lock(%(lock)s);
+
+-- name: actions_by_themselves
+-- Reversible actions that no person asked for, begun within the last hour.
+SELECT count(*) AS actions FROM actions
+WHERE requested_by = 'automation' AND kind = 'reversible' AND NOT dry_run AND state <> 'refused'
+  AND begun_at > clock_timestamp() - interval '1 hour';
+
+-- name: action_get
+SELECT * FROM actions WHERE action_id = %(action_id)s;
+
+-- name: action_history
+-- Newest first. `interrupted`: begun, not finished, and too old to be under way.
+SELECT *, state = 'begun' AND begun_at < clock_timestamp() - interval '10 minutes' AS interrupted
+FROM actions
+WHERE (%(tenant_id)s::text IS NULL OR tenant_id = %(tenant_id)s)
+  AND (%(action)s::text IS NULL OR action = %(action)s)
+ORDER BY begun_at DESC, action_id DESC LIMIT %(limit)s;
