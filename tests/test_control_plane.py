@@ -102,6 +102,15 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         for name in ("fleet_run_begin", "fleet_run_finish", "fleet_run_newest")
     },
     "fleet_tenants": {"tenant_ids": ["acme"]},
+    "action_put": {
+        "action_id": uuid4(),
+        **dict.fromkeys(("arguments", "before", "after", "undo"), Jsonb({})),
+        **dict.fromkeys(("dry_run", "verified"), True),
+        **dict.fromkeys(("begun_at", "finished_at", "expires_at"), datetime.now(UTC)),
+        "ttl_seconds": 1.5,
+    },
+    "action_get": {"action_id": uuid4()},
+    "actions_lock": {"lock": 1},
     "tenant_deletion_begin": {"inventory": Jsonb({}), "deletion_id": uuid4(), "keep_backups": False},
     "tenant_deletion_finish": {"deletion_id": uuid4(), "erased": True},
     "drill_points": {"tenant_ids": ["acme"]},

@@ -41,6 +41,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "verify_parallel",
     "restore_test_share",  # of the tenants, 0 to 1
     "restore_test_least",
+    "automation_actions_per_hour",
 }
 
 
