@@ -1,19 +1,19 @@
-"""Service levels: what is promised, and how much of the error budget is left. Pure; shared/slo_report.py does the asking.
+"""Service levels: what is promised, and how much of the error budget is left. Pure; shared/slo_report.py asks.
 
-An objective says which share of requests has to be good over a period (30 days). The rest is the budget:
+An objective says which share of requests has to be good over a period of 30 days. The rest is the budget:
 
-    burn      = share of bad requests / share that may be bad; 1 spends exactly the budget in one period
-    consumed  = burn since measuring began × how much of the period was measured
+    burn      = share that was bad / share that may be bad; 1 spends exactly the budget in one period
+    consumed  = burn over the period × coverage, how much of the period was measured
     left      = 1 − consumed; below 0 more was spent than there was
     forecast  = left × period / burn: when it is spent if this burn goes on and nothing leaves the period before.
                 Earlier than the truth rather than later, and None beyond one period.
 
-So five minutes in which everything failed cost 5 / 43.2 of the budget of 99.9% (43.2 minutes), on the first day as on the
-thirtieth: a cold start is neither red after its first error nor measured against traffic it never had. Where nothing
-was asked nothing failed: no share, no burn, and the budget is whole.
+So five minutes in which everything failed cost 5 / 43.2 of the budget of 99.9% (43.2 minutes), on the first day as on
+the thirtieth: a cold start is neither red after its first error nor excused. Where nothing was asked nothing failed:
+there is no share and no burn, and the budget is whole.
 
-What counts as bad is written once, in the recording rules (deployments/prometheus); requests that a maintenance lease
-refused are in neither side of a share and are reported apart.
+What counts as bad is written once, in the recording rules (deployments/prometheus/rules); the objectives there are
+these. Requests refused under a maintenance lease are in neither side of a share and are reported apart.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Literal
 
 from shared.receipt import Receipt
 
-DAY_SECONDS = 86_400.0
-PERIOD_DAYS = 30.0
+PERIOD_SECONDS = 30 * 86_400.0
 State = Literal["kept", "spent", "no traffic", "not measured"]
 
 
@@ -50,61 +49,46 @@ OBJECTIVES = (
 
 
 class Seen(Receipt, frozen=True):
-    """Requests of one window; None where it could not be read."""
+    """One window. `bad_share` is None without traffic; `measured` False: it could not be read."""
 
-    bad: float | None
-    total: float | None
-
-    @property
-    def bad_share(self) -> float | None:
-        """None without traffic, and when it was not read."""
-        if self.bad is None or not self.total or self.total <= 0:
-            return None
-        return min(1.0, max(0.0, self.bad / self.total))
+    bad_share: float | None
+    measured: bool = True
 
 
 class Budget(Receipt, frozen=True):
-    """`burns` and `forecasts_seconds` by window, None where there was no traffic (or, of a forecast, not in a period)."""
+    """`left` is None where the period could not be read. `burns` and `forecasts_seconds` are by window: None without
+    traffic; a forecast also when not within a period."""
 
     objective: Objective
     state: State
-    seen: Seen
+    bad_share: float | None
     left: float | None
     burns: Mapping[str, float | None]
     forecasts_seconds: Mapping[str, float | None]
 
 
-def burn(objective: Objective, seen: Seen) -> float | None:
+def burn(objective: Objective, bad_share: float | None) -> float | None:
     """How many times faster than allowed the budget goes; None without traffic."""
-    share = seen.bad_share
-    return None if share is None else share / objective.bad_share
+    return None if bad_share is None else bad_share / objective.bad_share
 
 
-def budget(
-    objective: Objective,
-    period: Seen,
-    windows: Mapping[str, Seen],
-    *,
-    measured_seconds: float,
-    period_seconds: float = PERIOD_DAYS * DAY_SECONDS,
-) -> Budget:
-    """What is left after `period`, of which `measured_seconds` were measured, and how fast it went in each window."""
-    burns = {name: burn(objective, seen) for name, seen in windows.items()}
-    if period.bad is None or period.total is None:
-        return Budget(objective, "not measured", period, None, burns, dict.fromkeys(burns))
-    over_all = burn(objective, period)
-    consumed = (over_all or 0.0) * min(1.0, measured_seconds / period_seconds)
-    left = 1.0 - consumed
+def budget(objective: Objective, period: Seen, windows: Mapping[str, Seen], *, coverage: float) -> Budget:
+    """What is left after the `period`, of which `coverage` (0 to 1) was measured, and how fast it goes by window."""
+    burns = {name: burn(objective, seen.bad_share) for name, seen in windows.items()}
+    if not period.measured:
+        return Budget(objective, "not measured", None, None, burns, dict.fromkeys(burns))
+    over_all = burn(objective, period.bad_share)
+    left = 1.0 - (over_all or 0.0) * min(1.0, max(0.0, coverage))
     state: State = "spent" if left <= 0 else "no traffic" if over_all is None else "kept"
-    forecasts = {name: forecast(left, rate, period_seconds) for name, rate in burns.items()}
-    return Budget(objective, state, period, left, burns, forecasts)
+    forecasts = {name: forecast(left, rate) for name, rate in burns.items()}
+    return Budget(objective, state, period.bad_share, left, burns, forecasts)
 
 
-def forecast(left: float, rate: float | None, period_seconds: float) -> float | None:
+def forecast(left: float, rate: float | None) -> float | None:
     """Seconds until the budget is spent at this burn; 0 when it is, None when not within one period."""
     if left <= 0:
         return 0.0
     if not rate:
         return None
-    seconds = left * period_seconds / rate
-    return seconds if seconds <= period_seconds else None
+    seconds = left * PERIOD_SECONDS / rate
+    return seconds if seconds <= PERIOD_SECONDS else None
