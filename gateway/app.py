@@ -193,6 +193,8 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
     metrics.restore_test_oldest_success_age_seconds.set(_number(row.get("drill_age_seconds")))
     metrics.restore_test_last_success_age_seconds.set(_number(row.get("drill_last_age_seconds")))
     metrics.maintenance_locks.set(_number(row.get("maintenance_locks")))
+    metrics.maintenance_held_seconds.set(_number(row.get("maintenance_held_seconds")))
+    metrics.maintenance_overdue_seconds.set(_number(row.get("maintenance_overdue_seconds")))
     metrics.usage_partitions_ahead_days.set(_number(row.get("usage_partitions_ahead_days")))
 
 

@@ -58,6 +58,7 @@ class Edge:
         self._line = access_log.request
         # Children are looked up once: `labels()` costs more than the increment.
         self._counted: dict[tuple[str, str, int], Callable[[float], None]] = {}
+        self._maintenance = {r: metrics.adder(metrics.maintenance_refused_total.labels(r)) for r in metrics.ROUTES}
         self._timed = {r: metrics.observer(metrics.request_duration_seconds.labels(r)) for r in metrics.ROUTES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +130,8 @@ class Edge:
         count(1.0)
         if exchange.shed:
             metrics.shed_total.labels(route).inc()
+        if exchange.maintenance:
+            self._maintenance[route](1.0)
         if exchange.auth_failure is not None:
             metrics.auth_failures_total.labels(exchange.auth_failure).inc()
 

@@ -30,6 +30,7 @@ class Exchange:
         "headers",
         "key",
         "leave",
+        "maintenance",
         "method",
         "outcome",
         "reached",
@@ -59,6 +60,7 @@ class Exchange:
         self.searches = 0  # by MCP tools; of a route the path says it
         self.outcome = 0  # the status of a tool error's problem, which MCP sends as a 200
         self.shed = False
+        self.maintenance = False
         self.auth_failure: str | None = None
         self.status = 0
         self.whole = False  # the request was read to its end

@@ -123,6 +123,7 @@ def answer(request: Request[Any, Any, Any], e: Exception) -> Response[bytes]:
     if problem is CLIENT_LEFT:  # counted as that; who is still there (its chunks were malformed) reads this
         exchange.outcome, problem = CLIENT_LEFT.status, BROKEN_BODY
     exchange.shed = problem.reason in ("shed", "spool full")
+    exchange.maintenance = problem is MAINTENANCE
     if problem.status >= 500 and problem is not MAINTENANCE and not isinstance(e, Refusal):
         log_failure(e, problem, exchange.request_id, exchange.tenant_id)
     return Response(

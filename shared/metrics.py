@@ -27,6 +27,13 @@ ROUTES = (
     "/schema",
     "unmatched",
 )
+API = {  # what clients ask for; the objectives count these
+    "/v1/memories": ("GET", "POST"),
+    "/v1/memories/{id}": ("GET", "PATCH", "DELETE"),
+    "/v1/search": ("POST",),
+    "/v1/usage": ("GET",),
+    "/v1/mcp": ("GET", "POST", "DELETE"),
+}
 AUTH_FAILURES = (
     "missing",
     "malformed",
@@ -95,6 +102,12 @@ quota_exceeded_total = Counter(
     "engram_quota_exceeded_total", "Requests refused with 402.", ["counter"], registry=_registry
 )
 shed_total = Counter("engram_shed_total", "Requests shed with 503.", ["route"], registry=_registry)
+maintenance_refused_total = Counter(
+    "engram_maintenance_refused_total",
+    "Requests refused with 503 because their tenant is under maintenance: planned, so no error of the objectives.",
+    ["route"],
+    registry=_registry,
+)
 db_open_failures_total = Counter(
     "engram_db_open_failures_total", "Tenant databases that could not be opened.", registry=_registry
 )
@@ -164,6 +177,18 @@ maintenance_locks = Gauge(
     registry=_registry,
     multiprocess_mode="mostrecent",
 )
+maintenance_held_seconds = Gauge(
+    "engram_maintenance_held_seconds",
+    "How long the maintenance lease that was taken first has been held; 0 without one.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
+maintenance_overdue_seconds = Gauge(
+    "engram_maintenance_overdue_seconds",
+    "For how long a maintenance lease has been held beyond its expiry, at most; 0 without one.",
+    registry=_registry,
+    multiprocess_mode="mostrecent",
+)
 usage_partitions_ahead_days = Gauge(
     "engram_usage_partitions_ahead_days",
     "Days after today, in a row, that have a partition for usage events; -1 when today has none.",
@@ -222,8 +247,10 @@ def initialise() -> None:
     for route in ROUTES:
         request_duration_seconds.labels(route)
         shed_total.labels(route)
-        for status in ("200", "500", "503"):
-            requests_total.labels(route, "GET", status)
+        maintenance_refused_total.labels(route)
+        for method in API.get(route, ("GET",)):
+            for status in ("200", "500", "503", "507"):
+                requests_total.labels(route, method, status)
     for reason in AUTH_FAILURES:
         auth_failures_total.labels(reason)
     for scope in ("tenant", "unauthenticated"):

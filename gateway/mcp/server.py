@@ -92,6 +92,7 @@ def _failed(e: Exception, exchange: Exchange) -> types.CallToolResult:
     problem = problem_of(e)
     exchange.outcome = problem.status
     exchange.shed = problem.reason in ("shed", "spool full")
+    exchange.maintenance = problem is MAINTENANCE
     if problem.status >= 500 and problem is not MAINTENANCE and not isinstance(e, Refusal):
         log_failure(e, problem, exchange.request_id, exchange.tenant_id)
     text = problem.body(exchange.request_id).decode()

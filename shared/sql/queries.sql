@@ -238,6 +238,11 @@ SELECT
     (SELECT EXTRACT(EPOCH FROM clock_timestamp() - max(finished_at))
      FROM restore_tests WHERE outcome = 'pass') AS drill_last_age_seconds,
     (SELECT count(*) FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_locks,
+    -- Since when the oldest lease is held, and how far one has outlived its expiry: its holder died and no sweep came.
+    (SELECT coalesce(EXTRACT(EPOCH FROM clock_timestamp() - min(acquired_at)), 0)
+     FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_held_seconds,
+    (SELECT coalesce(greatest(EXTRACT(EPOCH FROM clock_timestamp() - min(expires_at)), 0), 0)
+     FROM maintenance_locks WHERE holder IS NOT NULL) AS maintenance_overdue_seconds,
     -- Days after today, in a row, whose partition is there; -1 when today's is not.
     (SELECT min(n) - 1 FROM generate_series(0, 400) AS n
      WHERE NOT EXISTS (
