@@ -42,6 +42,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "restore_test_share",  # of the tenants, 0 to 1
     "restore_test_least",
     "automation_actions_per_hour",
+    "admin_burst",
 }
 
 
