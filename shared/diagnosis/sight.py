@@ -57,7 +57,27 @@ class Figures:
         """What the gateway says now; None when it does not say."""
         return self._now.get((metric, frozenset()))
 
-    def quantile(q: float, buckets: list[tuple[float, float]]) -> float | None:
+    def quantile(self, metric: str, q: float, **only: str) -> float | None:
+        """A histogram's quantile over the window, interpolated as Prometheus does; None without an observation."""
+        buckets: dict[float, float] = {}
+        for labels, rate in self._rates(f"{metric}_bucket").items():
+            found = dict(labels)
+            if all(found.get(k) == v for k, v in only.items()):
+                edge = float(found["le"])
+                buckets[edge] = buckets.get(edge, 0.0) + rate
+        return quantile(q, sorted(buckets.items()))
+
+
+def _grouped(values: Mapping[Labels, float], label: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for labels, value in values.items():
+        key = dict(labels).get(label)
+        if key is not None and value > 0:
+            found[key] = found.get(key, 0.0) + value
+    return found
+
+
+def quantile(q: float, buckets: list[tuple[float, float]]) -> float | None:
     """Of cumulative (edge, count) pairs in order; the last edge is infinite."""
     if not buckets or buckets[-1][1] <= 0:
         return None
