@@ -4,15 +4,21 @@ Title, one sentence that says what happened, then a table of facts. Artifact key
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
 import httpx
 from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
@@ -65,9 +71,28 @@ def report(key_: str, title: str, sentence: str, facts: Mapping[str, Any], *tabl
         lines += ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
     for table_ in tables:
         lines += [table_, ""]
-    try:
+    with _logged():
         create_markdown_artifact("\n".join(lines), key=key_, description=sentence)
-    except (httpx.HTTPError, PrefectException) as e:  # the work is done and recorded; the report is not the work
+
+
+def rows(key_: str, description: str, found: list[dict[str, Any]]) -> None:
+    """A table artifact, which the UI can sort."""
+    with _logged():
+        create_table_artifact(found, key=key_, description=description)
+
+
+def picture(key_: str, description: str, url: str) -> None:
+    """An image artifact; a `data:` URL needs nobody to serve it."""
+    with _logged():
+        create_image_artifact(url, key=key_, description=description)
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """The work is done and recorded; the report is not the work."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as e:
         get_run_logger().error("the report could not be written: %s", e)
 
 
