@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from gateway.access_log import AccessLog
+from gateway.busiest import Busiest
 from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, log_failure
 from shared import metrics, usage
@@ -52,10 +53,11 @@ log = get_logger("gateway")
 class Edge:
     """The ASGI application Granian serves: the edge around `app`."""
 
-    def __init__(self, app: ASGIApp, spool: Spool, access_log: AccessLog) -> None:
+    def __init__(self, app: ASGIApp, spool: Spool, access_log: AccessLog, busiest: Busiest | None = None) -> None:
         self._app = app
         self._spool = spool
         self._line = access_log.request
+        self._busy = (busiest or Busiest()).count
         # Children are looked up once: `labels()` costs more than the increment.
         self._counted: dict[tuple[str, str, int], Callable[[float], None]] = {}
         self._maintenance = {r: metrics.adder(metrics.maintenance_refused_total.labels(r)) for r in metrics.ROUTES}
@@ -110,6 +112,8 @@ class Edge:
             self._spool.append(UsageEvent(exchange.key, tenant_id, route, status, *counters, exchange.ts_us))
         self._count(route, exchange, status)
         self._timed[route](elapsed)
+        if tenant_id is not None:
+            self._busy(tenant_id, elapsed, status)
         self._line(
             exchange.request_id,
             tenant_id,

@@ -82,6 +82,8 @@ class Jwks:
         self._next: asyncio.TimerHandle | None = None
         self._waiting = 0
         self.generation = 0
+        self.asked_at: float | None = None  # seconds since 1970: when the fetch that gave these keys was sent
+        self.failed = ""  # why the newest fetch gave none
 
     async def close(self) -> None:
         self._again = False
@@ -91,6 +93,11 @@ class Jwks:
         if self._next is not None:
             self._next.cancel()
         await self._client.aclose()
+
+    @property
+    def kids(self) -> list[str]:
+        """The ids of the keys held; the key without one is `-`."""
+        return sorted(kid or "-" for kid in self._keys)
 
     def usable(self) -> bool:
         """Whether the keys may still be relied on."""
@@ -154,6 +161,7 @@ class Jwks:
 
     async def _fetch(self) -> None:
         wait_seconds = max(self._cooldown, MIN_RETRY_SECONDS)
+        asked_at = time.time()
         try:
             async with asyncio.timeout(self._timeout):
                 published = await self._get()
@@ -164,14 +172,18 @@ class Jwks:
             metrics.jwks_fetch_total.labels("error").inc()
             self._quiet_until = time.monotonic() + self._cooldown
             cause = redact_url(str(e))[:300]
+            self.failed = f"{type(e).__name__}: {cause}"
             log.error("jwks_fetch_failed", error=type(e).__name__, cause=cause, keys=len(self._keys))
         else:
             metrics.jwks_fetch_total.labels("ok").inc()
             wait_seconds = self._ttl
             self._expires_at = time.monotonic() + self._ttl + self._stale_max
-            if published != self._published:
+            changed = published != self._published
+            if changed:
                 self._keys, self._published = keys, published
                 self.generation += 1
+            self.asked_at, self.failed = asked_at, ""
+            if changed:
                 log.info("jwks_loaded", keys=len(keys), generation=self.generation)
         finally:
             self._fetching = None

@@ -119,6 +119,15 @@ class TenantPool:
         while len(self._open) > self._open.size and self._evict():
             pass
 
+    def restart(self, tenant_id: str) -> Callable[[], bool]:
+        """Let the tenant's next request open its database anew. The answer says whether what was open is closed: it is
+        once who uses it now is done."""
+        tenant = self._open.get(tenant_id)
+        if tenant is None:
+            return lambda: True
+        self._discard(tenant)
+        return lambda: tenant.users == 0 and tenant.worker is None and tenant.reader is None
+
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))

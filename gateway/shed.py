@@ -8,7 +8,8 @@ Without a place a request waits, at most `inflight_wait_seconds`; as many may wa
 of them bounded alike. When all of that is taken, a waiting request of a cheaper class to lose makes room, else
 the new one is refused: 503, reason shed, Retry-After.
 
-An operator can refuse whole classes for a while (`shared.limits`, `shed`).
+An operator can refuse whole classes for a while and set another bound for tenants (`shared.limits`: `shed`,
+`inflight`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ class Gate:
             raise shed("This kind of request is not served at the moment.")
 
     def _free(self, tenant_id: str, route_class: RouteClass) -> bool:
-        return self._at_work < self._places[route_class] and self._tenants.get(tenant_id, 0) < self._of_tenant
+        return self._at_work < self._places[route_class] and self._tenants.get(tenant_id, 0) < self._cap(tenant_id)
+
+    def _cap(self, tenant_id: str) -> int:
+        """An operator's, of this tenant or of each, before the settings'."""
+        limits = self._limits.now
+        return limits.tenant_inflight.get(tenant_id) or limits.inflight or self._of_tenant
 
     def _take(self, tenant_id: str) -> None:
         self._at_work += 1
