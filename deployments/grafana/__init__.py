@@ -1,0 +1,1 @@
+"""The dashboard: `dashboard.py` builds `engram.json`, which Grafana imports or provisions as it is."""
