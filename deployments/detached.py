@@ -27,7 +27,7 @@ _STOP_TIMEOUTS = 3
 _AFTER_KILL_SECONDS = 10.0
 
 
-def up(settings: Settings, say: Callable[[str], None]) -> None:
+def up(settings: Settings, say: Callable[[str], None], *, monitoring: bool = False) -> None:
     """Start a detached supervisor and return when all is ready. Raises `StartFailed` with the cause."""
     holder = UpLock(settings.data_dir).holder()
     if holder:
@@ -38,7 +38,7 @@ def up(settings: Settings, say: Callable[[str], None]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != STACK_MARK}
     with log_path.open("ab") as log:
         supervisor = subprocess.Popen(
-            [sys.executable, "-P", "-m", "deployments.cli", "up", "--supervise"],
+            [sys.executable, "-P", "-m", "deployments.cli", "up", "--supervise", *(["--monitoring"] * monitoring)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

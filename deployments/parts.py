@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from deployments import monitoring as watch
 from deployments import orchestration
 from deployments.issuer import issuer_dir, issuer_url
 from deployments.issuer_server import JWKS_PATH
@@ -23,6 +24,7 @@ from deployments.ports import PortReservations
 from deployments.postgres import EmbeddedPostgres
 from deployments.process import STACK_MARK, Child, catches_sigterm
 from deployments.running import gateway_address, resolved_values
+from shared.errors import Permanent
 from shared.settings import Settings
 
 _LOOPBACK = "127.0.0.1"
@@ -41,9 +43,10 @@ class Parts:
     worker: Child
     drain: Child
     gateway: Child
+    monitoring: list[tuple[Child, str]]  # with the settings of their ports
 
 
-def plan(settings: Settings, ports: PortReservations) -> Parts:
+def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = False) -> Parts:
     """Decide everything before anything starts. Raises `PortBusy`, or `Permanent` for a missing setting."""
     if settings.env != "dev":
         settings.require("control_plane_url", "prefect_api_url", "jwks_url", "jwt_issuer", "object_store_url")
@@ -56,6 +59,10 @@ def plan(settings: Settings, ports: PortReservations) -> Parts:
     wanted |= {"prefect_port": _LOOPBACK} if own_prefect else {}
     wanted |= {"issuer_port": _LOOPBACK} if own_issuer else {}
     wanted |= {"postgres_port": _LOOPBACK} if own_postgres else {}
+    if monitoring:
+        if settings.prometheus_url:
+            raise Permanent("ENGRAM_PROMETHEUS_URL names a Prometheus that is there: leave it empty with --monitoring")
+        wanted |= dict.fromkeys(watch.PORTS, _LOOPBACK)
     found: dict[str, Any] = {}
     for name in sorted(wanted, key=settings.is_set, reverse=True):  # a default must not take what was asked for
         found[name] = ports.reserve(settings, name, wanted[name])
@@ -64,6 +71,9 @@ def plan(settings: Settings, ports: PortReservations) -> Parts:
     if own_issuer:
         found["jwks_url"] = f"http://{_LOOPBACK}:{found['issuer_port']}{JWKS_PATH}"
         found["jwt_issuer"] = issuer_url(settings.model_copy(update={"issuer_port": found["issuer_port"]}))
+    if monitoring:
+        found["prometheus_url"] = f"http://{_LOOPBACK}:{found['prometheus_port']}"
+        found["alertmanager_url"] = f"http://{_LOOPBACK}:{found['alertmanager_port']}"
     postgres = None
     if own_postgres:
         postgres = EmbeddedPostgres(
@@ -97,6 +107,7 @@ def plan(settings: Settings, ports: PortReservations) -> Parts:
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{gateway_url(resolved)}/ready"),
         ),
+        monitoring=watch.children(resolved, environment, gateway_url(resolved), None) if monitoring else [],
     )
 
 

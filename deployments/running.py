@@ -37,6 +37,11 @@ RESOLVED = (
     "postgres_port",
     "prefect_port",
     "issuer_port",
+    "prometheus_port",
+    "alertmanager_port",
+    "probe_port",
+    "prometheus_url",
+    "alertmanager_url",
 )
 
 
@@ -193,6 +198,8 @@ def status(settings: Settings) -> dict[str, Any]:
         "object_store_url": shown["object_store_url"],
         "jwks_url": shown["jwks_url"],
         "issuer": shown["jwt_issuer"],
+        "prometheus_url": shown["prometheus_url"],
+        "alertmanager_url": shown["alertmanager_url"],
         "processes": processes,
     }
 

@@ -1,9 +1,10 @@
 """The supervisor behind `engram up`: everything in order, everything watched, everything stopped in order.
 
     lock → leftovers of a SIGKILLed run ended → ports chosen → PostgreSQL → migrations → issuer, Prefect server
-         → work pool and deployments → worker, drain, gateway → state "running"
+         → work pool and deployments → worker, drain, gateway → with --monitoring: probe, Alertmanager, Prometheus
+         → state "running"
 
-Stopping is the same backwards: the gateway first (no new traffic), then the drain (its last pass meters what the
+Stopping is the same backwards: monitoring (nobody is to be told of a stop), the gateway (no new traffic), then the drain (its last pass meters what the
 gateway wrote), the worker, Prefect, the issuer, PostgreSQL. While starting, any failure or signal stops what was
 started; afterwards a part that dies is started again with back-off and the rest goes on.
 
@@ -67,8 +68,9 @@ class Watched:
 class Stack:
     """One run of the whole stack. `say` gets a line per step while it starts and stops."""
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, say: Callable[[str], None], *, monitoring: bool = False) -> None:
         self._given = settings
+        self._monitoring = monitoring
         self._say = say
         self._stop_requested = threading.Event()
         self._hurry = threading.Event()
@@ -95,13 +97,15 @@ class Stack:
     # Start
 
     def _start(self) -> None:
-        parts = composition.plan(self._given, self._ports)
+        parts = composition.plan(self._given, self._ports, monitoring=self._monitoring)
         settings = parts.settings
         self._state.settings = resolved_values(settings)
         self._state.embedded_postgres = parts.postgres is not None
         _become_subreaper()
         for name in ("postgres", "issuer", "prefect", "deployments", "worker", "drain", "gateway"):
             rotate(settings.data_dir / "logs" / f"{name}.log")
+        for child, _ in parts.monitoring:
+            rotate(settings.data_dir / "logs" / f"{child.name}.log")
         self._save()
 
         if parts.postgres is not None:
@@ -126,6 +130,10 @@ class Stack:
         self._launch(parts.drain)
         self._launch(parts.gateway, "gateway_port")
         for child in (parts.worker, parts.drain, parts.gateway):
+            self._await(child)
+        for child, port_setting in parts.monitoring:  # last, so that nothing is reported that only was not there yet
+            self._launch(child, port_setting)
+        for child, _ in parts.monitoring:
             self._await(child)
         self._give_up()
         self._state.state = "running"

@@ -213,6 +213,17 @@ class Settings(BaseSettings):
     prometheus_url: str = ""
     prometheus_timeout_seconds: float = Field(default=10.0, gt=0)
 
+    # What `engram up --monitoring` starts (deployments/monitoring.py)
+    alertmanager_url: str = ""
+    prometheus_port: int = Field(default=9090, ge=0, le=65535)
+    alertmanager_port: int = Field(default=9093, ge=0, le=65535)
+    probe_port: int = Field(default=9115, ge=0, le=65535)
+    monitoring_scrape_seconds: float = Field(default=15.0, gt=0)
+    monitoring_retention_days: int = Field(default=35, ge=1, description="the error budgets look 30 days back")
+    monitoring_minute_seconds: float = Field(
+        default=60.0, gt=0, le=60, description="what a minute in the rules becomes in a rehearsal; 60 is as it is"
+    )
+
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
     prefect_port: int = Field(default=4200, ge=0, le=65535)

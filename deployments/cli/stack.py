@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
 
 def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once everything is ready.")] = False,
+    monitoring: Annotated[
+        bool, typer.Option("--monitoring", help="Also Prometheus, Alertmanager and what alerts start.")
+    ] = False,
     as_json: Json = False,
     supervise: Annotated[bool, typer.Option(hidden=True, help="The other end of --detach.")] = False,
 ) -> None:
@@ -30,12 +33,12 @@ def up(
     if detach:
         from deployments import detached
 
-        detached.up(settings, note)
+        detached.up(settings, note, monitoring=monitoring)
         _welcome(settings, as_json)
         return
     from deployments.stack import Stack
 
-    Stack(settings, note).run(lambda: None if supervise else _welcome(settings, as_json))
+    Stack(settings, note, monitoring=monitoring).run(lambda: None if supervise else _welcome(settings, as_json))
 
 
 def down(as_json: Json = False) -> None:
@@ -163,6 +166,7 @@ def _welcome(settings: Settings, as_json: bool) -> None:
         print_json(found)
         return
     shown = ("gateway_url", "prefect_ui_url", "control_plane_url", "object_store_url", "jwks_url", "data_dir")
+    shown += tuple(name for name in ("prometheus_url", "alertmanager_url") if found[name])
     print_table(("", ""), [(name.removesuffix("_url").replace("_", " "), found[name]) for name in shown])
     if settings.env == "dev":
         sys.stdout.write(

@@ -1,0 +1,154 @@
+"""What `engram up --monitoring` adds: Prometheus, Alertmanager, a probe from outside, and the bridge to Prefect.
+
+    {data_dir}/monitoring/prometheus.yml, rules/*.yml, alertmanager.yml, probe.yml   written at every start
+    {data_dir}/monitoring/prometheus/, alertmanager/                                 their data
+
+The production files of `deployments/prometheus/` are read and only addresses are put in, so what is rehearsed here is
+what runs there. The programs come from the operating system; all listen on the loopback only.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.monitoring_rules import load, shorten, shorten_duration, shorten_rules
+from deployments.orchestration import http_ok
+from deployments.process import Child
+from shared import durable
+from shared.errors import Permanent
+from shared.settings import Settings
+
+LOOPBACK = "127.0.0.1"
+SOURCE = Path(__file__).parent / "prometheus"
+PORTS = ("prometheus_port", "alertmanager_port", "probe_port")
+_PROGRAMS = {  # as Debian calls them, as their makers do, Debian's package
+    "prometheus": ("prometheus", "prometheus", "prometheus"),
+    "alertmanager": ("prometheus-alertmanager", "alertmanager", "prometheus-alertmanager"),
+    "probe": ("prometheus-blackbox-exporter", "blackbox_exporter", "prometheus-blackbox-exporter"),
+}
+_TIMES_OF_A_ROUTE = ("group_wait", "group_interval", "repeat_interval")
+
+
+def programs() -> dict[str, str]:
+    """Where each program is. Raises `Permanent` naming the packages of those that are missing."""
+    found = {part: shutil.which(debian) or shutil.which(maker) for part, (debian, maker, _) in _PROGRAMS.items()}
+    missing = [_PROGRAMS[part][2] for part, path in found.items() if path is None]
+    if missing:
+        raise Permanent(f"--monitoring needs programs that are not installed: apt-get install {' '.join(missing)}")
+    return {part: path for part, path in found.items() if path is not None}
+
+
+def children(
+    settings: Settings, environment: Mapping[str, str], gateway_url: str, bridge: tuple[str, Path] | None
+) -> list[tuple[Child, str]]:
+    """The parts in order of start, each with the setting of its port. `bridge` is its URL and its token's file."""
+    program = programs()
+    directory = settings.data_dir / "monitoring"
+
+    def child(name: str, argv: list[str], port: int, ready_path: str, write: Callable[[], None]) -> Child:
+        return Child(
+            name,
+            [program[name], *argv],
+            env=environment,
+            log_path=settings.data_dir / "logs" / f"{name}.log",
+            ready=lambda: http_ok(f"http://{LOOPBACK}:{port}{ready_path}"),
+            before_start=write,
+        )
+
+    probe = child(
+        "probe",
+        [f"--config.file={directory / 'probe.yml'}", f"--web.listen-address={LOOPBACK}:{settings.probe_port}"],
+        settings.probe_port,
+        "/-/healthy",
+        lambda: _write(directory / "probe.yml", _source("probe.yml")),
+    )
+    alertmanager = child(
+        "alertmanager",
+        [
+            f"--config.file={directory / 'alertmanager.yml'}",
+            f"--storage.path={directory / 'alertmanager'}",
+            f"--web.listen-address={LOOPBACK}:{settings.alertmanager_port}",
+            "--cluster.listen-address=",  # one instance: no gossip, no second port
+        ],
+        settings.alertmanager_port,
+        "/-/ready",
+        lambda: _write(
+            directory / "alertmanager.yml", alertmanager_configuration(bridge, settings.monitoring_minute_seconds)
+        ),
+    )
+    prometheus = child(
+        "prometheus",
+        [
+            f"--config.file={directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={directory / 'prometheus'}",
+            f"--storage.tsdb.retention.time={settings.monitoring_retention_days}d",
+            f"--web.listen-address={LOOPBACK}:{settings.prometheus_port}",
+            "--log.level=warn",
+        ],
+        settings.prometheus_port,
+        "/-/ready",
+        lambda: _write_prometheus(settings, gateway_url, directory),
+    )
+    return [(probe, "probe_port"), (alertmanager, "alertmanager_port"), (prometheus, "prometheus_port")]
+
+
+def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Path) -> dict[str, Any]:
+    """`prometheus.yml` with the addresses of this stack."""
+    configuration = _source("prometheus.yml")
+    scrape_seconds = shorten(settings.monitoring_scrape_seconds, settings.monitoring_minute_seconds)
+    interval = f"{max(1, round(scrape_seconds * 1_000))}ms"
+    configuration["global"] |= {"scrape_interval": interval, "evaluation_interval": interval}
+    configuration["global"]["scrape_timeout"] = interval
+    configuration["rule_files"] = [str(rules_dir / "*.yml")]
+    managers = configuration["alerting"]["alertmanagers"]
+    managers[0]["static_configs"][0]["targets"] = [f"{LOOPBACK}:{settings.alertmanager_port}"]
+    jobs = {job["job_name"]: job for job in configuration["scrape_configs"]}
+    jobs["engram-gateway"]["static_configs"][0]["targets"] = [gateway_url.removeprefix("http://")]
+    for target in jobs["engram-probe"]["static_configs"]:
+        target["targets"] = [f"{gateway_url}/{target['labels']['probe']}"]
+    jobs["engram-probe"]["relabel_configs"][-1]["replacement"] = f"{LOOPBACK}:{settings.probe_port}"
+    return configuration
+
+
+def alertmanager_configuration(bridge: tuple[str, Path] | None, minute_seconds: float) -> dict[str, Any]:
+    """`alertmanager.yml` with the bridge of this stack; without one, that receiver notifies nobody."""
+    configuration = _source("alertmanager.yml")
+    receiver = next(r for r in configuration["receivers"] if r["name"] == "bridge")
+    if bridge is None:
+        del receiver["webhook_configs"]
+    else:
+        webhook = receiver["webhook_configs"][0]
+        webhook["url"] = bridge[0]
+        webhook["http_config"]["authorization"]["credentials_file"] = str(bridge[1])
+    for route in (configuration["route"], *configuration["route"]["routes"]):
+        for name in _TIMES_OF_A_ROUTE:
+            if name in route:
+                route[name] = shorten_duration(route[name], minute_seconds)
+    return configuration
+
+
+def _write_prometheus(settings: Settings, gateway_url: str, directory: Path) -> None:
+    rules_dir = directory / "rules"
+    rules_dir.mkdir(parents=True, exist_ok=True)
+    rules = load()
+    for stale in rules_dir.glob("*.yml"):
+        if stale.name not in rules:
+            stale.unlink()
+    for name, document in rules.items():
+        _write(rules_dir / name, shorten_rules(document, settings.monitoring_minute_seconds))
+    _write(directory / "prometheus.yml", prometheus_configuration(settings, gateway_url, rules_dir))
+
+
+def _source(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((SOURCE / name).read_text())
+    return document
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_file(path, yaml.safe_dump(document, sort_keys=False, width=1_000).encode())
