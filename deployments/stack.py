@@ -4,9 +4,9 @@
          → work pool and deployments → worker, drain, gateway → with --monitoring: probe, Alertmanager, Prometheus
          → state "running"
 
-Stopping is the same backwards: monitoring (nobody is to be told of a stop), the gateway (no new traffic), then the drain (its last pass meters what the
-gateway wrote), the worker, Prefect, the issuer, PostgreSQL. While starting, any failure or signal stops what was
-started; afterwards a part that dies is started again with back-off and the rest goes on.
+Stopping is the same backwards: monitoring first (nobody is to be told of a stop), the gateway (no new traffic), then the
+drain (its last pass meters what the gateway wrote), the worker, Prefect, the issuer, PostgreSQL. While starting, any
+failure or signal stops what was started; afterwards a part that dies is started again with back-off and the rest goes on.
 
 Single-threaded on purpose: parent-death signals belong to the thread that forks, and this one lives longest.
 """
@@ -104,8 +104,8 @@ class Stack:
         _become_subreaper()
         for name in ("postgres", "issuer", "prefect", "deployments", "worker", "drain", "gateway"):
             rotate(settings.data_dir / "logs" / f"{name}.log")
-        for child, _ in parts.monitoring:
-            rotate(settings.data_dir / "logs" / f"{child.name}.log")
+        for watcher, _ in parts.monitoring:
+            rotate(settings.data_dir / "logs" / f"{watcher.name}.log")
         self._save()
 
         if parts.postgres is not None:
@@ -131,10 +131,10 @@ class Stack:
         self._launch(parts.gateway, "gateway_port")
         for child in (parts.worker, parts.drain, parts.gateway):
             self._await(child)
-        for child, port_setting in parts.monitoring:  # last, so that nothing is reported that only was not there yet
-            self._launch(child, port_setting)
-        for child, _ in parts.monitoring:
-            self._await(child)
+        for watcher, port_setting in parts.monitoring:  # last: nothing is reported that only was not there yet
+            self._launch(watcher, port_setting)
+        for watcher, _ in parts.monitoring:
+            self._await(watcher)
         self._give_up()
         self._state.state = "running"
         self._save()
