@@ -16,7 +16,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared.control_plane import ControlPlane
 from shared.errors import Transient
-from shared.objects import ObjectStore
 from shared.prometheus import Prometheus, PrometheusRefused, PrometheusUnavailable
 from shared.settings import Settings
 
@@ -137,15 +136,6 @@ class Sight:
     def control_plane(self) -> ControlPlane:
         with self._lock:
             return self._control_plane
-
-    @functools.cached_property
-    def _objects(self) -> ObjectStore:
-        return ObjectStore(self.settings)
-
-    @property
-    def objects(self) -> ObjectStore:
-        with self._lock:
-            return self._objects
 
     @property
     def figures(self) -> Figures:

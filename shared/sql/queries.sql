@@ -757,6 +757,17 @@ FROM (
 WHERE since < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
 ORDER BY since, tenant_id LIMIT %(limit)s;
 
+-- name: backups_corrupt_newest
+-- Active tenants, or one, whose newest backup is corrupt or missing: the older one, if any, is all a restore could take.
+SELECT t.tenant_id, n.key
+FROM tenants t
+JOIN LATERAL (
+    SELECT key, status FROM backups
+    WHERE tenant_id = t.tenant_id AND status IN ('available', 'corrupt') AND kind <> 'safety'
+    ORDER BY ts DESC LIMIT 1) n ON n.status = 'corrupt'
+WHERE t.state = 'active' AND (%(tenant_id)s::text IS NULL OR t.tenant_id = %(tenant_id)s::text)
+ORDER BY t.tenant_id LIMIT %(limit)s;
+
 -- Objects without a row (shared/strays.py).
 
 -- name: strays_of
