@@ -34,6 +34,7 @@ class _Request(msgspec.Struct):
     status: int
     latency_ms: float
     ts: str
+    client: str | UnsetType = UNSET
     client_request_id: str | UnsetType = UNSET
     auth_failure: str | UnsetType = UNSET
     component: str = "access"
@@ -59,10 +60,11 @@ class AccessLog:
         method: str,
         status: int,
         latency_ms: float,
+        client: tuple[str, int] | None,
         client_request_id: str | None,
         auth_failure: str | None,
     ) -> None:
-        """The line of one request."""
+        """The line of one request; `client` as in the ASGI scope, behind a trusted proxy the one it names."""
         if len(self._waiting) >= _MAX_WAITING:
             self._dropped += 1
             return
@@ -70,7 +72,14 @@ class AccessLog:
         if second != self._second:
             self._second, self._prefix = second, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}."
         line = _Request(
-            request_id, tenant_id, route, method, status, latency_ms, f"{self._prefix}{nanoseconds // 1_000:06d}Z"
+            request_id,
+            tenant_id,
+            route,
+            method,
+            status,
+            latency_ms,
+            f"{self._prefix}{nanoseconds // 1_000:06d}Z",
+            client[0] if client else UNSET,
         )
         if client_request_id is not None:
             line.client_request_id = client_request_id

@@ -121,6 +121,7 @@ class Edge:
             exchange.method,
             status,
             round(elapsed * 1_000, 3),
+            scope.get("client"),
             exchange.client_request_id,
             exchange.auth_failure,
         )

@@ -76,7 +76,7 @@ async def _caller(services: Services, exchange: Exchange, scope: Any) -> tuple[s
     headers, rates = scope["headers"], services.rates
 
     def before_signature(tenant_id: str | None) -> None:
-        decision = rates.may_verify(rates.address(scope.get("client"), headers), tenant_id)
+        decision = rates.may_verify(rates.address(scope.get("client")), tenant_id)
         if decision is not None:
             raise Refusal(too_many(decision, TOO_MANY_FAILURES))
 
@@ -84,7 +84,7 @@ async def _caller(services: Services, exchange: Exchange, scope: Any) -> tuple[s
         caller = await services.authenticator.caller([v for k, v in headers if k == b"authorization"], before_signature)
     except Unauthenticated as e:
         exchange.auth_failure = e.reason
-        decision = rates.bad_token(rates.address(scope.get("client"), headers), e.tenant_id)
+        decision = rates.bad_token(rates.address(scope.get("client")), e.tenant_id)
         if decision is not None:
             raise Refusal(too_many(decision, TOO_MANY_FAILURES)) from None
         raise Refusal(UNAUTHENTICATED) from None

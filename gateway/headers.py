@@ -4,8 +4,12 @@ A thin ASGI layer around the application, inside the edge: a head that is too la
 here before anything is routed (Granian itself refuses more than 100 fields, and far larger heads, with an empty
 body). Answers get their fields through the exchange, so that the edge adds them to errors too.
 
-CORS: a browser may call from the configured origins, in dev from any port of localhost too; a preflight is
-answered here, without a token. Tokens travel in a header, never in a cookie: credentials are not allowed.
+CORS: a browser may call from the configured origins, with `cors_localhost` from any port of localhost too; a preflight
+is answered here, without a token. Tokens travel in a header, never in a cookie: credentials are not allowed.
+
+Behind trusted proxies the client's own address and scheme are put into the scope here, before anybody asks for them
+(`gateway.proxies`). Outside dev a request of the API that reached such a proxy in plain text is refused: its token has
+been read by whoever listened, and HSTS promised otherwise. No `Strict-Transport-Security` is sent with it (RFC 6797).
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from typing import Any
 from gateway.edge import ASGIApp, Receive, Scope, Send
 from gateway.exchange import exchange_of
 from gateway.problems import MEDIA_TYPE, Problem
-from shared.settings import Settings
+from gateway.proxies import Proxies
+from shared.settings import Settings, words
 
 MAX_FIELDS = 64
 PREFLIGHT_SECONDS = 600
@@ -34,6 +39,9 @@ _ANSWER_FIELDS = (
 )
 NO_HOST = Problem(400, "A request must name exactly one Host.")
 FOREIGN_ORIGIN = Problem(403, "This origin may not call from a browser.")
+PLAIN_TEXT = Problem(
+    403, "This API is spoken over HTTPS alone; change the token that was sent.", reason="https required"
+)
 
 
 class Heads:
@@ -45,16 +53,18 @@ class Heads:
         self._methods = methods or {}
         self._url_limit = settings.url_limit_bytes
         self._header_limit = settings.header_limit_bytes
-        self._origins = frozenset(
-            origin.strip().rstrip("/").encode() for origin in settings.cors_allowed_origins.split(",") if origin.strip()
-        )
-        self._localhost = settings.env == "dev"
+        self._origins = frozenset(origin.rstrip("/").encode() for origin in words(settings.cors_allowed_origins))
+        self._localhost = settings.cors_localhost
+        self._proxies = Proxies(settings)
+        self._proxied = bool(self._proxies)
+        self._wants_tls = settings.env != "dev"
         self._always = [
             (b"x-content-type-options", b"nosniff"),
             (b"referrer-policy", b"no-referrer"),
             (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
         ]
-        if settings.env != "dev" and settings.hsts_seconds:
+        self._plain = list(self._always)
+        if self._wants_tls and settings.hsts_seconds:
             hsts = b"max-age=%d; includeSubDomains" % settings.hsts_seconds
             self._always.append((b"strict-transport-security", hsts))
         if self._localhost or self._origins:
@@ -67,7 +77,13 @@ class Heads:
             return
         exchange = exchange_of(scope)
         path: str = scope["path"]
-        exchange.headers.extend(self._under_v1 if path.startswith("/v1/") else self._always)
+        if self._proxied and self._proxies.settle(scope) and self._wants_tls and scope["scheme"] == "http":
+            exchange.headers.extend(self._plain)
+            if path.startswith("/v1/"):
+                await _refuse(PLAIN_TEXT, exchange.request_id, send)
+                return
+        else:
+            exchange.headers.extend(self._under_v1 if path.startswith("/v1/") else self._always)
         size = hosts = 0
         host = b""
         origin = asked = None

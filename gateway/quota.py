@@ -6,6 +6,8 @@ own count is kept under the spool segment its event is in, and the query tells, 
 counts, which segments have been drained. What other workers have not drained yet is not seen: a hard limit may
 be passed by as much as they serve in that time, it is never applied too early.
 
+`quota_mode` shadow warns of a hard limit as of a soft one and counts what would have been refused; off reads nothing.
+
 Without a snapshot, or with one older than `quota_stale_seconds`, everybody is served and counted
 (`engram_quota_unchecked_total`).
 """
@@ -58,6 +60,7 @@ class Quotas:
         self._control_plane = control_plane
         self._tenants_dir = settings.tenants_dir
         self._stale_seconds = settings.quota_stale_seconds
+        self._mode = settings.quota_mode
         self._loop = asyncio.get_running_loop()
         self._read_at = float("-inf")
         self._allowances: dict[str, Allowance] = {}
@@ -67,6 +70,8 @@ class Quotas:
     def check(self, tenant_id: str, counters: Iterable[Counter], memories: int = 1) -> bytes | None:
         """The value of the warning header, if a soft limit is reached. Raises a `Refusal` (402) for a request that
         would pass a hard one; `memories` is how many it creates, when it creates any."""
+        if self._mode == "off":
+            return None
         if time.monotonic() - self._read_at > self._stale_seconds:
             metrics.quota_unchecked_total.inc()
             return None
@@ -80,10 +85,13 @@ class Quotas:
             current = allowance.used[counter] + allowance.own[counter]
             hard, soft = allowance.hard[counter], allowance.soft[counter]
             wanted = memories if counter == "memories_created" else 1
-            if hard is not None and current + wanted > hard:
+            exceeded = hard is not None and current + wanted > hard
+            if exceeded and self._mode == "enforce":
                 metrics.quota_exceeded_total.labels(counter).inc()
-                raise Refusal(_exceeded(counter, current, hard, wanted))
-            if soft is not None and current >= soft:
+                raise Refusal(_exceeded(counter, current, hard or 0, wanted))
+            if exceeded:
+                metrics.quota_shadowed_total.labels(counter).inc()
+            if exceeded or (soft is not None and current >= soft):
                 warnings.append(f"{counter}; current={current}; limit={hard if hard is not None else soft}")
         return ", ".join(warnings).encode() or None
 
@@ -104,6 +112,8 @@ class Quotas:
 
     def refresh(self) -> None:
         """Read the control plane; the loop takes the result over. A failure leaves the last snapshot to age."""
+        if self._mode == "off":
+            return
         segments = sorted({segment for segment, _ in list(self._own)})
         try:
             rows = self._control_plane.rows("quota_usage", segments=segments)

@@ -205,7 +205,6 @@ class RateLimiter:
         self._plans: dict[tuple[str, str], tuple[Bucket, ...]] = {}
         self._tenants = Table(settings.run_dir / "tenants.rates")
         self._addresses = Table(settings.run_dir / "addresses.rates")
-        self._address_header = settings.client_address_header.lower().encode()
         self._logged: dict[str, float] = {}
 
     def close(self) -> None:
@@ -243,13 +242,10 @@ class RateLimiter:
         metrics.rate_limited_total.labels("unauthenticated").inc()
         return decision
 
-    def address(self, client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Whose failures these are: the peer, or what the trusted proxy says; of an IPv6 address its /64."""
+    @staticmethod
+    def address(client: tuple[str, int] | None) -> str:
+        """Whose failures these are: the scope's client (behind a trusted proxy the one it names); of IPv6 its /64."""
         text = client[0] if client else ""
-        if self._address_header:
-            given = [value for name, value in headers if name == self._address_header]
-            if given:  # of a list the last one: the one that the proxy itself added
-                text = given[-1].decode("latin-1").rpartition(",")[2].strip()
         if ":" not in text:
             return text[:64]
         try:

@@ -101,6 +101,12 @@ quota_unchecked_total = Counter(
 quota_exceeded_total = Counter(
     "engram_quota_exceeded_total", "Requests refused with 402.", ["counter"], registry=_registry
 )
+quota_shadowed_total = Counter(
+    "engram_quota_shadowed_total",
+    "Requests served that enforcing quotas would have refused with 402.",
+    ["counter"],
+    registry=_registry,
+)
 shed_total = Counter("engram_shed_total", "Requests shed with 503.", ["route"], registry=_registry)
 maintenance_refused_total = Counter(
     "engram_maintenance_refused_total",
@@ -258,6 +264,7 @@ def initialise() -> None:
         rate_limit_shadowed_total.labels(scope)
     for counter in ("api_calls", "search_queries", "memories_created", "storage_bytes"):
         quota_exceeded_total.labels(counter)
+        quota_shadowed_total.labels(counter)
     for outcome in ("ok", "error"):
         jwks_fetch_total.labels(outcome)
 

@@ -1,5 +1,8 @@
 """One settings model for every process; prefix `ENGRAM_`, the unit is part of the name.
 
+What differs between dev, staging and prod is in their value files, not in code: `shared.environment` says how they are
+found and what wins. `shared.safety` says which values staging and prod refuse to start with.
+
 Empty strings mean "not set": `engram up` fills them with its own embedded parts (PostgreSQL, Prefect server,
 token issuer, a local object store below the data directory) and hands the result to its children through the
 environment, so a child never guesses. In staging and prod there are no embedded parts: `require` names what
@@ -9,25 +12,32 @@ is missing.
 from __future__ import annotations
 
 import functools
+import ipaddress
+import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from shared import environment
 from shared.errors import Permanent
 
 
 class Settings(BaseSettings):
-    """Values come from the environment alone; unknown names are ignored."""
+    """Values come from the process's environment and the value file; a name that is no setting is an error."""
 
     model_config = SettingsConfigDict(
-        env_prefix="ENGRAM_", extra="ignore", populate_by_name=True, env_ignore_empty=True
+        env_prefix=environment.PREFIX,
+        extra="ignore",
+        populate_by_name=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # it would print the secrets beside the value that is wrong
     )
 
     env: Literal["dev", "staging", "prod"] = "dev"
-    data_dir: Path = Field(default=Path(""), validate_default=True)
+    data_dir: Path = Path(".engram")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # Control plane. The pooler may be PgBouncer in transaction mode: no prepared statements, no session state.
@@ -111,6 +121,17 @@ class Settings(BaseSettings):
     gateway_threads: int = Field(default=4, ge=1, description="threads per worker for SQLite work off the loop")
     gateway_backlog: int = Field(default=1024, ge=128)
     gateway_kill_timeout_seconds: int = Field(default=20, ge=1, le=1800)
+    tls_certificate: str = Field(default="", description="a PEM file, the leaf first; empty: a proxy ends TLS")
+    tls_key: str = Field(default="", description="its private key, a PEM file without a passphrase")
+    tls_minimum: Literal["1.2", "1.3"] = "1.2"
+    tls_http2: bool = Field(default=True, description="offered by ALPN, beside HTTP/1.1")
+    trusted_proxies: str = Field(
+        default="", description="networks, comma-separated; only what these say of a client's address is believed"
+    )
+    client_address_header: str = Field(
+        default="x-forwarded-for",
+        description="which field those proxies write: x-forwarded-for, forwarded, or one with a single address",
+    )
     worker_silence_seconds: float = Field(
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
@@ -137,14 +158,12 @@ class Settings(BaseSettings):
     rate_limit_read_rps: float = Field(default=0.0, ge=0, description="reads only, within the tenant's; 0 is off")
     rate_limit_write_rps: float = Field(default=0.0, ge=0, description="writes only, within the tenant's; 0 is off")
     rate_limit_search_rps: float = Field(default=0.0, ge=0, description="searches only, within the tenant's; 0 is off")
-    unauthenticated_rps: float = Field(
-        default=0.0, ge=0, description="refused tokens per client address; 0 is off; 20 outside dev when not set"
-    )
+    unauthenticated_rps: float = Field(default=0.0, ge=0, description="refused tokens per client address; 0 is off")
     unauthenticated_burst: int = Field(default=200, ge=1)
-    client_address_header: str = Field(default="", description="set by a trusted proxy; empty: the connection's peer")
     inflight_requests: int = Field(default=256, ge=1, description="at work per worker; more wait, then are shed")
     inflight_tenant_requests: int = Field(default=64, ge=1, description="at work per worker and tenant")
     inflight_wait_seconds: float = Field(default=0.5, ge=0, description="longest wait for a place")
+    quota_mode: Literal["off", "shadow", "enforce"] = Field(default="enforce", description="shadow: warn, never refuse")
     quota_refresh_seconds: float = Field(default=5.0, gt=0)
     quota_stale_seconds: float = Field(default=60.0, gt=0, description="an older snapshot refuses nobody")
     limits_poll_seconds: float = Field(default=0.25, gt=0, description="how soon a worker sees a run-time limit")
@@ -160,9 +179,11 @@ class Settings(BaseSettings):
         default=6, ge=0, description="reversible actions without a person, all machines together"
     )
 
-    # Browsers
-    cors_allowed_origins: str = Field(default="", description="comma-separated; in dev also any port of localhost")
+    # Browsers, and people who read the API's description
+    cors_allowed_origins: str = Field(default="", description="comma-separated, exact")
+    cors_localhost: bool = Field(default=False, description="any port of localhost may call from a browser too")
     hsts_seconds: int = Field(default=31_536_000, ge=0, description="staging and prod only; 0 is off")
+    docs_pages: bool = Field(default=True, description="/schema and /schema/openapi.json")
 
     # Usage
     usage_flush_seconds: float = Field(default=1.0, gt=0)
@@ -236,35 +257,51 @@ class Settings(BaseSettings):
     start_timeout_seconds: float = Field(default=120.0, gt=0)
     stop_timeout_seconds: float = Field(default=30.0, gt=0)
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _ValueFile(settings_cls)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        for network in words(value):
+            ipaddress.ip_network(network)
+        return value
+
     @model_validator(mode="after")
-    def _defaults_by_environment(self) -> Settings:
+    def _consistent(self) -> Settings:
         set_by_person = set(self.model_fields_set)
-        if self.data_dir == Path(""):
-            self.data_dir = Path(".engram") if self.env == "dev" else Path("/data")
         self.data_dir = self.data_dir.expanduser().absolute()
         if not self.object_store_url and self.env == "dev":
             self.object_store_url = (self.data_dir / "objects").as_uri()
-        if "unauthenticated_rps" not in set_by_person and self.env != "dev":
-            self.unauthenticated_rps = 20.0
         if self.usage_durability == "sync" and self.usage_at_limit == "drop":
             raise ValueError("usage_durability=sync loses no event and usage_at_limit=drop does: choose one")
         if self.point_in_time == "litestream" and self.backup_encryption != "none":
             raise ValueError("litestream cannot encrypt its copies: choose point_in_time or backup_encryption")
         if self.s3_checksum == "none" and not self.object_store_read_back:
             raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key belong together: set both or none")
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
 
     def is_set(self, name: str) -> bool:
-        """Whether the person set this value, rather than a default filling it."""
+        """Whether the environment or the value file set this value, rather than a default filling it."""
         return name in self.model_fields_set
 
     def require(self, *names: str) -> None:
         """Raise `Permanent` naming every one of `names` that is empty, all at once."""
         missing = [n for n in names if not _plain(getattr(self, n))]
         if missing:
-            raise Permanent("not set: " + ", ".join(_variable(n) for n in missing))
+            raise Permanent("not set: " + ", ".join(variable(n) for n in missing))
 
     @property
     def spool_dir(self) -> Path:
@@ -293,8 +330,29 @@ def _plain(value: object) -> str:
     return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
-def _variable(name: str) -> str:
-    return "PREFECT_API_URL" if name == "prefect_api_url" else f"ENGRAM_{name.upper()}"
+def variable(name: str) -> str:
+    """What a setting is called outside."""
+    return "PREFECT_API_URL" if name == "prefect_api_url" else f"{environment.PREFIX}{name.upper()}"
+
+
+def words(value: str) -> list[str]:
+    """The parts of a comma-separated setting."""
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+class _ValueFile(PydanticBaseSettingsSource):
+    """`deployments/environments/{env}.env`, below the process's environment; checks the names in both."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False  # all at once below
+
+    def __call__(self) -> dict[str, Any]:
+        known = frozenset(self.settings_cls.model_fields)
+        environment.check_names(os.environ, known)
+        env = self.current_state.get("env", "dev")
+        if env not in environment.ENVIRONMENTS:
+            return {}  # pydantic says so
+        return dict(environment.read(environment.value_file(env), known))
 
 
 def redact_url(url: str) -> str:

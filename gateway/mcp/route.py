@@ -28,7 +28,7 @@ from gateway.guard import guard
 from gateway.problems import Problem, Refusal, forbidden
 from gateway.services import Services
 from shared.log import get_logger
-from shared.settings import Settings
+from shared.settings import Settings, words
 
 PATH = "/v1/mcp"
 _LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?\Z")
@@ -103,9 +103,8 @@ class Origins:
     """Which `Origin` may call."""
 
     def __init__(self, settings: Settings) -> None:
-        configured = settings.cors_allowed_origins.split(",")
-        self._configured = frozenset(origin.strip().rstrip("/") for origin in configured if origin.strip())
-        self._localhost = settings.env == "dev"
+        self._configured = frozenset(origin.rstrip("/") for origin in words(settings.cors_allowed_origins))
+        self._localhost = settings.cors_localhost
         self._only_loopback = settings.gateway_host in _LOOPBACK_ADDRESSES
 
     def allows(self, origin: str, host: str) -> bool:
