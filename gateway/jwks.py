@@ -20,48 +20,28 @@ So a new key is accepted from its first token on, unless somebody's invented kid
 cool-down: an issuer that publishes a key one cool-down (at the most one TTL) before it signs is never refused.
 
 `generation` counts changes of the key set and forced refreshes: whoever caches what a key said watches it.
-
-A key brings its algorithm (kty, crv → alg); the token's header can only agree with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import jwt
-import msgspec
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from shared import metrics
+from shared import jwk, metrics
+from shared.jwk import MAX_BYTES, VerificationKey, usable_keys
 from shared.log import get_logger
 from shared.settings import Settings, redact_url
 
-MAX_BYTES = 262_144
-MAX_KEYS = 100
 MAX_WAITING = 256
-MIN_RSA_BITS = 2_048
 MIN_RETRY_SECONDS = 0.05
-_ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256", ("OKP", "Ed25519"): "EdDSA"}
 log = get_logger("jwks")
 
 
 class JwksUnavailable(Exception):
     """There are no keys to judge a token by."""
-
-
-@dataclass(frozen=True, slots=True)
-class VerificationKey:
-    algorithm: str
-    key: Any
-
-    def verifies(self, signed: bytes, signature: bytes) -> bool:
-        ok: bool = jwt.get_algorithm_by_name(self.algorithm).verify(signed, self.key, signature)
-        return ok
 
 
 class Jwks:
@@ -165,7 +145,7 @@ class Jwks:
         try:
             async with asyncio.timeout(self._timeout):
                 published = await self._get()
-            keys = _usable_keys(published)
+            keys = usable_keys(published)
             if not keys:
                 raise ValueError("the issuer published no usable key")
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, RecursionError) as e:
@@ -202,40 +182,4 @@ class Jwks:
                 body += piece
                 if len(body) > MAX_BYTES:
                     raise ValueError(f"the key set is larger than {MAX_BYTES} bytes")
-        document = msgspec.json.decode(body)
-        found = document.get("keys") if isinstance(document, dict) else None
-        if not isinstance(found, list) or len(found) > MAX_KEYS:
-            raise ValueError("not a JSON Web Key Set")
-        return [jwk for jwk in found if isinstance(jwk, dict)]
-
-
-def _usable_keys(published: list[dict[str, Any]]) -> dict[str | None, VerificationKey]:
-    """The keys we can and may use; of two with one id the first, so a later one cannot displace it."""
-    keys: dict[str | None, VerificationKey] = {}
-    for jwk in published:
-        kid = jwk.get("kid")
-        if (kid is None or isinstance(kid, str)) and kid not in keys and (key := verification_key(jwk)):
-            keys[kid] = key
-    return keys
-
-
-def verification_key(jwk: dict[str, Any]) -> VerificationKey | None:
-    """None for a key that is not for us: symmetric, private, weak, of another curve, or not for signatures."""
-    kty = jwk.get("kty")
-    crv = None if kty == "RSA" else jwk.get("crv")
-    try:
-        algorithm = _ALGORITHMS.get((kty, crv))  # type: ignore[arg-type]
-    except TypeError:  # an unhashable value where a string belongs
-        return None
-    if algorithm is None or "d" in jwk or jwk.get("alg", algorithm) != algorithm:
-        return None
-    operations = jwk.get("key_ops", ["verify"])
-    if jwk.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
-        return None
-    try:
-        key = jwt.get_algorithm_by_name(algorithm).from_jwk(jwk)
-    except (jwt.PyJWTError, ValueError, TypeError, KeyError, UnsupportedAlgorithm):
-        return None
-    if isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS:
-        return None
-    return VerificationKey(algorithm, key)
+        return jwk.published(body)

@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.jwks import MAX_WAITING, Jwks, JwksUnavailable, verification_key
+from gateway.jwks import MAX_WAITING, Jwks, JwksUnavailable
+from shared.jwk import verification_key
 from shared.settings import Settings
 from tests.gateway_stack import Issuer, new_key
 
