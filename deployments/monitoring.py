@@ -49,6 +49,7 @@ def children(
     """The parts in order of start, each with the setting of its port. `bridge` is its URL and its token's file."""
     program = programs()
     directory = settings.data_dir / "monitoring"
+    timeout_seconds = _scrape_times(settings)[1]
 
     def child(name: str, argv: list[str], port: int, ready_path: str, write: Callable[[], None]) -> Child:
         return Child(
@@ -62,7 +63,11 @@ def children(
 
     probe = child(
         "probe",
-        [f"--config.file={directory / 'probe.yml'}", f"--web.listen-address={LOOPBACK}:{settings.probe_port}"],
+        [
+            f"--config.file={directory / 'probe.yml'}",
+            f"--web.listen-address={LOOPBACK}:{settings.probe_port}",
+            f"--timeout-offset={min(0.5, timeout_seconds / 10):g}",  # how much sooner than Prometheus it gives up
+        ],
         settings.probe_port,
         "/-/healthy",
         lambda: _write(directory / "probe.yml", _source("probe.yml")),
@@ -100,10 +105,8 @@ def children(
 def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Path) -> dict[str, Any]:
     """`prometheus.yml` with the addresses of this stack."""
     configuration = _source("prometheus.yml")
-    scrape_seconds = shorten(settings.monitoring_scrape_seconds, settings.monitoring_minute_seconds)
-    interval = f"{max(1, round(scrape_seconds * 1_000))}ms"
-    configuration["global"] |= {"scrape_interval": interval, "evaluation_interval": interval}
-    configuration["global"]["scrape_timeout"] = interval
+    interval, timeout = (f"{max(1, round(seconds * 1_000))}ms" for seconds in _scrape_times(settings))
+    configuration["global"] = {"scrape_interval": interval, "evaluation_interval": interval, "scrape_timeout": timeout}
     configuration["rule_files"] = [str(rules_dir / "*.yml")]
     managers = configuration["alerting"]["alertmanagers"]
     managers[0]["static_configs"][0]["targets"] = [f"{LOOPBACK}:{settings.alertmanager_port}"]
@@ -130,6 +133,12 @@ def alertmanager_configuration(bridge: tuple[str, Path] | None, minute_seconds: 
             if name in route:
                 route[name] = shorten_duration(route[name], minute_seconds)
     return configuration
+
+
+def _scrape_times(settings: Settings) -> tuple[float, float]:
+    """The interval and the time-out, which must not be longer."""
+    interval_seconds = shorten(settings.monitoring_scrape_seconds, settings.monitoring_minute_seconds)
+    return interval_seconds, min(10.0, interval_seconds)
 
 
 def _write_prometheus(settings: Settings, gateway_url: str, directory: Path) -> None:

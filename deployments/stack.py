@@ -4,9 +4,10 @@
          → work pool and deployments → worker, drain, gateway → with --monitoring: probe, Alertmanager, Prometheus
          → state "running"
 
-Stopping is the same backwards: monitoring first (nobody is to be told of a stop), the gateway (no new traffic), then the
-drain (its last pass meters what the gateway wrote), the worker, Prefect, the issuer, PostgreSQL. While starting, any
-failure or signal stops what was started; afterwards a part that dies is started again with back-off and the rest goes on.
+Stopping is the same backwards: monitoring first (nobody is to be told of a stop), the gateway (no new traffic), then
+the drain (its last pass meters what the gateway wrote), the worker, Prefect, the issuer, PostgreSQL. While starting,
+any failure or signal stops what was started; afterwards a part that dies is started again with back-off and the rest
+goes on.
 
 Single-threaded on purpose: parent-death signals belong to the thread that forks, and this one lives longest.
 """
