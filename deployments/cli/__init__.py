@@ -25,6 +25,7 @@ COMMANDS = (
     "restore",
     "usage",
     "act",
+    "diagnose",
     "slo",
     "demo",
 )

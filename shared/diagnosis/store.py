@@ -22,8 +22,11 @@ def reachable(sight: Sight) -> Finding:
     """One page of a listing, without the patience that backups have."""
     name, normal = "object-store", "answers a listing"
     url = urlsplit(sight.settings.object_store_url)
-    if url.scheme == "file" and not Path(unquote(url.path)).is_dir():
-        return bad(name, f"{unquote(url.path)} is not there", normal, "store_down")
+    root = Path(unquote(url.path))
+    if url.scheme == "file" and not root.is_dir():
+        if root.is_relative_to(sight.settings.data_dir):  # made by the first backup
+            return good(name, "nothing was ever stored", normal)
+        return bad(name, f"{root} is not there", normal, "store_down")
     begun = time.monotonic()
     hurried = {
         "object_store_retries": 0,
