@@ -37,7 +37,7 @@ class Objective(Receipt, frozen=True):
     @property
     def bad_share(self) -> float:
         """What may be bad: the budget."""
-        return 1.0 - self.good_share
+        return round(1.0 - self.good_share, 9)
 
 
 OBJECTIVES = (
