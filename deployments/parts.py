@@ -24,6 +24,7 @@ from deployments.ports import PortReservations
 from deployments.postgres import EmbeddedPostgres
 from deployments.process import STACK_MARK, Child, catches_sigterm
 from deployments.running import gateway_address, resolved_values
+from shared import litestream
 from shared.errors import Permanent
 from shared.settings import Settings
 
@@ -42,6 +43,7 @@ class Parts:
     deploy: Child
     worker: Child
     drain: Child
+    litestream: Child | None
     gateway: Child
     monitoring: list[tuple[Child, str]]  # with the settings of their ports
 
@@ -100,6 +102,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
         ),
         worker=_worker(resolved, environment),
         drain=_drain(resolved, environment),
+        litestream=_litestream(resolved, environment) if litestream.enabled(resolved) else None,
         gateway=Child(
             "gateway",
             [*_ENGRAM, "serve"],
@@ -185,3 +188,15 @@ def _drain(settings: Settings, environment: dict[str, str]) -> Child:
         ready=lambda: catches_sigterm(child.pid),  # from then on SIGTERM means "once more", not its end
     )
     return child
+
+
+def _litestream(settings: Settings, environment: dict[str, str]) -> Child:
+    litestream.program(settings)  # or nothing is started
+    litestream.socket_path(settings)
+    return Child(
+        "litestream",
+        [*_ENGRAM, "litestream"],
+        env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
+        log_path=settings.data_dir / "logs" / "litestream.log",
+        ready=lambda: litestream.answers(settings),
+    )

@@ -42,6 +42,7 @@ RESOLVED = (
     "probe_port",
     "prometheus_url",
     "alertmanager_url",
+    "point_in_time",
 )
 
 

@@ -103,7 +103,7 @@ class Stack:
         self._state.settings = resolved_values(settings)
         self._state.embedded_postgres = parts.postgres is not None
         _become_subreaper()
-        for name in ("postgres", "issuer", "prefect", "deployments", "worker", "drain", "gateway"):
+        for name in ("postgres", "issuer", "prefect", "deployments", "worker", "drain", "litestream", "gateway"):
             rotate(settings.data_dir / "logs" / f"{name}.log")
         for watcher, _ in parts.monitoring:
             rotate(settings.data_dir / "logs" / f"{watcher.name}.log")
@@ -129,9 +129,12 @@ class Stack:
         self._deploy(parts)
         self._launch(parts.worker)
         self._launch(parts.drain)
+        if parts.litestream is not None:  # before the gateway, so that it stops after it and has its last writes
+            self._launch(parts.litestream)
         self._launch(parts.gateway, "gateway_port")
-        for child in (parts.worker, parts.drain, parts.gateway):
-            self._await(child)
+        for child in (parts.worker, parts.drain, parts.litestream, parts.gateway):
+            if child is not None:
+                self._await(child)
         for watcher, port_setting in parts.monitoring:  # last: nothing is reported that only was not there yet
             self._launch(watcher, port_setting)
         for watcher, _ in parts.monitoring:

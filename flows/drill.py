@@ -1,5 +1,5 @@
 """restore-test: pick → download → smoke → record, drill by drill. One that fails ends the run Failed, with its report;
-the others go on."""
+the others go on. With Litestream on, its copies of the same tenants are tested too, and recorded apart (copy)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,9 @@ from pydantic import Field
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
 from shared import drill as core
+from shared import litestream, litestream_drill
 from shared.drill import Drilled, Fetched, Picked, Trend
+from shared.litestream_drill import CopyDrilled
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -37,6 +39,12 @@ def record(drilled: Drilled) -> Drilled:
     return core.record(control_plane(), drilled, flow_run_id=artifact.flow_run_id())
 
 
+@task(name="copy", task_run_name="copy-{tenant_id}", **policy.ONCE)
+def copy(tenant_id: str, reason: str, sandbox: Path) -> CopyDrilled:
+    drilled = litestream_drill.run(configuration(), objects(), tenant_id, sandbox, reason=reason)
+    return litestream_drill.record(control_plane(), drilled, flow_run_id=artifact.flow_run_id())
+
+
 @flow(name="restore-test", flow_run_name="restore-test", **policy.FLOW)
 def restore_test(
     tenant_id: str | None = None,
@@ -53,28 +61,36 @@ def restore_test(
     picked = pick(tenant_id or None, backup_id or None, count)
     names = [one.tenant_id for one in picked]
     artifact.rename_run(f"restore-test-{names[0]}" + (f"-and-{len(names) - 1}-more" if len(names) > 1 else ""))
-    drilled = []
+    drilled: list[Drilled] = []
+    copies: list[CopyDrilled] = []
     with core.sandbox(configuration()) as sandbox:
         for one in picked:
             drilled.append(record(smoke(download(one, sandbox))))
-    _report(drilled, core.trend(control_plane(), names[0] if len(names) == 1 else None))
-    bad = [d for d in drilled if d.outcome != "pass"]
+            if litestream.enabled(configuration()) and backup_id is None:
+                copies.append(copy(one.tenant_id, one.reason, sandbox))
+    _report(drilled, copies, core.trend(control_plane(), names[0] if len(names) == 1 else None))
+    every: list[Drilled | CopyDrilled] = [*drilled, *copies]
+    bad = [d for d in every if d.outcome != "pass"]
     worst = "fail" if any(d.outcome == "fail" for d in bad) else "inconclusive" if bad else "pass"
     tests = [d.as_dict() for d in drilled]
     result = {**(tests[0] if len(tests) == 1 else {}), "outcome": worst, "tests": tests}
+    result |= {"copies": [c.as_dict() for c in copies]} if litestream.enabled(configuration()) else {}
     if bad:
-        causes = "; ".join(f"{d.picked.tenant_id} {d.outcome}: {_first_failure(d)}" for d in bad[:5])
-        return Failed(message=f"{len(bad)} of {len(drilled)} restore tests did not pass: {causes}", data=result)
+        causes = "; ".join(_first_failure(d) for d in bad[:5])
+        return Failed(message=f"{len(bad)} of {len(every)} restore tests did not pass: {causes}", data=result)
     return result
 
 
-def _first_failure(drilled: Drilled) -> str:
-    return next(f"{check.name}: {check.seen}" for check in drilled.checks if not check.passed)
+def _first_failure(drilled: Drilled | CopyDrilled) -> str:
+    of = f"{drilled.picked.tenant_id}" if isinstance(drilled, Drilled) else f"Litestream's copy of {drilled.tenant_id}"
+    failed = next(check for check in drilled.checks if not check.passed)
+    return f"{of} {drilled.outcome}: {failed.name}: {failed.seen}"
 
 
-def _report(drilled: list[Drilled], trend: Trend) -> None:
+def _report(drilled: list[Drilled], copies: list[CopyDrilled], trend: Trend) -> None:
     passed = sum(d.outcome == "pass" for d in drilled)
     tables = [_overview(drilled)]
+    tables += [_copies(copies)] if copies else []
     tables += [_checks(d) for d in drilled if len(drilled) == 1 or d.outcome != "pass"][:20]
     tables += ["## The last drills, oldest first", _trend(trend)]
     if trend.never_total:
@@ -100,6 +116,17 @@ def _overview(drilled: list[Drilled]) -> str:
             (d.picked.tenant_id, d.outcome, d.picked.reason, d.picked.backup.backup_id, d.picked.backup.ts, d.rto_ms,
              d.download_ms, d.decrypt_ms, d.verify_ms, d.smoke_ms, d.rpo_seconds, d.sentinel_age_seconds)
             for d in drilled
+        ),
+    )  # fmt: skip
+
+
+def _copies(copies: list[CopyDrilled]) -> str:
+    return "## Litestream's copies\n\n" + artifact.table(
+        ("tenant", "outcome", "state", "of", "RTO in ms", "seen"),
+        (
+            (c.tenant_id, c.outcome, c.point, c.point.at if c.point else None, c.rto_ms, "; ".join(
+                check.seen for check in c.checks if not check.passed) or "every check held")
+            for c in copies
         ),
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Safety(Receipt, frozen=True):
 
 @task(name="plan", **policy.READ)
 def plan(tenant_id: str, backup_id: str | None, at: datetime | None) -> Plan:
-    return planning.plan(configuration(), control_plane(), tenant_id, backup_id=backup_id, at=at)
+    return planning.plan(configuration(), control_plane(), tenant_id, backup_id=backup_id, at=at, objects=objects)
 
 
 @task(name="download", **policy.READ)
@@ -113,7 +113,7 @@ def restore(
     Args:
         tenant_id: The tenant whose database is replaced.
         backup_id: A backup's id from the catalogue. None takes the newest verified one.
-        at: Take the newest verified backup not after this time. Not together with backup_id.
+        at: Take the newest verified backup not after this time, or Litestream's copy (if on) when that is nearer.
         dry_run: Only report the plan (backup, age, writes that would be lost); change nothing.
         with_safety_backup: Store a backup of the live database first. One that cannot be read is kept as engram.db.bak.
         reason: Why. Written into the lease and the restores table.
@@ -126,6 +126,7 @@ def restore(
         return restore_report.planned(chosen)
     with recorded(chosen, requested_by, reason) as hold:
         staged = download(chosen, hold)
+        chosen = staged.plan  # of the backup, when Litestream's copy failed
         safety = safety_backup(staged) if with_safety_backup and chosen.live_error is None else None
         released = replace(chosen, staged, safety, reason or "restore")
     return restore_report.done(chosen, staged, released, safety.backup if safety else None)

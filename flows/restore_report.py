@@ -22,7 +22,8 @@ def done(chosen: Plan, staged: Staged, released: Released, safety: Backup | None
     _report(
         chosen,
         f"{_WORDS[chosen.kind]}: {chosen.tenant_id}",
-        f"Back to {artifact.cell(chosen.source_at)}; writes were held for {released.locked_ms:.1f} ms",
+        f"Back to {artifact.cell(chosen.source_at)}; writes were held for {released.locked_ms:.1f} ms"
+        + (f". {chosen.note}" if chosen.note else ""),
         {
             "outcome": released.outcome,
             "writes held for ms": released.locked_ms,
@@ -48,6 +49,7 @@ def failed(chosen: Plan, error: BaseException) -> None:
 
 
 def _report(chosen: Plan, title: str, sentence: str, more: dict[str, Any]) -> None:
+    fallback = chosen.copy is not None
     live = chosen.live_memories if chosen.live_error is None else f"unreadable: {chosen.live_error}"
     artifact.report(
         artifact.key(chosen.kind, chosen.tenant_id),
@@ -55,11 +57,13 @@ def _report(chosen: Plan, title: str, sentence: str, more: dict[str, Any]) -> No
         sentence,
         {
             "tenant": chosen.tenant_id,
-            "from": f"backup {chosen.backup.backup_id}" if chosen.backup else "engram.db.bak",
+            "from": chosen.source,
+            "but": chosen.note,
+            "in its place, should it fail": f"backup {chosen.backup.backup_id}" if fallback and chosen.backup else None,
             "state of": chosen.source_at,
             "age in seconds": chosen.age_seconds,
             "size in bytes": chosen.size_bytes,
-            "sha256": chosen.backup.sha256 if chosen.backup else None,
+            "sha256": chosen.backup.sha256 if chosen.backup and not fallback else None,
             "schema": schema_change(chosen.source_schema_version),
             "memories in it": chosen.source_memories,
             "memories in the live database": live,
@@ -71,4 +75,4 @@ def _report(chosen: Plan, title: str, sentence: str, more: dict[str, Any]) -> No
 
 
 def _backup_id(chosen: Plan) -> str | None:
-    return str(chosen.backup.backup_id) if chosen.backup else None
+    return str(chosen.backup.backup_id) if chosen.backup and chosen.copy is None else None

@@ -1,7 +1,7 @@
 """Deleting a tenant, with proof: begin → files → keys → objects → receipt.
 
     begin     state `deleting` (gateways answer 403 within `tenant_refresh_seconds`) and the inventory, one transaction
-    files     mutex, lease, fence; then ONE rename to `tenants/.deleting-…`, fsync, removal, fsync
+    files     mutex, lease, fence, Litestream lets go; then ONE rename to `tenants/.deleting-…`, fsync, removal, fsync
     keys      the tenant's wrapped keys are deleted: copies of its encrypted backups cannot be read by anybody
     objects   every object below the tenant's prefix is deleted, and its catalogue row says so
     receipt   all of it is looked for again; only when nothing is found the state is `deleted`
@@ -31,7 +31,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared import generation, keys, lease, registry
+from shared import generation, keys, lease, litestream, litestream_copies, registry
 from shared.control_plane import ControlPlane, rows
 from shared.durable import fsync_path
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
@@ -117,7 +117,8 @@ def delete(
             lease.release(control_plane, tenant_id, holder)
     finally:
         mutex.release()
-    problems = [] if keep_backups else _remove_backups(control_plane, objects, tenant_id)
+    problems = _remove_copies(objects, tenant_id)
+    problems += [] if keep_backups else _remove_backups(control_plane, objects, tenant_id)
     return _finish(settings, control_plane, objects, row, problems)
 
 
@@ -166,6 +167,7 @@ def _remove_files(settings: Settings, paths: TenantPaths, holder: str) -> None:
     fence = Fence(paths, Mark(paths.tenant_id, holder, 0, number, number, time.time()))
     try:
         fence.raise_(settings.restore_drain_timeout_seconds)
+        litestream.let_go(settings, paths, keep=None)
         os.rename(paths.root, paths.root.with_name(f".deleting-{paths.tenant_id}.{new_id().hex}"))
         fsync_path(settings.tenants_dir)
         for directory in _trash(paths):
@@ -178,6 +180,15 @@ def _remove_files(settings: Settings, paths: TenantPaths, holder: str) -> None:
 def _trash(paths: TenantPaths) -> list[Path]:
     """What an earlier rename took away. A dot is in no tenant id, so no other tenant's."""
     return sorted(paths.root.parent.glob(f".deleting-{paths.tenant_id}.*"))
+
+
+def _remove_copies(objects: ObjectStore, tenant_id: str) -> list[str]:
+    """Litestream's, also when backups are kept: they are none, and retention does not know them."""
+    try:
+        litestream_copies.erase(objects, tenant_id)
+    except ObjectLocked as e:
+        return [str(e)]
+    return []
 
 
 def _remove_backups(control_plane: ControlPlane, objects: ObjectStore, tenant_id: str) -> list[str]:

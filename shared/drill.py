@@ -161,7 +161,7 @@ def sandbox(settings: Settings) -> Iterator[Path]:
         yield directory
 
 
-def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: ControlPlane | None = None) -> Fetched:
+def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: ControlPlane) -> Fetched:
     """Download, decrypt and unpack into the sandbox, compare sha256, and prove that one flipped byte would have been
     refused. Never raises for a bad or unreachable object, nor for a full disk."""
     started_at, clock = datetime.now(UTC), time.perf_counter()
@@ -190,9 +190,9 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: 
     return Fetched(picked, directory, file, checks, inconclusive, started_at, got.download_ms, decrypt_ms, got.write_ms)
 
 
-def _given_up(control_plane: ControlPlane | None, chosen: Backup) -> bool:
+def _given_up(control_plane: ControlPlane, chosen: Backup) -> bool:
     """Whether retention or a deletion has taken the backup since it was picked: that says nothing against it."""
-    row = control_plane.row("backup_get", backup_id=chosen.backup_id) if control_plane is not None else None
+    row = control_plane.row("backup_get", backup_id=chosen.backup_id)
     return row is not None and row["status"] in ("deleting", "deleted")
 
 

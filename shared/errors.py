@@ -102,6 +102,10 @@ class NoSpace(Transient):
     """A disk of this machine is full."""
 
 
+class LitestreamUnavailable(Transient):
+    """Litestream runs and does not do what it is asked."""
+
+
 class LeaseHeld(Transient):
     """Another holder has the tenant's maintenance lease."""
 

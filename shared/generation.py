@@ -80,7 +80,7 @@ def collect(paths: TenantPaths, *, keep_previous: int = 1) -> list[int]:
         directory = paths.generation_dir(number)
         if number == numbers[-1]:
             for file in directory.iterdir():
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
         else:
             shutil.rmtree(directory)
     if removed:

@@ -159,6 +159,11 @@ class ObjectStore:
             size += len(chunk)
         return digest.hexdigest(), size
 
+    def beginning(self, key: str, length: int) -> bytes:
+        """The first `length` bytes, or as many as there are. Raises `CorruptBackup` when it is missing."""
+        with _translated(key):
+            return bytes(obstore.get_range(self._store, key, start=0, length=length))
+
     def exists(self, key: str) -> bool:
         try:
             with _translated(key):

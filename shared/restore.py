@@ -1,6 +1,6 @@
 """A restore, read aloud: plan → download → lock → swap → verify → release, each step taking the receipt before.
 
-    plan      which backup, how old, what would be lost; changes nothing
+    plan      which source, how old, what would be lost; changes nothing
     download  everything that can fail or take time: bytes, sha256, identity, integrity, schema, fsync → `Staged`
     lock      the lease in the control plane                                                        → `Lease`
     swap      stop writes, drain, prove the lease, ONE rename of `current`                          → `Swapped`
@@ -17,14 +17,16 @@ import time
 from pathlib import Path
 from uuid import UUID
 
-from shared import generation, lease, previous, registry, snapshot
+from shared import generation, lease, litestream, previous, registry, snapshot
+from shared import plan as planning
 from shared.backup import fetch
 from shared.engine import schema
 from shared.engine.database import connect
-from shared.errors import CorruptBackup, CorruptDatabase, Permanent
+from shared.errors import CorruptBackup, CorruptDatabase, LitestreamUnavailable, Permanent
 from shared.fence import Fence, Mark, read_mark
 from shared.hold import Hold, finish, holding, running
 from shared.lease import Lease
+from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.pack import Progress
 from shared.plan import Plan
@@ -33,10 +35,12 @@ from shared.repair import Outcome, check_active
 from shared.snapshot import Manifest
 
 __all__ = ["Hold", "holding", "running"]
+log = get_logger("restore")
 
 
 class Staged(Receipt, frozen=True):
-    """A snapshot that passed every check, in `restore.sqlite`, fsynced. `migrated_from` is its stored schema."""
+    """A snapshot that passed every check, in `restore.sqlite`, fsynced. `plan` is what it really is from;
+    `migrated_from` is its stored schema."""
 
     plan: Plan
     file: Path
@@ -79,14 +83,33 @@ class Released(Receipt, frozen=True):
 def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progress | None = None) -> Staged:
     """Bring the snapshot to `restore.sqlite` and check everything that can be checked before any lock.
 
-    An older schema is migrated here, on the copy. Raises `CorruptBackup` for every kind of bad snapshot and
-    `SchemaTooNew` for a newer build's; the live database is not touched.
+    A state of Litestream's copy goes through the same checks but the sha256, which nobody knows; when it fails, the
+    plan's backup is taken, and the plan of what is staged says so. An older schema is migrated here, on the copy.
+    Raises `CorruptBackup` for every kind of bad snapshot and `SchemaTooNew` for a newer build's; the live database is
+    not touched.
     """
-    backup = chosen.backup
-    if backup is None:
-        raise Permanent("an undo has no backup to download")
-    fetch(objects, backup, _clear(hold.paths.restore_file), hold.control_plane, progress=progress)
-    return _stage(hold, chosen, f"backup {backup.backup_id}")
+    staged = None
+    if chosen.copy is not None:
+        try:
+            litestream.restore(hold.settings, chosen.copy.prefix, chosen.copy.txid, _clear(hold.paths.restore_file))
+            staged = _stage(hold, chosen, chosen.source)
+        except Permanent as e:
+            log.error("copy_not_restored", tenant_id=chosen.tenant_id, source=chosen.source, cause=str(e))
+            chosen = planning.fall_back(hold.settings, hold.control_plane, chosen, str(e))
+    if staged is None:
+        if chosen.backup is None:
+            raise Permanent("an undo has no backup to download")
+        fetch(objects, chosen.backup, _clear(hold.paths.restore_file), hold.control_plane, progress=progress)
+        staged = _stage(hold, chosen, chosen.source)
+    hold.control_plane.execute(
+        "restore_source",
+        restore_id=chosen.restore_id,
+        backup_id=chosen.backup.backup_id if chosen.backup and chosen.copy is None else None,
+        source=chosen.source,
+        source_at=chosen.source_at,
+        note=chosen.note,
+    )
+    return staged
 
 
 def copy_previous(hold: Hold, chosen: Plan) -> Staged:
@@ -222,12 +245,17 @@ def release(chosen: Plan, taken: Lease, verified: Verified) -> Released:
     )
     lease.release(control_plane, swapped.tenant_id, taken.holder)
     hold.holder = ""
-    generation.collect(hold.paths, keep_previous=hold.settings.restore_generations_kept)
-    previous.seal(hold.paths)
+    try:
+        litestream.let_go(hold.settings, hold.paths, keep=swapped.to_generation)
+    except LitestreamUnavailable as e:  # who follows it tries again, and seals; the next restore collects
+        log.error("previous_still_copied", tenant_id=swapped.tenant_id, cause=str(e))
+    else:
+        generation.collect(hold.paths, keep_previous=hold.settings.restore_generations_kept)
+        previous.seal(hold.paths)
     return Released(
         chosen.restore_id,
         swapped.tenant_id,
-        chosen.backup.backup_id if chosen.backup else None,
+        chosen.backup.backup_id if chosen.backup and chosen.copy is None else None,
         swapped.outcome,
         round(hold.locked_ms, 3),
         swapped.to_generation,

@@ -178,5 +178,5 @@ def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
     return {
         name: [column.name for column in database[name].columns]
         for name in database.table_names()
-        if not name.startswith(("memories_fts_", "sqlite_"))
+        if not name.startswith(("memories_fts_", "sqlite_", "_litestream_"))
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
-from shared import catalogue, keys, pack, snapshot, verify
+from shared import catalogue, keys, litestream, litestream_copies, pack, snapshot, verify
 from shared.catalogue import Stored
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, CorruptDatabase, EngramError, KeyUnavailable, SchemaTooNew
@@ -48,7 +48,11 @@ def find(control_plane: ControlPlane, objects: ObjectStore, settings: Settings, 
     """Compare every stored object with the catalogue, a page at a time. `dry_run` changes nothing."""
     before = datetime.now(UTC) - timedelta(hours=settings.retention_orphan_hours)
     for page in objects.listing("tenants"):
-        old = {listed.key: listed for listed in page if listed.modified_at < before}
+        old = {
+            listed.key: listed
+            for listed in page
+            if listed.modified_at < before and not litestream_copies.is_key(listed.key)  # `_expired_copies`
+        }
         parts = {key: parse_object_key(key) for key in old}
         unknown = control_plane.rows(
             "strays_of",
@@ -64,6 +68,24 @@ def find(control_plane: ControlPlane, objects: ObjectStore, settings: Settings, 
                 outcome, cause = "unread", str(e)
             log.warning("stray_object", key=listed.key, outcome=outcome, cause=cause, dry_run=dry_run)
             yield Stray(listed.key, listed.size_bytes, listed.modified_at, outcome, cause)
+    if litestream.enabled(settings):
+        yield from _expired_copies(control_plane, objects, settings, dry_run)
+
+
+def _expired_copies(
+    control_plane: ControlPlane, objects: ObjectStore, settings: Settings, dry_run: bool
+) -> Iterator[Stray]:
+    """Litestream keeps its copy of the active generation in its window; those of older ones nobody looks after."""
+    window = timedelta(hours=settings.point_in_time_hours)
+    for row in control_plane.rows("tenants_restored"):
+        try:
+            for listed in litestream_copies.expired(objects, row["tenant_id"], active=row["generation"], window=window):
+                if not dry_run:
+                    objects.delete(listed.key)
+                cause = "Litestream's copy of a generation that was replaced long ago"
+                yield Stray(listed.key, listed.size_bytes, listed.modified_at, "removed", cause)
+        except EngramError as e:
+            log.warning("copies_not_looked_at", tenant_id=row["tenant_id"], cause=str(e))
 
 
 def _attend(

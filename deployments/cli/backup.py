@@ -185,6 +185,9 @@ def _print_drills(result: dict[str, Any], as_json: bool) -> None:
             for t in tests
         ],
     )
+    for test in result.get("copies", []):
+        failed = "; ".join(c["seen"] for c in test["checks"] if not c["passed"])
+        note(f"Litestream's copy of {test['tenant_id']} at {test['at']}: {test['outcome']} {failed}".rstrip())
     for test in tests:
         if len(tests) > 1 and test["outcome"] == "pass":
             continue

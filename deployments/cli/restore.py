@@ -32,7 +32,7 @@ def restore(
     tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
     backup_id: Annotated[str | None, typer.Option("--backup", metavar="ID", help="From `engram backups`.")] = None,
     at: Annotated[
-        str | None, typer.Option("--at", metavar="TIME", help="Newest verified backup not after it; ISO 8601, UTC.")
+        str | None, typer.Option("--at", metavar="TIME", help="Newest state not after it; ISO 8601, UTC.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
     safety_backup: Annotated[bool, typer.Option(help="Store a backup of the live database first.")] = True,
@@ -48,7 +48,8 @@ def restore(
         if dry_run:
             _show_plan(chosen, as_json)
             return
-        parameters = {"backup_id": _backup_id(chosen), "with_safety_backup": safety_backup}
+        source = {"at": when.isoformat()} if when and chosen.copy else {"backup_id": _backup_id(chosen)}
+        parameters = {**source, "with_safety_backup": safety_backup}
         what = f"restore of {tenant_id} to {chosen.source_at:%F %T} UTC"
         _run(settings, control_plane, tenant_id, what, "restore/restore", parameters, reason, as_json)
 
@@ -131,7 +132,12 @@ def _run(
         "flow_run_id": ended.id,
         "flow_run_url": ended.url,
         "previous": str(previous) if previous.exists() else None,
+        "source": row["source"],
+        "source_at": row["source_at"],
+        "note": row["note"],
     }
+    if row["note"]:
+        note(row["note"])
     if as_json:
         print_json(result)
     else:
@@ -151,7 +157,7 @@ def _follow(api: PrefectApi, run: Run, pick_up_seconds: float) -> Run:
 
 
 def _backup_id(chosen: Plan) -> str | None:
-    return str(chosen.backup.backup_id) if chosen.backup else None
+    return str(chosen.backup.backup_id) if chosen.backup and chosen.copy is None else None
 
 
 def _show_plan(chosen: Plan, as_json: bool) -> None:
@@ -161,7 +167,7 @@ def _show_plan(chosen: Plan, as_json: bool) -> None:
         "tenant_id": chosen.tenant_id,
         "backup_id": _backup_id(chosen),
         "outcome": "dry_run",
-        "source": chosen.backup.key if chosen.backup else "engram.db.bak",
+        "source": chosen.backup.key if chosen.backup and chosen.copy is None else chosen.source,
         "source_at": chosen.source_at,
         "age_seconds": round(chosen.age_seconds, 1),
         "size_bytes": chosen.size_bytes,
@@ -171,6 +177,8 @@ def _show_plan(chosen: Plan, as_json: bool) -> None:
         "writes_lost": chosen.writes_lost,
         "live_error": chosen.live_error,
         "window_ms": chosen.window_ms,
+        "fallback": f"backup {chosen.backup.backup_id}" if chosen.backup and chosen.copy else None,
+        "note": chosen.note,
     }
     if as_json:
         print_json(plan)

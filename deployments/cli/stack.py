@@ -1,4 +1,4 @@
-"""`engram up | down | status`, the single processes `serve | worker | drain`, `migrate` and `token`."""
+"""`engram up | down | status`, the single processes `serve | worker | drain | litestream`, `migrate` and `token`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, down, status, serve, worker, drain, migrate, token):
+    for command in (up, down, status, serve, worker, drain, litestream, migrate, token):
         app.command()(command)
 
 
@@ -109,6 +109,20 @@ def drain() -> None:
 
     _log(settings)
     drain_usage(settings)
+
+
+def litestream() -> None:
+    """Litestream alone, kept on the active database of every tenant of this machine, for restores to any second."""
+    from deployments.running import running_settings
+    from shared.errors import Permanent
+    from shared.litestream import enabled
+    from shared.litestream_follow import main as follow
+
+    settings = running_settings("object_store_url")
+    if not enabled(settings):
+        raise Permanent("ENGRAM_POINT_IN_TIME is off")
+    _log(settings)
+    follow(settings)
 
 
 def migrate(as_json: Json = False) -> None:

@@ -108,6 +108,11 @@ VALUES (%(restore_id)s, %(tenant_id)s, %(backup_id)s, %(kind)s, 'running', %(req
         %(flow_run_id)s)
 ON CONFLICT (restore_id) DO NOTHING;
 
+-- name: restore_source
+-- What was really staged.
+UPDATE restores SET backup_id = %(backup_id)s, source = %(source)s, source_at = %(source_at)s, note = %(note)s
+WHERE restore_id = %(restore_id)s;
+
 -- name: restore_fenced
 UPDATE restores SET fence_epoch = %(epoch)s WHERE restore_id = %(restore_id)s;
 
@@ -126,6 +131,10 @@ WHERE t.machine_id = %(machine_id)s AND t.state NOT IN ('deleting', 'deleted')
   AND (l.tenant_id IS NOT NULL
        OR r.created_at < clock_timestamp() - make_interval(secs => %(older_than_seconds)s))
 ORDER BY t.tenant_id, r.created_at;
+
+-- name: tenants_restored
+-- Active tenants that had another generation before.
+SELECT tenant_id, generation FROM tenants WHERE state = 'active' AND generation > 1 ORDER BY tenant_id;
 
 -- name: restore_last
 -- The last restore or undo of a tenant that made another database active.
@@ -146,7 +155,7 @@ WHERE restore_id = %(restore_id)s AND state = 'running';
 
 -- name: restore_by_flow_run
 SELECT restore_id, tenant_id, backup_id, kind, state, fence_epoch, from_generation, to_generation, locked_ms,
-       error, created_at, finished_at
+       error, source, source_at, note, created_at, finished_at
 FROM restores WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
 
 -- name: drill_candidates
@@ -192,6 +201,13 @@ INSERT INTO restore_tests (test_id, tenant_id, backup_id, outcome, checks, rto_m
 VALUES (%(test_id)s, %(tenant_id)s, %(backup_id)s, %(outcome)s, %(checks)s, %(rto_ms)s, %(rpo_seconds)s,
         %(flow_run_id)s, %(started_at)s, clock_timestamp(), %(reason)s, %(download_ms)s, %(decrypt_ms)s,
         %(verify_ms)s, %(smoke_ms)s, %(sentinel_age_seconds)s)
+ON CONFLICT (test_id) DO NOTHING;
+
+-- name: copy_drill_insert
+INSERT INTO point_in_time_tests (test_id, tenant_id, generation, txid, outcome, checks, reason, rto_ms, age_seconds,
+                                 flow_run_id, started_at, finished_at)
+VALUES (%(test_id)s, %(tenant_id)s, %(generation)s, %(txid)s, %(outcome)s, %(checks)s, %(reason)s, %(rto_ms)s,
+        %(age_seconds)s, %(flow_run_id)s, %(started_at)s, clock_timestamp())
 ON CONFLICT (test_id) DO NOTHING;
 
 -- name: drill_trend
