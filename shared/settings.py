@@ -245,6 +245,12 @@ class Settings(BaseSettings):
         default=60.0, gt=0, le=60, description="what a minute in the rules becomes in a rehearsal; 60 is as it is"
     )
 
+    # The bridge from Alertmanager to Prefect (deployments/bridge.py)
+    bridge_host: str = "127.0.0.1"
+    bridge_port: int = Field(default=8082, ge=0, le=65535)
+    bridge_token: SecretStr = Field(default=SecretStr(""), description="Alertmanager's credential; dev makes one")
+    bridge_body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
+
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
     prefect_port: int = Field(default=4200, ge=0, le=65535)

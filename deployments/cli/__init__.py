@@ -26,6 +26,7 @@ COMMANDS = (
     "usage",
     "act",
     "diagnose",
+    "bridge",
     "slo",
     "demo",
 )
