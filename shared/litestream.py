@@ -170,8 +170,8 @@ class Control:
         """Return when all that is committed now is in the copy."""
         self._ask("POST", "/sync", {"path": path, "wait": True, "timeout": 30}, 35)
 
-    def _ask(self, method: str, what: str, body: Any = None, seconds: float = _ANSWER_SECONDS) -> Any:
-        connection = _UnixConnection(self._socket, seconds)
+    def _ask(self, method: str, what: str, body: Any = None, seconds: float = 0.0) -> Any:
+        connection = _UnixConnection(self._socket, seconds or _ANSWER_SECONDS)
         try:
             connection.request(method, what, json.dumps(body) if body else None)
             response = connection.getresponse()

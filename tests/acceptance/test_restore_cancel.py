@@ -25,9 +25,8 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 @pytest.fixture(scope="module")
 def beside(stack: Stack) -> Iterator[Beside]:
     """What comes before and after a slow run does not need a worker."""
-    made = Beside(stack.status)
-    yield made
-    made.close()
+    with contextlib.closing(Beside(stack.status)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,15 @@ OLD, NEW = ["kept", "live"], ["kept"]
 @pytest.fixture(scope="module")
 def one(stack: Stack) -> Iterator[Beside]:
     """A process that runs flows, and can be made to wait in them."""
-    made = Beside(stack.status)
-    yield made
-    made.close()
+    with closing(Beside(stack.status)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def other(stack: Stack) -> Iterator[Beside]:
     """A second one."""
-    made = Beside(stack.status)
-    yield made
-    made.close()
+    with closing(Beside(stack.status)) as made:
+        yield made
 
 
 def live(stack: Stack, tenant_id: str) -> list[str]:

@@ -96,9 +96,8 @@ def ids_of(file: Path) -> set[str]:
 
 @pytest.fixture
 def beside(stack: Stack) -> Iterator[Beside]:
-    made = Beside(stack.status)
-    yield made
-    made.close()
+    with closing(Beside(stack.status)) as made:
+        yield made
 
 
 def test_twenty_restores_under_load_lose_no_acknowledged_write(stack: Stack, beside: Beside) -> None:
