@@ -42,6 +42,7 @@ from gateway.self_report import SelfReport
 from gateway.services import Services
 from gateway.shed import Gate
 from gateway.shortcut import Shortcut
+from gateway.silence import Silence, speaks_http2
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
 from shared import metrics
@@ -144,8 +145,11 @@ async def _running(
         Periodic("limits", settings.limits_poll_seconds, look_at_limits, at_once=True).start(),
         Periodic("busiest", LOOK_SECONDS, busiest.look).start(),
         Periodic("quota", settings.quota_refresh_seconds, services.quotas.refresh, at_once=True).start(),
-        Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane)).start(),
+        Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane), at_once=True).start(),
     ]
+    if speaks_http2(settings):
+        silence = Silence(settings)
+        work.append(Periodic("silence", silence.look_seconds, silence.end).start())
     if parent_pid is not None:
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())

@@ -6,6 +6,12 @@ with default signal handlers. The last matters: a forked worker has the supervis
 Granian installs its own, swallows the signal in that time, and the supervisor waits for it (FACTS: a SIGTERM
 0.3–0.6 s after the start hung it).
 
+TLS is 1.2 or newer, with HTTP/2 by ALPN. Without TLS there is HTTP/1.1 alone: clients speak plain HTTP/2 only when
+told to, and to tell it from 1.1 Granian waits for a connection's first bytes without a time limit. Over TLS it does
+that too; there `gateway.silence` ends who says nothing. What else is slow on HTTP/2 (a head that stops half-way, a
+client that is gone) does not answer pings and is cut within `header_timeout_seconds`, a body by the gateway's own
+limit. A head within `HEAD_SLACK` times our limits gets our 431 or 414; beyond, the HTTP/2 library's bare 431.
+
 Granian shares a port by SO_REUSEPORT, so a second gateway on it would not fail but take half of the requests:
 the port is tried without it first.
 """
@@ -15,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -28,11 +35,13 @@ from typing import Any, NoReturn
 
 import granian._signals
 from granian._granian import WorkerSignal
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
+from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 
+from gateway.certificate import Certificate
 from gateway.pulse import Pulse
+from gateway.silence import speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
 from shared.errors import Permanent
@@ -40,6 +49,8 @@ from shared.orphan import end_with_parent
 from shared.settings import Settings
 
 PORT_WAIT_SECONDS = 10.0
+HEAD_SLACK = 2
+STREAMS = 128  # requests at once over one connection of HTTP/2
 
 
 class JsonLines(logging.Formatter):
@@ -68,6 +79,7 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `Permanent` when it cannot start, `SystemExit` when workers
     keep dying. Installs signal handlers: call it from the main thread."""
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
+    certificate = Certificate.of(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until Granian has its own
     settings = settings.model_copy(update={"gateway_port": _free_port(settings)})
@@ -79,11 +91,15 @@ def serve(settings: Settings) -> None:
         address=settings.gateway_host,
         port=settings.gateway_port,
         interface=Interfaces.ASGI,
-        http=HTTPModes.http1,  # to tell 1 from 2 Granian waits for the first bytes, without a time limit
+        http=HTTPModes.auto if speaks_http2(settings) else HTTPModes.http1,
         workers=settings.gateway_workers,
         backlog=settings.gateway_backlog,
         websockets=False,
         http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout_seconds * 1_000)),
+        http2_settings=_http2_settings(settings),
+        ssl_cert=certificate.certificate if certificate else None,
+        ssl_key=certificate.key if certificate else None,
+        ssl_protocol_min=SSLProtocols.tls12 if settings.tls_minimum == "1.2" else SSLProtocols.tls13,
         log_level=LogLevels(settings.log_level),
         log_dictconfig=_LOGGING,
         log_access=False,
@@ -91,6 +107,17 @@ def serve(settings: Settings) -> None:
         workers_kill_timeout=settings.gateway_kill_timeout_seconds,
     )
     server.serve(target_loader=partial(load, settings, os.getpid()), wrap_loader=False)
+
+
+def _http2_settings(settings: Settings) -> HTTP2Settings:
+    """A ping after half of the head's time-out, its answer within the other half."""
+    half_seconds = settings.header_timeout_seconds / 2
+    return HTTP2Settings(
+        keep_alive_interval=math.ceil(half_seconds * 1_000),
+        keep_alive_timeout=math.ceil(half_seconds),
+        max_concurrent_streams=STREAMS,
+        max_headers_size=HEAD_SLACK * (settings.header_limit_bytes + settings.url_limit_bytes),
+    )
 
 
 def load(settings: Settings, parent_pid: int, pulse: Pulse) -> Any:

@@ -14,12 +14,13 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -176,10 +177,12 @@ class Gateway:
     url: str
     data_dir: Path
     log_path: Path
+    ca: Path | None = None  # of a gateway that ends TLS itself
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        verify = ssl.create_default_context(cafile=self.ca) if self.ca else True
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False, verify=verify)
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes: children with a listening socket."""
@@ -222,9 +225,19 @@ class Gateway:
 
 @contextlib.contextmanager
 def gateway(
-    data_dir: Path, control_plane: str, issuer: Issuer, *, ready_path: str = "/ready", **settings: Any
+    data_dir: Path,
+    control_plane: str,
+    issuer: Issuer,
+    *,
+    ready_path: str = "/ready",
+    module: str = "gateway.serve",
+    arguments: tuple[str, ...] = (),
+    variables: Mapping[str, str] | None = None,
+    ca: Path | None = None,
+    **settings: Any,
 ) -> Iterator[Gateway]:
-    """`engram serve` in a process of its own, ready; killed with its workers if it is still there at the end."""
+    """`engram serve` in a process of its own, ready; killed with its workers if it is still there at the end. With
+    `ca`, whose certificate the settings name, it is spoken to over TLS; `variables` are not settings."""
     port = settings.get("gateway_port") or free_port()
     values = {
         "data_dir": data_dir,
@@ -242,14 +255,14 @@ def gateway(
         "gateway_kill_timeout_seconds": 10,
     } | settings
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
-    environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()}
+    environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()} | dict(variables or {})
     data_dir.mkdir(parents=True, exist_ok=True)
     log_path = data_dir / f"gateway-{port}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.serve"], env=environment, stderr=log, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", module, *arguments], env=environment, stderr=log, stdout=subprocess.DEVNULL
         )
-    started = Gateway(process, f"http://127.0.0.1:{port}", data_dir, log_path)
+    started = Gateway(process, f"{'https' if ca else 'http'}://127.0.0.1:{port}", data_dir, log_path, ca)
     workers: list[psutil.Process] = []
     try:
         eventually(lambda: started.client.get(ready_path).status_code == 200, 40)

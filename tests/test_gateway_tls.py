@@ -1,0 +1,299 @@
+"""TLS ended by the gateway itself: HTTP/2 and 1.1, what is refused on both, who is cut off, what is no certificate."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from gateway.certificate import Certificate
+from gateway.headers import MAX_FIELDS
+from shared.errors import Permanent
+from shared.settings import Settings
+from tests.gateway_stack import Gateway, Stack, assert_problem, gateway, stack  # noqa: F401
+from tests.tls_fixtures import Pair, pair, pem
+
+JSON = {"Content-Type": "application/json"}
+LARGE = b'{"content": "x", "metadata": {"a": "' + b"x" * 500_000 + b'"}}'
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+EMPTY_SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+HALF_A_HEAD = b"\x00\x00\x01\x01\x00\x00\x00\x00\x01\x82"  # HEADERS of stream 1 without END_HEADERS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return pair(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def running() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped_at_the_end(running: dict[str, Any]) -> Iterator[None]:
+    yield
+    if "context" in running:
+        running["context"].__exit__(None, None, None)
+
+
+@pytest.fixture
+def served(stack: Stack, files: Pair, running: dict[str, Any]) -> Gateway:  # noqa: F811
+    """One gateway for the module, impatient."""
+    if "gateway" not in running:
+        data_dir = stack.settings.data_dir.parent / "tls"
+        data_dir.mkdir()
+        (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+        running["context"] = gateway(
+            data_dir,
+            stack.control_plane_url,
+            stack.issuer,
+            ca=files.ca,
+            gateway_workers=1,
+            header_timeout_seconds=2,
+            body_timeout_seconds=0.5,
+            gateway_kill_timeout_seconds=1,
+            **files.settings(),
+        )
+        running["gateway"] = running["context"].__enter__()
+    found: Gateway = running["gateway"]
+    return found
+
+
+def client(served: Gateway, http2: bool, **options: Any) -> httpx.Client:
+    context = ssl.create_default_context(cafile=served.ca)
+    return httpx.Client(base_url=served.url, verify=context, http2=http2, trust_env=False, timeout=20, **options)
+
+
+@pytest.fixture(params=[False, True], ids=["http1", "http2"])
+def api(request: pytest.FixtureRequest, served: Gateway, stack: Stack) -> Iterator[httpx.Client]:  # noqa: F811
+    with client(served, request.param, headers=stack.headers(stack.idle_tenant)) as found:
+        answer = found.get("/health")
+        assert answer.http_version == ("HTTP/2" if request.param else "HTTP/1.1")
+        yield found
+
+
+def test_a_memory_lives_its_life_over_both_versions(api: httpx.Client, served: Gateway) -> None:
+    """The same answers, the same request ids in the same access lines, whichever ALPN chose."""
+    made = api.post("/v1/memories", json={"content": "lighthouse", "tags": ["tls"]})
+    assert made.status_code == 201 and served.access_line(made.headers["x-request-id"])["client"] == "127.0.0.1"
+    path = f"/v1/memories/{made.json()['id']}"
+    assert api.get(path).json() == made.json()
+    assert api.post("/v1/search", json={"query": "lighthouse"}).json()["count"] == 1
+    assert api.get("/v1/memories", params={"tag": "tls"}).json()["memories"] == [made.json()]
+    assert api.delete(path).status_code == 204
+    assert_problem(api.get(path), 404)
+
+
+def test_what_is_too_large_or_too_slow_is_refused_on_both_versions(api: httpx.Client) -> None:
+    """413, 414, 431 and 408 are the gateway's own, problem documents with a request id; the connection goes on."""
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"content": '
+        time.sleep(1)
+        yield b'"x"}'
+
+    assert_problem(api.post("/v1/memories", content=LARGE, headers=JSON), 413)
+    assert_problem(api.post("/v1/memories", content=iter([LARGE[:300_000], LARGE[300_000:]]), headers=JSON), 413)
+    assert_problem(api.get("/health", params={"x": "y" * 9_000}), 414)
+    assert_problem(api.get("/health", headers={"X": "y" * 40_000}), 431)
+    assert_problem(api.get("/health", headers=[("X-Y", "z")] * MAX_FIELDS), 431)
+    assert_problem(api.post("/v1/memories", content=slowly(), headers=JSON), 408)
+    assert_problem(api.post("/v1/memories", content=b"x" * 3_000_000, headers={"Authorization": "Bearer x"}), 401)
+    assert_problem(api.get("/v1/memories", headers={"Authorization": ""}), 401)
+    assert api.get("/health").status_code == 200
+
+
+def test_a_head_far_beyond_the_limits_of_http2_is_431_too(served: Gateway) -> None:
+    """Beyond what is kept at all the HTTP/2 library answers, without a body, and the connection goes on. The field is
+    small on the wire: HPACK sends a repeated one as an index."""
+    with client(served, http2=True) as api:
+        refused = api.get("/health", headers=[("X-Y", "z" * 3_000)] * 60)
+        assert refused.status_code == 431 and not refused.content
+        assert api.get("/health").status_code == 200
+
+
+def test_many_requests_share_one_connection_of_http2(served: Gateway, stack: Stack) -> None:  # noqa: F811
+    """More at once than the connection takes: the rest waits, none fails."""
+    statuses: list[int] = []
+    with client(served, http2=True, limits=httpx.Limits(max_connections=1)) as api:
+        headers = stack.headers(stack.idle_tenant)
+
+        def ask() -> None:
+            statuses.extend(api.get("/v1/memories", headers=headers).status_code for _ in range(5))
+
+        threads = [threading.Thread(target=ask) for _ in range(40)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert statuses == [200] * 200
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_3, True)],
+)
+def test_tls_is_1_2_or_newer(served: Gateway, version: ssl.TLSVersion, works: bool) -> None:
+    """What is older is refused in the handshake, not afterwards."""
+    context = ssl.create_default_context(cafile=served.ca)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # or this side would refuse first
+    context.minimum_version = context.maximum_version = version
+    if works:
+        with httpx.Client(verify=context, trust_env=False) as api:
+            assert api.get(f"{served.url}/health").status_code == 200
+        return
+    with (
+        socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=20) as connection,
+        pytest.raises(ssl.SSLError, match="alert"),
+    ):
+        context.wrap_socket(connection, server_hostname="localhost")
+
+
+def test_who_says_nothing_or_stops_half_way_is_cut_off(served: Gateway) -> None:
+    """Whatever state a connection is left in: Granian alone keeps the second, third and fourth of these for ever."""
+    port = int(served.url.rpartition(":")[2])
+
+    def plain() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+    def secure(protocol: str, data: bytes) -> socket.socket:
+        context = ssl.create_default_context(cafile=served.ca)
+        context.set_alpn_protocols([protocol])
+        connection = context.wrap_socket(plain(), server_hostname="localhost")
+        connection.sendall(data)
+        return connection
+
+    openings: list[Callable[[], socket.socket]] = [
+        plain,
+        lambda: secure("h2", b""),
+        lambda: secure("http/1.1", b""),
+        lambda: secure("h2", PREFACE[:9]),
+        lambda: secure("h2", PREFACE),
+        lambda: secure("h2", PREFACE + EMPTY_SETTINGS),
+        lambda: secure("h2", PREFACE + EMPTY_SETTINGS + HALF_A_HEAD),
+        lambda: secure("http/1.1", b"GET /health HT"),
+    ]
+    ends: list[str] = []
+
+    def wait(connection: socket.socket) -> None:
+        with connection:
+            try:
+                while connection.recv(65_536):
+                    pass
+                ends.append("closed")
+            except ConnectionError:
+                ends.append("closed")
+            except OSError as e:
+                ends.append(repr(e))
+
+    threads = [threading.Thread(target=wait, args=(opening(),)) for opening in openings]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert ends == ["closed"] * len(openings)
+    assert any(line["event"] == "silent_connections_ended" for line in served.log())
+    assert served.client.get("/health").status_code == 200
+
+
+GOOD_KEYS = [ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()]
+
+
+@pytest.mark.parametrize("key", GOOD_KEYS, ids=["P-384", "Ed25519"])
+def test_a_pair_that_fits_is_taken(tmp_path: Path, key: Any) -> None:
+    """Its names and end are known, for whoever wants to say them."""
+    made = pair(tmp_path, key=key)
+    found = Certificate.of(Settings(**made.settings()))  # type: ignore[arg-type]
+    assert found is not None and found.names == ("localhost", "127.0.0.1")
+    assert Certificate.of(Settings()) is None
+
+
+def _break(made: Pair, what: str) -> None:
+    other = ec.generate_private_key(ec.SECP256R1())
+    match what:
+        case "no certificate":
+            made.certificate.unlink()
+        case "a directory":
+            made.certificate.unlink()
+            made.certificate.mkdir()
+        case "no PEM":
+            made.certificate.write_bytes(b"sesame")
+        case "the key as certificate":
+            made.certificate.write_bytes(made.key.read_bytes())
+        case "no key":
+            made.key.unlink()
+        case "another key":
+            made.key.write_bytes(pem(other))
+        case "a passphrase":
+            made.key.write_bytes(pem(other, b"sesame"))
+        case "half a key":
+            made.key.write_bytes(made.key.read_bytes()[:80])
+        case "the certificate as key":
+            made.key.write_bytes(made.certificate.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no certificate", "CERTIFICATE: {certificate}: No such file or directory"),
+        ("a directory", "CERTIFICATE: {certificate}: Is a directory"),
+        ("no PEM", "CERTIFICATE: {certificate} holds no certificate in PEM"),
+        ("the key as certificate", "CERTIFICATE: {certificate} holds no certificate in PEM"),
+        ("no key", "KEY: {key}: No such file or directory"),
+        ("another key", "KEY: {key} is not the key of the first certificate in {certificate}"),
+        ("a passphrase", "KEY: {key} has a passphrase; give it without one, readable by its owner"),
+        ("half a key", "KEY: {key} holds no private key in PEM"),
+        ("the certificate as key", "KEY: {key} holds no private key in PEM"),
+    ],
+)
+def test_a_pair_that_cannot_work_is_named_in_one_line(tmp_path: Path, what: str, said: str) -> None:
+    """Before a worker dies of it; never with a byte of the key."""
+    made = pair(tmp_path)
+    _break(made, what)
+    with pytest.raises(Permanent) as refused:
+        Certificate.of(Settings(**made.settings()))  # type: ignore[arg-type]
+    assert str(refused.value) == "ENGRAM_TLS_" + said.format(certificate=made.certificate, key=made.key)
+
+
+def test_a_certificate_out_of_its_time_or_with_a_weak_key_is_refused(tmp_path: Path) -> None:
+    """Clients would refuse it one by one, and nobody would know why."""
+    for days in ((-2, -1), (1, 2)):
+        with pytest.raises(Permanent, match="is valid from"):
+            Certificate.of(Settings(**pair(tmp_path, days=days).settings()))  # type: ignore[arg-type]
+    for key in (rsa.generate_private_key(65_537, 1_024), ec.generate_private_key(ec.SECP521R1())):
+        with pytest.raises(Permanent, match="want RSA"):
+            Certificate.of(Settings(**pair(tmp_path, key=key).settings()))  # type: ignore[arg-type]
+
+
+def test_serve_says_it_in_one_line_and_exits_1(tmp_path: Path) -> None:
+    """Not Granian's stack trace, and not a start without TLS."""
+    made = pair(tmp_path)
+    _break(made, "another key")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ENGRAM_")}
+    environment |= {
+        "ENGRAM_DATA_DIR": str(tmp_path / "data"),
+        "ENGRAM_CONTROL_PLANE_URL": "postgresql://127.0.0.1:1/x",
+        "ENGRAM_JWKS_URL": "https://issuer.test/keys",
+        "ENGRAM_JWT_ISSUER": "https://issuer.test",
+        "ENGRAM_TLS_CERTIFICATE": str(made.certificate),
+        "ENGRAM_TLS_KEY": str(made.key),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.cli", "serve"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("engram: ENGRAM_TLS_KEY: ") and "is not the key" in line
