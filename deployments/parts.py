@@ -108,7 +108,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
             [*_ENGRAM, "serve"],
             env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
             log_path=logs / "gateway.log",
-            ready=lambda: http_ok(f"{gateway_url(resolved)}/ready"),
+            ready=lambda: http_ok(f"{gateway_url(resolved)}/ready", own=True),
         ),
         monitoring=watch.children(resolved, environment, gateway_url(resolved), None) if monitoring else [],
     )
@@ -131,7 +131,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
 def gateway_url(settings: Settings) -> str:
     """Where a client on this machine reaches the gateway."""
-    return gateway_address(settings.gateway_host, settings.gateway_port)
+    return gateway_address(settings.gateway_host, settings.gateway_port, tls=bool(settings.tls_certificate))
 
 
 def _issuer(settings: Settings, environment: dict[str, str]) -> Child:

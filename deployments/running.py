@@ -161,10 +161,11 @@ def resolved_values(settings: Settings) -> dict[str, Any]:
     return values | {"control_plane_url": settings.control_plane_url.get_secret_value()}
 
 
-def gateway_address(host: str, port: int) -> str:
+def gateway_address(host: str, port: int, *, tls: bool) -> str:
     """Where a client on this machine reaches the gateway."""
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def status(settings: Settings) -> dict[str, Any]:
@@ -192,7 +193,9 @@ def status(settings: Settings) -> dict[str, Any]:
         "state": overall,
         "environment": settings.env,
         "data_dir": str(settings.data_dir),
-        "gateway_url": gateway_address(shown["gateway_host"], shown["gateway_port"]) if state else "",
+        "gateway_url": gateway_address(shown["gateway_host"], shown["gateway_port"], tls=bool(settings.tls_certificate))
+        if state
+        else "",
         "prefect_ui_url": str(shown["prefect_api_url"]).removesuffix("/").removesuffix("/api"),
         "prefect_api_url": shown["prefect_api_url"],
         "control_plane_url": control_plane_url,

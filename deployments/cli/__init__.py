@@ -25,6 +25,7 @@ COMMANDS = (
     "restore",
     "usage",
     "act",
+    "config",
     "diagnose",
     "bridge",
     "slo",
@@ -57,15 +58,17 @@ def main() -> None:
 
 
 def _setting_error(e: ValueError) -> str:
-    """The first setting that does not validate. Anything but pydantic's error is a bug: raised again."""
+    """Every setting that does not validate, without its value. Anything but pydantic's error is a bug: raised again."""
     from pydantic import ValidationError
 
     if not isinstance(e, ValidationError):
         raise e
-    first = e.errors()[0]
-    name = "_".join(str(part) for part in first["loc"]).upper()
-    name = name if name.startswith(("PREFECT_", "ENGRAM_")) else f"ENGRAM_{name}"
-    return f"setting {name}: {first['msg']}"
+    found = []
+    for error in e.errors(include_input=False, include_url=False):
+        name = "_".join(str(part) for part in error["loc"]).upper()
+        name = name if name.startswith(("PREFECT_", "ENGRAM_")) or not name else f"ENGRAM_{name}"
+        found.append(f"setting {name}: {error['msg']}" if name else error["msg"].removeprefix("Value error, "))
+    return "; ".join(found)
 
 
 def _fail(message: str, exit_code: int) -> None:

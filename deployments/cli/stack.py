@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +31,7 @@ def up(
 ) -> None:
     """Start the whole stack on embedded defaults; Ctrl-C stops it in order."""
     settings = _configured()
+    _refuse_unsafe(settings)
     if detach:
         from deployments import detached
 
@@ -72,10 +74,10 @@ def status(as_json: Json = False) -> None:
 
 def serve() -> None:
     """The gateway alone, as production runs it."""
-    from deployments.running import running_settings
     from gateway.serve import serve as serve_gateway
+    from shared.safety import OF_BACKUPS
 
-    settings = running_settings()
+    settings = _of_process(without=OF_BACKUPS)
     _log(settings)
     serve_gateway(settings)
 
@@ -83,11 +85,10 @@ def serve() -> None:
 def worker() -> None:
     """The Prefect worker of this machine alone, as production runs it."""
     from deployments import orchestration
-    from deployments.running import running_settings
     from shared.errors import Transient
     from shared.sweep import sweep_disk
 
-    settings = running_settings("prefect_api_url")
+    settings = _of_process("prefect_api_url")
     _log(settings)
     if not orchestration.ensure_queue(settings):
         raise Transient(f"no work pool {settings.prefect_work_pool} at {settings.prefect_api_url}: is it deployed?")
@@ -101,9 +102,8 @@ def worker() -> None:
 def drain() -> None:
     """The metering drain alone: usage segments into PostgreSQL until stopped, and once more then."""
     from deployments import orchestration
-    from deployments.running import running_settings
 
-    settings = running_settings("control_plane_url")
+    settings = _of_process("control_plane_url")
     os.environ.update(orchestration.client_environment(settings))  # before Prefect reads it
     from flows.drain import main as drain_usage
 
@@ -113,12 +113,11 @@ def drain() -> None:
 
 def litestream() -> None:
     """Litestream alone, kept on the active database of every tenant of this machine, for restores to any second."""
-    from deployments.running import running_settings
     from shared.errors import Permanent
     from shared.litestream import enabled
     from shared.litestream_follow import main as follow
 
-    settings = running_settings("object_store_url")
+    settings = _of_process("object_store_url")
     if not enabled(settings):
         raise Permanent("ENGRAM_POINT_IN_TIME is off")
     _log(settings)
@@ -127,10 +126,9 @@ def litestream() -> None:
 
 def migrate(as_json: Json = False) -> None:
     """Bring the control plane's schema up to date."""
-    from deployments.running import running_settings
     from shared.control_plane import ControlPlane
 
-    settings = running_settings("control_plane_url")
+    settings = _of_process("control_plane_url")
     with ControlPlane(settings) as control_plane:
         applied = control_plane.migrate()
     if as_json:
@@ -155,6 +153,22 @@ def token(
         print_json({"token": signed, "expires_at": expires_at})
     else:
         sys.stdout.write(signed + "\n")
+
+
+def _of_process(*needed: str, without: Collection[str] = ()) -> Settings:
+    """The settings of a single process. In staging and prod it does not start while a value is unsafe."""
+    from deployments.running import running_settings
+    from shared.settings import Settings
+
+    _refuse_unsafe(Settings(), without)
+    return running_settings(*needed)
+
+
+def _refuse_unsafe(settings: Settings, without: Collection[str] = ()) -> None:
+    if settings.env != "dev":
+        from shared.safety import refuse_unsafe
+
+        refuse_unsafe(settings, without)
 
 
 def _configured() -> Settings:
