@@ -1,6 +1,7 @@
 """The counters of a gateway's processes, read from the files they share: no HTTP, and also when it has stopped.
 
 {data_dir}/run/metrics-PORT/counter_PID.db   written by prometheus-client in each worker; outlives its death
+                            histogram_PID.db
                             since            when this gateway was started: what it counted, it counted after that
 """
 
@@ -9,9 +10,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
+
 from shared.settings import Settings
 
 _SINCE = "since"
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Of all processes together. `buckets`: requests answered within so many seconds, by edge."""
+
+    requests: float = 0.0
+    errors: float = 0.0
+    buckets: dict[float, float] = {}
+
+
+NOTHING = Route()
 
 
 def directory(settings: Settings) -> Path:
@@ -40,3 +54,23 @@ def by_process(directory_: Path) -> dict[int, dict[str, float]]:
         samples = (sample for metric in merged for sample in metric.samples if not sample.labels)
         found[int(path.stem.removeprefix("counter_"))] = {sample.name: sample.value for sample in samples}
     return found
+
+
+def by_route(directory_: Path) -> dict[str, Route]:
+    """Requests, 5xx answers and times of every route since the gateway was started, dead workers included."""
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    requests: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    buckets: dict[str, dict[float, float]] = {}
+    files = [str(path) for pattern in ("counter_*.db", "histogram_*.db") for path in directory_.glob(pattern)]
+    for metric in MultiProcessCollector.merge(files, accumulate=True):  # type: ignore[no-untyped-call]
+        for sample in metric.samples:
+            route = sample.labels.get("route", "")
+            if sample.name == "engram_requests_total":
+                requests[route] = requests.get(route, 0.0) + sample.value
+                if sample.labels["status"].startswith("5"):
+                    errors[route] = errors.get(route, 0.0) + sample.value
+            elif sample.name == "engram_request_duration_seconds_bucket":
+                buckets.setdefault(route, {})[float(sample.labels["le"])] = sample.value
+    return {route: Route(count, errors.get(route, 0.0), buckets.get(route, {})) for route, count in requests.items()}

@@ -36,6 +36,8 @@ def perform(settings: Settings, control_plane: ControlPlane | None, request: Req
         if request.tenant_id is not None:
             _check_place(settings, control_plane, request.tenant_id)
         outcome = action.do(Context(settings, control_plane), request, arguments)
+        undo = [str(row.action_id) if word == "ACTION_ID" else word for word in outcome.undo]
+        outcome = msgspec.structs.replace(outcome, undo=undo)
         row.end("done", outcome)
     except BaseException as e:
         refused = isinstance(e, Refused | BadRequest | BadLimit | UnknownTenant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from shared.playbook import limit
+from shared.playbook import busiest, jwks, limit, permissions, restore, token, volume, workers
 from shared.playbook.action import Action
 
 
@@ -13,6 +13,70 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _ALL = (
+    Action(
+        "jwks-status",
+        "read",
+        "The issuer's keys now, against those each worker holds.",
+        jwks.status,
+        Nothing,
+    ),
+    Action(
+        "explain-token",
+        "read",
+        "Which check does this token fail? It is never shown, logged or stored.",
+        token.explain,
+        Nothing,
+        doors=("cli", "api"),  # a Prefect parameter is readable by everybody
+    ),
+    Action(
+        "volume-health",
+        "read",
+        "Space, inodes, read-only, write and fsync time, WAL sizes.",
+        volume.health,
+        Nothing,
+        tenant="optional",
+    ),
+    Action(
+        "check-permissions",
+        "read",
+        "Owner and mode of a tenant's directory and files.",
+        permissions.check,
+        Nothing,
+        tenant="required",
+    ),
+    Action("top", "read", "Top routes and tenants by p95, rate and errors.", busiest.top, busiest.Top),
+    Action(
+        "propose-restore",
+        "read",
+        "Is the database corrupt; which backup would come back, what would be lost. A person restores.",
+        restore.propose,
+        Nothing,
+        tenant="required",
+    ),
+    Action("refresh-jwks", "reversible", "Every worker fetches the issuer's keys now.", jwks.refresh, Nothing),
+    Action(
+        "fix-permissions",
+        "reversible",
+        "Bring owner and mode back; never outside of the tenant's directory.",
+        permissions.fix,
+        permissions.FixPermissions,
+        tenant="required",
+    ),
+    Action(
+        "restart-tenant",
+        "reversible",
+        "Close and reopen one tenant's database in every worker.",
+        workers.restart_tenant,
+        Nothing,
+        tenant="required",
+    ),
+    Action(
+        "restart-workers",
+        "reversible",
+        "Replace the gateway's workers, one after the other, without losing a request.",
+        workers.restart_workers,
+        Nothing,
+    ),
     Action(
         "set-rate-limit",
         "reversible",
