@@ -81,9 +81,9 @@ class Bucket:
             settings.object_store_timeout_seconds, connect=settings.object_store_connect_timeout_seconds
         )
 
-    def uploads(self) -> Iterator[Upload]:
-        """Every upload below the prefix that has not ended."""
-        query = {"uploads": "", "prefix": f"{self._prefix}tenants/"}
+    def uploads(self, *, page: int = 1000) -> Iterator[Upload]:
+        """Every upload below the prefix that has not ended, `page` a request (stores give no more than 1,000)."""
+        query = {"uploads": "", "prefix": f"{self._prefix}tenants/", "max-uploads": str(page)}
         while True:
             reply = self.request("GET", "", query)
             now = parsedate_to_datetime(reply.headers["Date"]) if "Date" in reply.headers else datetime.now(UTC)

@@ -133,6 +133,29 @@ def test_a_restore_test_that_fails_is_a_failed_run_with_its_report(flow_world: W
     assert "| sha256 | no |" in artifact_of(state)
 
 
+def test_one_run_drills_several_tenants_and_goes_on_after_one_fails(alone: World) -> None:
+    """A weekly run is of a share of all tenants: each has its row and its line, and the bad one is named."""
+    url = alone.settings.control_plane_url.get_secret_value()
+    worlds = [alone, *(new_world(alone.settings.data_dir, url, alone.control_plane) for _ in range(3))]
+    for number, one in enumerate(worlds):
+        one.write(*[f"row {n}" for n in range(number + 1)])
+    made = {one.tenant_id: one.back_up() for one in worlds}
+    bad = worlds[1]
+    path = bad.object_path(made[bad.tenant_id])
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    state = restore_test(count=4, return_state=True)
+    assert state.is_failed() and f"1 of 4 restore tests did not pass: {bad.tenant_id} fail" in str(state.message)
+    result = outcome(state)
+    assert {t["tenant_id"]: t["outcome"] for t in result["tests"]} == {
+        one.tenant_id: "fail" if one is bad else "pass" for one in worlds
+    }
+    rows = run_sql(alone, "SELECT tenant_id, outcome, flow_run_id FROM restore_tests")
+    assert {r["flow_run_id"] for r in rows} == {str(state.state_details.flow_run_id)} and len(rows) == 4
+    report = artifact_of(state)
+    assert "3 of 4 restore tests passed" in report and all(f"| {one.tenant_id} |" in report for one in worlds)
+    assert not list(alone.settings.sandbox_dir.glob("drill-*/*"))
+
+
 def test_a_metering_run_drains_the_spool_once(flow_world: World) -> None:
     """Two runs over the same spool count an event once; the artifact says how many were new."""
     spool = Spool(flow_world.settings)

@@ -151,6 +151,67 @@ def test_writers_go_on_while_a_snapshot_is_copied(
     assert contents_of(paths.database) == ["before", "meanwhile"]
 
 
+IMPATIENT_WRITER = """
+    import os, sys
+    from pathlib import Path
+    from shared.engine import memories
+    from shared.engine.database import TenantDatabase
+    from shared.errors import EngramError
+    from shared.tenant import TenantPaths
+    tenants, stop = map(Path, sys.argv[1:])
+    tenant = TenantDatabase(TenantPaths.of(tenants, "acme"), busy_timeout_seconds=0, lock_wait_seconds=0)
+    while not stop.exists():
+        try:
+            with tenant.write() as connection:
+                memories.create(connection, memories.NewMemory("small"))
+            print("written", flush=True)
+        except EngramError as e:
+            print(f"{type(e).__name__}: {e}", flush=True)
+"""
+
+
+def test_a_writer_that_waits_for_no_lock_is_never_refused_while_a_large_snapshot_is_made(
+    settings: Settings, paths: TenantPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lock that keeps a writer out is held at any step, so none can be held for 50 ms: said without a clock, which
+    a busy machine would make lie. The writer waits for neither SQLite's locks nor the fence, and must come through
+    while the source is open, after it was copied and while the copy is checked.
+    """
+    for _ in range(20):
+        add_memories(paths, *["x" * 1_000_000] * 2)
+    stop, said = tmp_path / "stop", list[str]()
+    child = start_child(IMPATIENT_WRITER, settings.tenants_dir, stop)
+    reader = threading.Thread(target=lambda: said.extend(line.strip() for line in child.stdout or ()))
+    copy, check, during = snapshot.copy, snapshot._check, dict[str, int]()
+
+    def some_more(step: str) -> None:
+        before = len(said)
+        wait_until(lambda: len(said) >= before + 3)
+        during[step] = len(said) - before
+
+    def copied(source: sqlite3.Connection, destination: Path, *, durable: bool = True) -> None:
+        some_more("open")
+        copy(source, destination, durable=durable)
+        some_more("copied")
+
+    def checked(path: Path, tenant_id: str) -> tuple[snapshot.Manifest, str, int]:
+        some_more("before the check")
+        return check(path, tenant_id)
+
+    monkeypatch.setattr(snapshot, "copy", copied)
+    monkeypatch.setattr(snapshot, "_check", checked)
+    reader.start()
+    try:
+        wait_until(lambda: len(said) > 3)
+        taken = snapshot.take(settings, "acme", tmp_path / "s.sqlite")
+    finally:
+        stop.touch()
+        assert child.wait(30) == 0
+        reader.join()
+    assert taken.size_bytes > 40_000_000 and min(during.values()) >= 3 and len(during) == 3
+    assert set(said) == {"written"}
+
+
 def test_a_large_database_is_hashed_beside_its_check(settings: Settings, paths: TenantPaths, tmp_path: Path) -> None:
     """The other path of the same claim: what is checked is what is hashed."""
     add_memories(paths, *(secrets.token_hex(50_000) for _ in range(120)))

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 def control_plane() -> Iterator[tuple[Settings, ControlPlane]]:
     """The stack's settings and an open control plane."""
     from deployments.running import running_settings
+    from shared import log
     from shared.control_plane import ControlPlane
 
     settings = running_settings("control_plane_url")
+    log.configure(settings.log_level)  # to stderr: stdout is the result's
     with ControlPlane(settings) as opened:
         yield settings, opened
 

@@ -27,10 +27,12 @@ def export(
     """Write a tenant's data to a file."""
     from deployments.running import running_settings
     from shared import export as core
+    from shared import log
     from shared.control_plane import ControlPlane
     from shared.objects import ObjectStore
 
     settings = running_settings("control_plane_url", "object_store_url")
+    log.configure(settings.log_level)  # to stderr: stdout is the result's
     with ControlPlane(settings) as control_plane:
         done = core.export(
             settings, control_plane, ObjectStore(settings), tenant_id, out, format=format, backup_id=backup_id

@@ -91,11 +91,12 @@ def delete(
 ) -> None:
     """Remove a tenant's database, backups and keys, and prove it. There is no way back. Its usage is kept."""
     from deployments.running import running_settings
-    from shared import deletion, registry
+    from shared import deletion, log, registry
     from shared.control_plane import ControlPlane
     from shared.objects import ObjectStore
 
     settings = running_settings("control_plane_url", "object_store_url")
+    log.configure(settings.log_level)  # to stderr: stdout is the result's
     with ControlPlane(settings) as control_plane:
         objects = ObjectStore(settings)
         registry.get(control_plane, tenant_id)
