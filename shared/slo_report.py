@@ -143,12 +143,12 @@ def make(settings: Settings, control_plane: ControlPlane, *, now: datetime | Non
         except (PrometheusUnavailable, PrometheusRefused) as e:
             unread["service levels"] = str(e)
     if measured is not None:
-        if not measured.fresh:
-            unread["service levels"] = "Prometheus saw no gateway within the last hour"
-        for budget in measured.budgets:
-            if budget.state == "not measured":
-                where = redact_url(settings.prometheus_url)
-                unread[budget.objective.name] = f"Prometheus at {where} has no {_rule(budget.objective, PERIOD)}"
+        missing = [_rule(b.objective, PERIOD) for b in measured.budgets if b.state == "not measured"]
+        where = redact_url(settings.prometheus_url)
+        if missing:
+            unread["service levels"] = f"Prometheus at {where} has no {', '.join(missing)}"
+        elif not measured.fresh:
+            unread["service levels"] = f"Prometheus at {where} has seen no gateway within the last hour"
     try:
         books = read_books(control_plane, settings, now - timedelta(seconds=PERIOD_SECONDS), now)
     except ControlPlaneUnavailable as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from deployments.cli import beside
-from deployments.cli.output import Json, note, print_json, print_table
+from deployments.cli.output import Json, print_json, print_table
 from shared.errors import Permanent
 
 
@@ -25,7 +25,7 @@ def slo_report(as_json: Json = False) -> None:
         print_json(report.as_dict())
     else:
         for table in tables(report):
-            note(f"\n{table.title}")
+            typer.echo(f"\n{table.title}")
             print_table(table.header, table.rows)
     if report.state != "kept":
         raise Permanent(report.sentence)
