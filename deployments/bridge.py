@@ -1,4 +1,4 @@
-"""The bridge: Alertmanager's webhook → one Prefect event an alert → its `diagnose` run (`deployments.orchestration`).
+"""The bridge: Alertmanager's webhook → one Prefect event an alert → its `diagnose` run (`deployments.automation`).
 
 It keeps nothing. An alert's event has an id and a time made of the alert alone (fingerprint, start, status), so however
 often it is sent, by Alertmanager's repeats, by its retries or after this process died, it is the same event, and the
@@ -89,13 +89,14 @@ def event_of(alert: Alert) -> Event:
     return {
         "id": event_id,
         "event": FIRING if firing else RESOLVED,
-        # Not the time of sending: the automation tells a repeat by it (`orchestration.alert_automation`).
+        # Not the time of sending: the automation tells a repeat by it (`deployments.automation`).
         "occurred": starts_at if firing or alert.ends_at is None else alert.ends_at.astimezone(UTC).isoformat(),
         "resource": resource,
         "payload": {
             "alert": name,
             "subject": resource["engram.diagnosis"],
             "tenant_id": tenant_id if is_tenant_id(tenant_id) else None,
+            "runbook": _short(alert.annotations.get("runbook", "")),
             "starts_at": starts_at,
             "labels": {_short(k): _short(v) for k, v in alert.labels.items()},
             "annotations": {_short(k): _short(v) for k, v in alert.annotations.items()},

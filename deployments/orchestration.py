@@ -3,8 +3,8 @@
 `prefect.yaml` is the one source of deployments. Its `pull: []` and module entrypoints make a process worker
 import the flow from the installed project: nothing is cloned or copied.
 
-`python -m deployments.orchestration POOL` makes the work pool and applies `prefect.yaml`, then exits: a process
-of its own, so that the supervisor never carries Prefect's 100 MB.
+`python -m deployments.orchestration POOL` makes the work pool, applies `prefect.yaml` and the automation that starts
+diagnoses, then exits: a process of its own, so that the supervisor never carries Prefect's 100 MB.
 """
 
 from __future__ import annotations
@@ -151,7 +151,14 @@ async def _ensure_pool(name: str) -> None:
 def main() -> None:
     asyncio.run(_ensure_pool(sys.argv[1]))
     sys.argv = ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file())]
-    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+    except SystemExit as e:
+        if e.code:
+            raise
+    from deployments import automation
+
+    asyncio.run(automation.ensure())
 
 
 if __name__ == "__main__":

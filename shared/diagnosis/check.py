@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from shared.diagnosis import books, edge, issuer, store, table, tenant
+from shared.diagnosis import books, edge, issuer, played, store, table, tenant
 from shared.diagnosis.finding import Diagnosis, Finding, Subject, unseen
 from shared.diagnosis.sight import Sight
 from shared.errors import EngramError
@@ -32,13 +32,24 @@ _GATEWAY = Check("gateway", edge.ready)
 _PROMETHEUS = Check("prometheus", edge.prometheus)
 _CONTROL_PLANE = Check("control-plane", books.control_plane)
 _WORKERS = Check("workers", edge.workers)
+_VOLUME = Check("volume", played.volume)
 CHECKS: Mapping[Subject, tuple[Check, ...]] = {
-    "auth": (_GATEWAY, _PROMETHEUS, Check("auth-failures", edge.auth_failures), Check("issuer", issuer.keys), _WORKERS),
+    "auth": (
+        _GATEWAY,
+        _PROMETHEUS,
+        Check("auth-failures", edge.auth_failures),
+        Check("keys", played.keys),
+        Check("clock", issuer.clock),
+        _WORKERS,
+    ),
     "tenant-db": (
         _GATEWAY,
         _PROMETHEUS,
         _CONTROL_PLANE,
+        _VOLUME,
         Check("open-failures", edge.open_failures),
+        Check("errors", edge.errors),
+        Check("permissions", played.permission),
         Check("maintenance", tenant.maintenance),
         Check("database", tenant.databases),
     ),
@@ -50,17 +61,21 @@ CHECKS: Mapping[Subject, tuple[Check, ...]] = {
         Check("refusals", edge.refusals),
         _WORKERS,
         Check("machine", edge.machine),
+        Check("busiest-tenant", played.tenants),
+        _VOLUME,
     ),
     "metering": (
         _GATEWAY,
         _PROMETHEUS,
         _CONTROL_PLANE,
+        _VOLUME,
         Check("spool", books.spool),
         Check("usage-writes", books.writes),
         Check("partitions", books.partitions),
     ),
     "backups": (
         _CONTROL_PLANE,
+        _VOLUME,
         Check("object-store", store.reachable),
         Check("last-good-backup", store.ages),
         Check("corrupt-backups", store.corrupt),

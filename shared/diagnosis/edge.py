@@ -18,8 +18,6 @@ AUTH_FAILURE_SHARE = 0.02
 REFUSED_SHARE = 0.05
 LOAD_PER_CORE = 2.0
 MEMORY_SHARE = 0.05
-DOMINANT_SHARE = 0.5
-DOMINANT_RPS = 5.0
 NOISE_RPS = 0.05  # less than three in a minute is not a rate
 
 _DURATION = "engram_request_duration_seconds"
@@ -37,6 +35,12 @@ _REASONS: dict[str, Symptom] = {
     "malformed": "tokens_missing",
     "too_large": "tokens_missing",
     "algorithm": "tokens_missing",
+}
+_ROUTES: dict[str, tuple[str, Symptom]] = {
+    "/v1/search": ("p95-search", "searches_slow"),
+    "/v1/memories": ("p95-list-and-create", "slow"),
+    "/v1/memories/{id}": ("p95-by-id", "slow"),
+    "/v1/mcp": ("p95-mcp", "slow"),
 }
 _NOT_READY: dict[str, Symptom] = {"tenants": "control_plane_down", "jwks": "keys_unknown", "spool": "flush_failures"}
 
@@ -71,9 +75,10 @@ def prometheus(sight: Sight) -> list[Finding]:
 
 
 def errors(sight: Sight) -> Finding:
-    """5xx, without what is refused on purpose while a tenant is in maintenance: that is not told apart here."""
+    """5xx, without what is refused on purpose while a tenant is in maintenance."""
     figures, name, normal = sight.figures, "errors", f"5xx below {ERROR_SHARE:.0%} of requests"
     all_rps, failed_rps = _requests(figures)
+    failed_rps = max(0.0, failed_rps - figures.rate("engram_maintenance_refused_total"))
     if all_rps == 0:
         return good(name, f"no requests ({figures.window})", normal)
     seen = f"{failed_rps / all_rps:.1%} of {all_rps:.1f} a second ({figures.window})"
@@ -85,13 +90,7 @@ def errors(sight: Sight) -> Finding:
 def latency(sight: Sight) -> list[Finding]:
     """p95 of searches and of everything else."""
     figures, found = sight.figures, []
-    routes: dict[str, tuple[str, Symptom]] = {
-        "/v1/search": ("p95-search", "searches_slow"),
-        "/v1/memories": ("p95-list-and-create", "slow"),
-        "/v1/memories/{id}": ("p95-by-id", "slow"),
-        "/v1/mcp": ("p95-mcp", "slow"),
-    }
-    for route, (name, symptom) in routes.items():
+    for route, (name, symptom) in _ROUTES.items():
         normal = f"below {P95_SECONDS * 1000:.0f} ms"
         p95 = figures.quantile(_DURATION, 0.95, route=route)
         if p95 is None:
@@ -162,12 +161,12 @@ def workers(sight: Sight) -> Finding:
 
 
 def machine(sight: Sight) -> list[Finding]:
-    """Load and memory of this machine."""
+    """Load and memory of this machine. Load alone harms nobody: it is wrong while requests are slow."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
     found = []
-    seen, normal = f"{load:.1f} on {cores} cores (1 min)", f"below {LOAD_PER_CORE:g} a core"
-    high = load > LOAD_PER_CORE * cores
+    seen, normal = f"{load:.1f} on {cores} cores (1 min)", f"below {LOAD_PER_CORE:g} a core while requests are slow"
+    high = load > LOAD_PER_CORE * cores and is_slow(sight.figures)
     found.append(bad("load", seen, normal, "machine_busy") if high else good("load", seen, normal))
     memory = {
         name: int(value.split()[0]) * 1024
@@ -178,6 +177,12 @@ def machine(sight: Sight) -> list[Finding]:
     short = free < MEMORY_SHARE * all_
     found.append(bad("memory", seen, normal, "memory_short") if short else good("memory", seen, normal))
     return found
+
+
+def is_slow(figures: Figures) -> bool:
+    """Whether any of the routes that are measured against the SLO misses it."""
+    found = (figures.quantile(_DURATION, 0.95, route=route) for route in _ROUTES)
+    return any(p95 is not None and p95 >= P95_SECONDS for p95 in found)
 
 
 def _requests(figures: Figures) -> tuple[float, float]:

@@ -42,25 +42,27 @@ def _act(
     arguments: Mapping[str, Any] | None = None,
     reads: bool = False,
     ttl: bool = False,
+    form: bool = True,
 ) -> Proposal:
-    """An action of the playbook, by the `act` deployment or `engram act NAME [TENANT] …`."""
+    """An action of the playbook, by `engram act NAME [TENANT] …` and, with `form`, by the `act` deployment."""
     given = dict(arguments or {})
     reason = f"diagnosis: {why}"[:200]
     last = [] if reads else [*(("--ttl", f"{_TTL_SECONDS:g}") if ttl else ()), "--reason", reason]
+    parameters = {
+        "name": name,
+        "tenant_id": tenant,
+        "arguments": given,
+        "reason": reason,
+        "dry_run": False,
+        "ttl_seconds": _TTL_SECONDS if ttl else None,
+    }
     return Proposal(
         action=name,
         arguments=given | ({"tenant_id": tenant} if tenant else {}),
         command=words("engram", "act", name, *([tenant] if tenant else []), *options, *last),
         why=why,
-        deployment="act",
-        parameters={
-            "name": name,
-            "tenant_id": tenant,
-            "arguments": given,
-            "reason": reason,
-            "dry_run": False,
-            "ttl_seconds": _TTL_SECONDS if ttl else None,
-        },
+        deployment="act" if form else None,
+        parameters=parameters if form else {},
     )
 
 
@@ -102,10 +104,17 @@ def _restore(finding: Finding) -> Proposal:
 
 
 def _open_failures(finding: Finding) -> Proposal:
-    why = "the gateway fails to open a database that is whole on disk: its handles are stale"
+    why = f"the gateway fails to open a database that is whole on disk ({finding.seen}): its handles are stale"
     if tenant := finding.facts.get("tenant_id"):
         return _act("restart-tenant", why, tenant=tenant)
     return _act("restart-workers", f"{why}, and no tenant is named")
+
+
+def _wal(finding: Finding) -> Proposal:
+    why = f"a write-ahead log grows ({finding.seen}): a reader in the gateway never ends"
+    if tenant := finding.facts.get("tenant_id"):
+        return _act("restart-tenant", why, tenant=tenant)
+    return _act("restart-workers", why)
 
 
 def _backup(finding: Finding) -> Proposal:
@@ -160,8 +169,8 @@ ROWS: tuple[Row, ...] = (
         "volume_read_only",
         lambda f: _act(
             "volume-health",
-            f"{_volume(f)} is read-only: mount it read-write again (its file system may have found errors: dmesg); "
-            f"writes fail until then",
+            f"{_volume(f)} cannot be written ({f.name}: {f.seen}): mount it read-write again; its file system may have "
+            f"found errors (dmesg)",
             reads=True,
         ),
     ),
@@ -169,7 +178,7 @@ ROWS: tuple[Row, ...] = (
         "volume_full",
         lambda f: _act(
             "volume-health",
-            f"{_volume(f)} is full ({f.seen}): make it larger, or free space outside of tenants/ and spool/",
+            f"{_volume(f)} is full ({f.name}: {f.seen}): make it larger, or free space outside of tenants/ and spool/",
             reads=True,
         ),
     ),
@@ -186,11 +195,10 @@ ROWS: tuple[Row, ...] = (
         "issuer_down",
         lambda f: _act(
             "jwks-status",
-            f"the token issuer does not answer ({f.seen}): call whoever runs it. Workers go on with the keys they have",
+            f"the token issuer gives no keys ({f.seen}): call whoever runs it. Workers go on with the keys they have",
             reads=True,
         ),
     ),
-    Row("keys_unusable", lambda f: _by_hand(f"the issuer publishes no key we may use ({f.seen}): its side", "status")),
     Row(
         "keys_unknown", lambda f: _act("refresh-jwks", f"tokens are signed with keys the workers do not have: {f.seen}")
     ),
@@ -201,6 +209,7 @@ ROWS: tuple[Row, ...] = (
             f"tokens are refused although the keys are right ({f.seen}): find the check that one of them fails, and "
             f"compare issuer, audience and claims with the settings",
             reads=True,
+            form=False,  # it takes a token, and everybody reads a run's parameters
         ),
     ),
     Row(
@@ -237,6 +246,7 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     Row("open_failures", _open_failures),
+    Row("wal_large", _wal),
     # Load.
     Row(
         "volume_slow",
@@ -245,11 +255,10 @@ ROWS: tuple[Row, ...] = (
     Row("tenant_dominates", _rate),
     Row(
         "memory_short",
-        lambda f: _act("cap-pool", f"memory is short: {f.seen}", "256", arguments={"size": 256}, ttl=True),
+        lambda f: _act("cap-pool", f"memory is short: {f.seen}", arguments={"open_databases": 256}, ttl=True),
     ),
     Row("machine_busy", lambda f: _shed(["search", "list"], f"the machine has more work than it can do: {f.seen}")),
     Row("searches_slow", lambda f: _shed(["search"], f"searches are slow: {f.seen}")),
-    Row("lists_slow", lambda f: _shed(["list"], f"lists are slow: {f.seen}")),
     Row("slow", lambda f: _act("top", f"slow ({f.seen}) without a cause seen here: who asks for what?", reads=True)),
     Row("errors", lambda f: _act("top", f"errors ({f.seen}) without a cause seen here: whose, and where?", reads=True)),
     Row("rate_limited", lambda f: _act("top", f"many are refused by their limits ({f.seen}): who?", reads=True)),

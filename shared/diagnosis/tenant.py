@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from shared import catalogue, registry
+from shared.diagnosis import played
 from shared.diagnosis.finding import Finding, Symptom, bad, good, unseen
 from shared.diagnosis.sight import Sight
 from shared.engine import schema
@@ -27,11 +28,11 @@ from shared.errors import (
     UnknownBackup,
 )
 from shared.fence import in_use, read_mark
+from shared.playbook import restore
 from shared.settings import Settings
 from shared.tenant import TenantPaths, is_tenant_id
 
 LOOK_SECONDS = 10.0
-READ_SECONDS = 30.0
 _NORMAL = "opens, is the tenant's own, has a known schema"
 _WHOLE = "integrity_check and foreign_key_check find nothing"
 _NAMED = 5
@@ -105,8 +106,6 @@ def _wrong(settings: Settings, tenant_id: str, *, whole: bool) -> tuple[Symptom,
             schema.check_identity(connection, tenant_id)
             if (version := schema.schema_version(connection)) > schema.SCHEMA_VERSION:
                 return "schema_too_new", f"schema v{version}"
-            if whole:
-                _read_whole(connection)
     except CorruptDatabase as e:
         return "database_corrupt", str(e)
     except SchemaTooNew as e:
@@ -117,24 +116,20 @@ def _wrong(settings: Settings, tenant_id: str, *, whole: bool) -> tuple[Symptom,
         if getattr(e, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return "database_corrupt", str(e)
         return "database_unreadable", str(e)
+    if whole:
+        verdict, problem = restore.examine(paths)
+        if verdict != "whole":
+            return ("database_corrupt" if verdict == "corrupt" else "database_unreadable"), problem
     return None
-
-
-def _read_whole(connection: sqlite3.Connection) -> None:
-    """Raises `CorruptDatabase`, or sqlite3.OperationalError (interrupted) after `READ_SECONDS`."""
-    deadline = time.monotonic() + READ_SECONDS
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
-    problems = [row[0] for row in connection.execute("PRAGMA integrity_check(3)")]
-    if problems != ["ok"]:
-        raise CorruptDatabase(f"integrity_check: {'; '.join(problems)[:200]}")
-    if broken := connection.execute("PRAGMA foreign_key_check").fetchone():
-        raise CorruptDatabase(f"foreign_key_check: table {broken[0]} refers to missing rows of {broken[2]}")
 
 
 def _finding(sight: Sight, wrong: dict[str, tuple[Symptom, str]], seen: str, normal: str) -> Finding:
     tenant_id, (symptom, cause) = next(iter(wrong.items()))
-    if symptom == "database_unreadable" and "interrupted" in cause:
-        return unseen("database", f"{tenant_id}: not read whole within {READ_SECONDS:g} s", normal)
+    if symptom == "database_unreadable":
+        if f"{restore.CHECK_SECONDS:g} s" in cause:
+            return unseen("database", f"{tenant_id}: {cause}", normal)
+        if any(f.ok is False for f in played.wrong_permissions(sight, tenant_id)):
+            symptom = "permissions_wrong"
     return bad("database", seen, normal, symptom, tenant_id=tenant_id, **_backup(sight, tenant_id))
 
 
