@@ -29,6 +29,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -45,6 +46,8 @@ from gateway.silence import speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
 from shared.errors import Permanent
+from shared.limits import Watch
+from shared.log import configure
 from shared.orphan import end_with_parent
 from shared.settings import Settings
 
@@ -79,6 +82,7 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `Permanent` when it cannot start, `SystemExit` when workers
     keep dying. Installs signal handlers: call it from the main thread."""
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
+    configure(settings.log_level)
     certificate = Certificate.of(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until Granian has its own
@@ -104,9 +108,21 @@ def serve(settings: Settings) -> None:
         log_dictconfig=_LOGGING,
         log_access=False,
         silence_seconds=settings.worker_silence_seconds,
+        restart_asked=_restart_asked(settings),
         workers_kill_timeout=settings.gateway_kill_timeout_seconds,
     )
     server.serve(target_loader=partial(load, settings, os.getpid()), wrap_loader=False)
+
+
+def _restart_asked(settings: Settings) -> Callable[[], str]:
+    """What the supervisor asks twice a second: the id of the newest wish for new workers."""
+    watch = Watch(settings)
+
+    def asked() -> str:
+        watch.poll()
+        return watch.now.restart_workers
+
+    return asked
 
 
 def _http2_settings(settings: Settings) -> HTTP2Settings:

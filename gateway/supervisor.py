@@ -7,6 +7,9 @@
 - A worker whose heartbeat (`gateway.pulse`) stands still for `worker_silence_seconds` is killed and replaced: its
   socket would go on taking its share of the connections. Only time in which the supervisor itself ran counts, so a
   machine that slept kills nobody.
+- Workers are replaced when somebody asks for it (`shared.limits`, `restart_workers`), one after the other: a new one
+  starts beside the old one, and once it serves the old one is told to finish what it has and go. One that cannot
+  start ends that: those that serve are kept. Granian's own way stops the old one whether or not the new one serves.
 - Workers die with their supervisor (`shared.orphan`), in order: SIGTERM, drain, seal.
 - SIGHUP stops in order, like SIGTERM: Granian's reload leaves old and new workers side by side (FACTS), and there is
   nothing to read again.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,15 +31,28 @@ from gateway.pulse import Pulse, new_beats
 LOOK_SECONDS = 0.5
 DEATHS = 5
 DEATHS_SECONDS = 60.0
+START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
 
 class Supervisor(MPServer):
     """Overrides what Granian calls from `serve`: how a worker is made, and the loop that waits for one to die."""
 
-    def __init__(self, target: str, *, silence_seconds: float, **options: Any) -> None:
+    def __init__(
+        self, target: str, *, silence_seconds: float, restart_asked: Callable[[], str], **options: Any
+    ) -> None:
+        """`restart_asked` is the id of the newest wish for new workers, empty when there is none."""
         super().__init__(target, **options)
         self._silence_seconds = silence_seconds
-        self._beats = new_beats(self.workers)
+        self._restart_asked = restart_asked
+        self._restarted = restart_asked()
+        self._to_replace: deque[int] = deque()
+        self._arriving: Any = None  # a worker, beside the first of `_to_replace`
+        self._arrived_at = 0.0
+        self._first_beat = 0.0
+        self._leaving: list[tuple[Any, int, float]] = []  # worker, its place among the beats, since when
+        # Two places a worker: while one is replaced both beat.
+        self._beats = new_beats(2 * self.workers)
+        self._places = list(range(self.workers))
         self._seen = [0.0] * self.workers
         self._silent_seconds = [0.0] * self.workers
         self._deaths: deque[float] = deque()
@@ -49,8 +66,12 @@ class Supervisor(MPServer):
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Any) -> Any:  # type: ignore[override]
         respawned = idx in self._spawned
         self._spawned.add(idx)
-        self._beats[idx] = self._seen[idx] = self._silent_seconds[idx] = 0.0
-        return super()._spawn_worker(idx, target, partial(callback_loader, Pulse(self._beats, idx, respawned)))
+        self._seen[idx] = self._silent_seconds[idx] = 0.0
+        return self._spawn_at(self._places[idx], idx, target, callback_loader, respawned)
+
+    def _spawn_at(self, place: int, idx: int, target: Any, callback_loader: Any, respawned: bool) -> Any:
+        self._beats[place] = 0.0
+        return super()._spawn_worker(idx, target, partial(callback_loader, Pulse(self._beats, place, respawned)))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         looked_at = time.monotonic()
@@ -62,7 +83,10 @@ class Supervisor(MPServer):
             now = time.monotonic()
             self._kill_the_silent(min(now - looked_at, 2 * LOOK_SECONDS))
             looked_at = now
+            self._replace_workers(now, spawn_target, target_loader)
             dead = [worker.idx for worker in self.wrks if not worker.inner.is_alive()]
+            if self._arriving is not None and self._arriving.idx in dead and self._arriving.is_alive():
+                dead.remove(self._arriving.idx)  # its successor is on its way already
             if not dead:
                 continue
             if self._is_hopeless(now, len(dead)):
@@ -85,7 +109,7 @@ class Supervisor(MPServer):
 
     def _kill_the_silent(self, elapsed_seconds: float) -> None:
         for worker in self.wrks:
-            idx, beat = worker.idx, self._beats[worker.idx]
+            idx, beat = worker.idx, self._beats[self._places[worker.idx]]
             if beat != self._seen[idx] or beat == 0.0:
                 self._served = self._served or beat != 0.0
                 self._seen[idx], self._silent_seconds[idx] = beat, 0.0
@@ -95,3 +119,66 @@ class Supervisor(MPServer):
                 logger.error(f"worker-{idx + 1} was silent for {self._silent_seconds[idx]:.1f} s, killing it")
                 worker.inner.kill()  # not `worker.kill`, which says that it was meant to stop
                 self._silent_seconds[idx] = 0.0
+
+    def _replace_workers(self, now: float, spawn_target: Any, target_loader: Any) -> None:
+        """One step: begin what was asked for, bring the next new worker up, let an old one go."""
+        self._bury(now)
+        if not self._to_replace:
+            asked = self._restart_asked()
+            if asked in ("", self._restarted):
+                return
+            self._restarted = asked
+            self._to_replace.extend(range(self.workers))
+        idx = self._to_replace[0]
+        place = (self._places[idx] + self.workers) % (2 * self.workers)
+        if self._arriving is None:
+            if any(left == place for _, left, _ in self._leaving):
+                return  # the one before it has not gone yet
+            logger.info(f"Replacing worker-{idx + 1}")
+            self._arriving = self._spawn_at(place, idx, spawn_target, target_loader, respawned=False)
+            self._arriving.start()
+            self._arrived_at, self._first_beat = now, 0.0
+        elif not self._arriving.is_alive() or now - self._arrived_at > START_SECONDS:
+            logger.error(f"The new worker-{idx + 1} does not serve; the workers there are are kept")
+            self._arriving.kill()
+            self._arriving.join()
+            self._beats[place] = 0.0
+            self._arriving = None
+            self._to_replace.clear()
+            self.interrupt_children.clear()
+        elif self._serves(place):
+            old, self.wrks[idx], self._arriving = self.wrks[idx], self._arriving, None
+            self._leaving.append((old, self._places[idx], now))
+            self._places[idx] = place
+            self._seen[idx] = self._silent_seconds[idx] = 0.0
+            self._to_replace.popleft()
+            old.terminate()  # type: ignore[no-untyped-call]
+
+    def _serves(self, place: int) -> bool:
+        """Since its second beat: the first is from before it listens."""
+        beat = self._beats[place]
+        if self._first_beat == 0.0:
+            self._first_beat = beat
+        return bool(beat != self._first_beat)
+
+    def _bury(self, now: float) -> None:
+        for leaving in list(self._leaving):
+            worker, place, since = leaving
+            if not worker.is_alive():
+                self._beats[place] = 0.0
+                self._leaving.remove(leaving)
+                logger.info(f"The old worker-{worker.idx + 1} is gone")
+            elif self.workers_kill_timeout and now - since > self.workers_kill_timeout:
+                logger.warning(f"Killing the old worker-{worker.idx + 1} after it refused to gracefully stop")
+                worker.kill()
+
+    def _stop_workers(self) -> None:
+        others = [worker for worker, _, _ in self._leaving] + ([self._arriving] if self._arriving is not None else [])
+        for worker in others:
+            worker.terminate()
+        super()._stop_workers()  # type: ignore[no-untyped-call]
+        for worker in others:
+            worker.join(1.0)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
