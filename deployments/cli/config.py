@@ -102,7 +102,7 @@ def _values(settings: Settings) -> dict[str, str]:
 def _defaults() -> dict[str, str]:
     from shared.settings import Settings
 
-    return _values(Settings.model_construct()._consistent())  # type: ignore[operator]  a method, but for its decorator
+    return _values(Settings.model_construct()._consistent())  # type: ignore[operator]
 
 
 def _of_file(env: str) -> Settings:

@@ -1,0 +1,390 @@
+"""Settings of an environment: what wins, what is refused, what is said about it, and what never is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from deployments import cli
+from deployments.running import RESOLVED
+from shared import environment
+from shared.environment import BadSettings
+from shared.errors import Refused
+from shared.safety import OF_BACKUPS, RULES, refuse_unsafe, shown, unsafe
+from shared.settings import Settings
+from tests.core_fixtures import ROOT
+from tests.environment_fixtures import SAFE, bare
+
+CANARY = "hunter2-never-print-me"
+KNOWN = frozenset(Settings.model_fields)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("ENGRAM_") or name == "PREFECT_API_URL":
+            monkeypatch.delenv(name)
+
+
+def settings(env: str, **changes: Any) -> Settings:
+    """A safe environment with these changes, by field name."""
+    given = {name.removeprefix("ENGRAM_").lower(): value for name, value in SAFE.items()}
+    return Settings(**{"env": env, **given, **changes})
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def engram(*arguments: str, **variables: str) -> Done:
+    """The command as the console script runs it, in this process: it takes a second to start another."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, bare() | variables, clear=True),
+        mock.patch.object(sys, "argv", ["engram", *arguments]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as left,
+    ):
+        cli.main()
+        sys.exit(0)
+    return Done(int(left.value.code or 0), stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.mark.parametrize("env", ["staging", "prod"])
+def test_an_environment_with_everything_set_right_is_safe(env: str) -> None:
+    """Otherwise nobody could start, and the check would be switched off."""
+    assert unsafe(settings(env)) == []
+    assert unsafe(settings(env, trusted_proxies="", tls_certificate="c.pem", tls_key="k.pem")) == []
+    refuse_unsafe(settings(env))
+
+
+def test_dev_is_never_unsafe() -> None:
+    """Embedded parts, plain HTTP and tokens of one's own are what it is for."""
+    assert unsafe(Settings()) == []
+    assert unsafe(settings("dev", usage_dry_run=True, rate_limit_mode="off", cors_allowed_origins="*")) == []
+
+
+UNSAFE: list[tuple[str, Any, str]] = [
+    ("control_plane_url", "", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@ep.neon.test/d", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@ep.neon.test/d?sslmode=prefer", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@ep.neon.test/d?sslmode=require", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@127.0.0.1,ep.neon.test/d", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@127.0.0.1/d?hostaddr=192.0.2.1", "staging prod"),
+    ("control_plane_url", "service=elsewhere", "staging prod"),
+    ("control_plane_url", "nonsense", "staging prod"),
+    ("object_store_url", "", "staging prod"),
+    ("object_store_url", "file:///data/objects", "staging prod"),
+    ("object_store_url", "s3://", "staging prod"),
+    ("s3_endpoint", "http://account.r2.test", "staging prod"),
+    ("s3_access_key_id", "", "staging prod"),
+    ("s3_secret_access_key", "", "staging prod"),
+    ("jwt_issuer", "", "staging prod"),
+    ("jwt_issuer", "http://issuer.test", "staging prod"),
+    ("jwt_issuer", "https://localhost:8081", "staging prod"),
+    ("jwt_issuer", "issuer", "staging prod"),
+    ("jwks_url", "", "staging prod"),
+    ("jwks_url", "http://issuer.test/jwks.json", "staging prod"),
+    ("jwks_url", "http://127.0.0.1:8081/jwks.json", "staging prod"),
+    ("jwks_url", "https://[", "staging prod"),
+    ("jwt_leeway_seconds", 121, "prod"),
+    ("prefect_api_url", "", "staging prod"),
+    ("prefect_api_url", "http://prefect.test/api", "staging prod"),
+    ("trusted_proxies", "0.0.0.0/0", "staging prod"),
+    ("trusted_proxies", "10.0.0.0/8, ::/0", "staging prod"),
+    ("cors_allowed_origins", "*", "staging prod"),
+    ("cors_allowed_origins", "null", "staging prod"),
+    ("cors_allowed_origins", "http://app.example", "staging prod"),
+    ("cors_allowed_origins", "https://app.example, https://*.example", "staging prod"),
+    ("cors_allowed_origins", "https://localhost:3000", "staging prod"),
+    ("cors_localhost", True, "prod"),
+    ("hsts_seconds", 86_400, "prod"),
+    ("docs_pages", True, "prod"),
+    ("rate_limit_mode", "off", "staging prod"),
+    ("rate_limit_mode", "shadow", "prod"),
+    ("rate_limit_rps", 0, "staging prod"),
+    ("unauthenticated_rps", 0, "staging prod"),
+    ("quota_mode", "off", "staging prod"),
+    ("quota_mode", "shadow", "prod"),
+    ("usage_dry_run", True, "prod"),
+    ("usage_at_limit", "drop", "prod"),
+    ("lease_seconds", 1, "staging prod"),
+    ("machine_id", "local", "staging prod"),
+    ("prometheus_url", "", "prod"),
+    ("log_level", "debug", "prod"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "environments"), UNSAFE)
+def test_an_unsafe_value_is_found_alone_and_where_it_harms(name: str, value: Any, environments: str) -> None:
+    """Each by itself: no rule hides behind another, and none speaks of a value that is as it should be."""
+    for env in ("staging", "prod"):
+        found = unsafe(settings(env, **{name: value}))
+        named = [f.name for f in found]
+        assert named == ([_variable(name)] if env in environments else []), env
+        assert all(f.why and f.want for f in found)
+
+
+def test_two_that_only_harm_together_are_found_together() -> None:
+    """No TLS and no proxy that ends it; encryption without its key."""
+    assert [f.name for f in unsafe(settings("prod", trusted_proxies=""))] == ["ENGRAM_TLS_CERTIFICATE"]
+    assert [f.name for f in unsafe(settings("prod", backup_encryption="age"))] == ["ENGRAM_BACKUP_MASTER_KEY"]
+
+
+def test_every_rule_was_seen_to_object() -> None:
+    """A rule without a case may never have worked."""
+    judged = {name for name, _, _ in UNSAFE} | {"tls_certificate", "backup_master_key"}
+    assert {rule.name for rule in RULES} == judged
+    for rule in RULES:
+        assert rule.name in Settings.model_fields
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("control_plane_url", "postgresql://u:p@h.test/d?sslmode=require&channel_binding=require"),
+        ("control_plane_url", "postgresql://u:p@127.0.0.1:6432/d"),  # a pooler beside us
+        ("control_plane_url", "host=/run/postgresql dbname=d"),
+        ("control_plane_url", "postgresql://u:p@a.test,b.test/d?sslmode=verify-ca"),
+        ("s3_endpoint", ""),
+        ("s3_endpoint", "http://127.0.0.1:8333"),
+        ("prefect_api_url", "http://10.0.0.7:4200/api"),
+        ("prefect_api_url", "https://prefect.test/api"),
+        ("trusted_proxies", "fdaa::/16, 172.16.0.0/12, 192.0.2.7/32"),
+        ("cors_allowed_origins", "https://app.example, https://app.example:8443/"),
+        ("cors_allowed_origins", ""),
+        ("hsts_seconds", 15_552_000),
+        ("log_level", "warning"),
+    ],
+)
+def test_what_is_good_enough_is_let_through(name: str, value: Any) -> None:
+    """A private network, a pooler on the same machine, exact origins."""
+    assert unsafe(settings("prod", **{name: value})) == []
+
+
+def test_a_refusal_names_everything_at_once_with_why_and_what_instead() -> None:
+    """One start, one list, one edit."""
+    with pytest.raises(Refused) as refused:
+        refuse_unsafe(settings("prod", jwks_url="http://x.test", usage_dry_run=True, machine_id="local"))
+    assert refused.value.exit_code == 3
+    assert str(refused.value) == (
+        "prod is not safe to start, 3 to mend: "
+        "ENGRAM_JWKS_URL is http://x.test (who is on the way could add keys of their own), want https://…; "
+        "ENGRAM_USAGE_DRY_RUN is true (nothing would be billed), want false; "
+        "ENGRAM_MACHINE_ID is local (two machines of that name would each back up the other's tenants), "
+        "want a name no other machine has"
+    )
+
+
+def test_a_gateway_needs_no_key_of_the_backups() -> None:
+    """Least privilege: `engram serve` starts where the others would not."""
+    lacking = settings("prod", s3_access_key_id="", s3_secret_access_key="", backup_encryption="age")
+    assert {f.name for f in unsafe(lacking)} == {_variable(name) for name in OF_BACKUPS}
+    refuse_unsafe(lacking, OF_BACKUPS)
+
+
+PROCESSES = (("serve",), ("worker",), ("drain",), ("migrate",), ("up",), ("up", "--detach"))
+
+
+def test_no_process_starts_unsafe_and_config_check_says_the_same(tmp_path: Path) -> None:
+    """Exit 3, one line, nothing written; the list of `config check` is the list of the process."""
+    variables = SAFE | {"ENGRAM_ENV": "prod", "ENGRAM_DATA_DIR": str(tmp_path / "data")}
+    variables |= {"ENGRAM_RATE_LIMIT_MODE": "shadow", "ENGRAM_JWKS_URL": "http://issuer.test"}
+    check = engram("config", "check", "--json", **variables)
+    checked = json.loads(check.stdout)
+    assert (checked["environment"], checked["safe"], check.returncode) == ("prod", False, 3)
+    names = [found["name"] for found in checked["unsafe"]]
+    assert names == ["ENGRAM_JWKS_URL", "ENGRAM_RATE_LIMIT_MODE"]
+    assert check.stderr == f"engram: prod is not safe to start, 2 to mend: {', '.join(names)}\n"
+    for arguments in PROCESSES:
+        done = engram(*arguments, **variables)
+        assert (done.returncode, done.stdout) == (3, ""), arguments
+        [line] = done.stderr.splitlines()
+        for found in checked["unsafe"]:
+            assert f"{found['name']} is {found['value']} ({found['why']}), want {found['want']}" in line, arguments
+    assert not (tmp_path / "data").exists()
+
+
+def test_check_looks_at_the_certificate_too(tmp_path: Path) -> None:
+    """The one thing settings alone cannot tell; exit 0 when there is nothing to say."""
+    missing = {"ENGRAM_TLS_CERTIFICATE": str(tmp_path / "c.pem"), "ENGRAM_TLS_KEY": str(tmp_path / "k.pem")}
+    refused = engram("config", "check", ENGRAM_ENV="staging", **SAFE, **missing)
+    assert refused.returncode == 3 and "No such file" in refused.stdout
+    fine = engram("config", "check", ENGRAM_ENV="staging", **SAFE)
+    assert (fine.returncode, fine.stdout, fine.stderr) == (0, "staging: nothing to object to\n", "")
+
+
+def test_the_environment_wins_over_the_value_file_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an empty variable is not set: the file's value stands."""
+    monkeypatch.setenv("ENGRAM_ENV", "staging")
+    assert (Settings().rate_limit_mode, Settings().hsts_seconds) == ("shadow", 86_400)
+    monkeypatch.setenv("ENGRAM_RATE_LIMIT_MODE", "enforce")
+    monkeypatch.setenv("ENGRAM_HSTS_SECONDS", "")
+    assert (Settings().rate_limit_mode, Settings().hsts_seconds) == ("enforce", 86_400)
+    assert Settings(env="dev").hsts_seconds == 0
+    assert Settings(hsts_seconds=5).hsts_seconds == 5
+    assert Settings().lease_seconds == Settings.model_fields["lease_seconds"].default
+
+
+def test_unknown_names_in_the_environment_are_errors_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ENGRAM_RATE_LIMIT_RSP=10` limits nobody; all of them are named, whatever their case."""
+    monkeypatch.setenv("ENGRAM_RATE_LIMIT_RSP", "10")
+    monkeypatch.setenv("engram_jwks_uri", "x")
+    monkeypatch.setenv("ENGRAM_QQQ", CANARY)
+    with pytest.raises(BadSettings) as refused:
+        Settings()
+    assert str(refused.value).split("; ") == [
+        "ENGRAM_QQQ is no setting",
+        "ENGRAM_RATE_LIMIT_RSP is no setting: did you mean ENGRAM_RATE_LIMIT_RPS?",
+        "engram_jwks_uri is no setting: did you mean ENGRAM_JWKS_URL?",
+    ]
+    done = engram("status", ENGRAM_DATA_DIRECTORY="x")
+    assert done.returncode == 2
+    assert done.stderr == "engram: ENGRAM_DATA_DIRECTORY is no setting: did you mean ENGRAM_DATA_DIR?\n"
+
+
+def test_a_value_file_is_read_strictly(tmp_path: Path) -> None:
+    """A line that is none, a name twice, a name that is no setting: all at once, and never the line's text."""
+    file = tmp_path / "prod.env"
+    file.write_text(
+        f"# comment\n\nENGRAM_HSTS_SECONDS=5\nexport X={CANARY}\nENGRAM_HSTS_SECONDS=6\nENGRAM_HSTS_SECOND=7\n"
+        f"X_Q={CANARY}\nENGRAM_ENV=dev\n"
+    )
+    with pytest.raises(BadSettings) as refused:
+        environment.read(file, KNOWN)
+    assert str(refused.value) == (
+        f"{file}: line 4 is not ENGRAM_NAME=value; ENGRAM_HSTS_SECONDS is there twice; "
+        "ENGRAM_HSTS_SECOND is no setting: did you mean ENGRAM_HSTS_SECONDS?; "
+        "X_Q is no setting; ENGRAM_ENV chooses the file and cannot be in it"
+    )
+    for wrong in (tmp_path / "missing.env", tmp_path):
+        with pytest.raises(BadSettings, match=str(wrong)):
+            environment.read(wrong, KNOWN)
+    good = tmp_path / "good.env"
+    good.write_text("  ENGRAM_JWT_AUDIENCE=no \nENGRAM_JWT_ISSUER=a=b # c\nENGRAM_JWKS_URL=\n")
+    assert dict(environment.read(good, KNOWN)) == {"jwt_audience": "no", "jwt_issuer": "a=b # c"}
+
+
+def test_a_missing_value_file_is_no_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A prod that was packaged wrongly must not run as dev."""
+    monkeypatch.setattr(environment, "DIRECTORY", tmp_path)
+    with pytest.raises(BadSettings, match=r"prod\.env: No such file"):
+        Settings(env="prod")
+
+
+def test_the_value_files_hold_no_secret_and_nothing_that_up_resolves() -> None:
+    """Secrets come from the environment alone; in dev a port in the file would look as if a person had set it."""
+    secret = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
+    held = {env: set(environment.read(environment.value_file(env), KNOWN)) for env in environment.ENVIRONMENTS}
+    for env in environment.ENVIRONMENTS:
+        assert not held[env] & (secret | {"s3_access_key_id"})
+    assert not held["dev"] & set(RESOLVED)
+    assert {f.stem for f in environment.DIRECTORY.iterdir()} == set(environment.ENVIRONMENTS)
+
+
+def test_an_installed_project_finds_the_files_wherever_it_is_started(tmp_path: Path) -> None:
+    """They lie beside the packages, not in the current directory."""
+    site = tmp_path / "site-packages"
+    for package in ("shared", "deployments"):
+        shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import shared.settings as s; print(s.__file__); print(s.Settings(env='prod').hsts_seconds);"
+        "print(s.Settings(env='staging').hsts_seconds)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=tmp_path,
+        env=bare() | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(site / "shared" / "settings.py"), "31536000", "86400"]
+
+
+SECRET_VARIABLES = {
+    "ENGRAM_CONTROL_PLANE_URL": f"postgresql://u:{CANARY}@h.test/d?sslmode=verify-full&sslpassword={CANARY}",
+    "ENGRAM_S3_SECRET_ACCESS_KEY": CANARY,
+    "ENGRAM_S3_ACCESS_KEY_ID": f"AKID{CANARY}",
+    "ENGRAM_BACKUP_MASTER_KEY": CANARY,
+    "ENGRAM_BACKUP_MASTER_KEYS_OLDER": CANARY,
+    "ENGRAM_BRIDGE_TOKEN": CANARY,
+    "ENGRAM_OBJECT_STORE_URL": f"http://u:{CANARY}@store.test/x?key={CANARY}",
+    "ENGRAM_JWKS_URL": f"http://u:{CANARY}@issuer.test/jwks?token={CANARY}",
+    "PREFECT_API_URL": f"http://u:{CANARY}@prefect.test/api?token={CANARY}",
+}
+
+
+def test_no_secret_is_ever_printed() -> None:
+    """Not by check, diff, show or a refused start, as a table or as JSON; not when a setting beside it is wrong."""
+    secret = {n for n, f in Settings.model_fields.items() if f.annotation is SecretStr}
+    assert {_variable(name) for name in secret} <= SECRET_VARIABLES.keys(), "a new secret wants a canary here"
+    made = settings("prod", **{_field(name): value for name, value in SECRET_VARIABLES.items()})
+    printed = [shown(made, name) for name in Settings.model_fields] + [str(unsafe(made))]
+    with pytest.raises(Refused) as refused:
+        refuse_unsafe(made)
+    printed.append(str(refused.value))
+    with pytest.raises(ValidationError) as wrong:
+        settings("prod", tls_key="only", **{_field(n): v for n, v in SECRET_VARIABLES.items()})
+    printed.append(str(wrong.value))
+    with pytest.raises(ValidationError) as wrong:
+        settings("prod", gateway_port=CANARY, lease_seconds=-1)
+    printed.append(str(wrong.value))
+    for arguments in (("check",), ("check", "--json"), ("diff",), ("show", "--json")):
+        done = engram("config", *arguments, ENGRAM_ENV="prod", **(SAFE | SECRET_VARIABLES))
+        printed.append(done.stdout + done.stderr)
+        assert done.stdout
+    done = engram("config", "show", ENGRAM_GATEWAY_PORT=CANARY, ENGRAM_LEASE_SECONDS="0", ENGRAM_TLS_KEY="x")
+    assert done.returncode == 2
+    assert "ENGRAM_GATEWAY_PORT" in done.stderr and "ENGRAM_LEASE_SECONDS" in done.stderr
+    assert CANARY not in "\n".join([*printed, done.stdout, done.stderr])
+
+
+@pytest.mark.parametrize("url", [CANARY, f"postgresql://{CANARY}", f"host=h password={CANARY}", f"service={CANARY}"])
+def test_a_database_address_that_is_none_is_not_shown(url: str) -> None:
+    """A password pasted where the URL belongs."""
+    printed = shown(Settings(control_plane_url=SecretStr(url)), "control_plane_url")
+    assert CANARY not in printed.replace(f"host={CANARY}", "")
+    assert printed
+
+
+def test_diff_shows_what_differs_and_show_where_it_comes_from() -> None:
+    """Between two files, a file and the defaults, and here and the defaults."""
+    two = json.loads(engram("config", "diff", "staging", "prod", "--json", **SAFE).stdout)
+    differing = {row["name"]: (row["staging"], row["prod"]) for row in two}
+    assert differing["ENGRAM_RATE_LIMIT_MODE"] == ("shadow", "enforce")
+    assert differing["ENGRAM_ENV"] == ("staging", "prod")
+    assert all(left != right for left, right in differing.values())
+    assert not differing.keys() & (SAFE.keys() - {"ENGRAM_ENV"}), "this process's own values belong to neither"
+    one = {row["name"]: row for row in json.loads(engram("config", "diff", "dev", "--json").stdout)}
+    assert (one["ENGRAM_HSTS_SECONDS"]["dev"], one["ENGRAM_HSTS_SECONDS"]["default"]) == ("0", "31536000")
+    here = json.loads(engram("config", "diff", "--json", ENGRAM_ENV="prod", ENGRAM_LEASE_SECONDS="20").stdout)
+    origins = {row["name"]: row["from"] for row in here}
+    assert origins["ENGRAM_LEASE_SECONDS"] == origins["ENGRAM_ENV"] == "environment"
+    assert origins["ENGRAM_GATEWAY_HOST"] == "prod.env"
+    assert engram("config", "diff", "production").returncode == 2
+    shown_here = json.loads(engram("config", "show", "--json", ENGRAM_ENV="prod").stdout)
+    assert [row["name"] for row in shown_here] == [_variable(name) for name in Settings.model_fields]
+    assert {row["from"] for row in shown_here} == {"environment", "prod.env", "default"}
+
+
+def _variable(name: str) -> str:
+    return "PREFECT_API_URL" if name == "prefect_api_url" else f"ENGRAM_{name.upper()}"
+
+
+def _field(variable: str) -> str:
+    return variable.removeprefix("ENGRAM_").lower()
