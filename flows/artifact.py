@@ -13,7 +13,6 @@ from uuid import UUID
 import httpx
 from prefect import get_run_logger
 from prefect.artifacts import (
-    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -79,12 +78,6 @@ def rows(key_: str, description: str, found: list[dict[str, Any]]) -> None:
     """A table artifact, which the UI can sort."""
     with _logged():
         create_table_artifact(found, key=key_, description=description)
-
-
-def picture(key_: str, description: str, url: str) -> None:
-    """An image artifact; a `data:` URL needs nobody to serve it."""
-    with _logged():
-        create_image_artifact(url, key=key_, description=description)
 
 
 @contextmanager

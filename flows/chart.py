@@ -1,9 +1,10 @@
-"""One line chart as SVG text, for an image artifact: no library, no font and no address from outside."""
+"""One line chart as SVG text, for a markdown artifact: no library, no font and no address from outside."""
 
+import math
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
-from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 960, 400
@@ -25,10 +26,8 @@ def svg(title: str, lines: Sequence[Line], *, unit: str = "", least: float | Non
     values = [value for line in lines for _, value in line.points if value is not None]
     if not values:
         return _document(title, [_text(_WIDTH / 2, _HEIGHT / 2, "nothing was measured", "middle")])
-    low, high = min([*values, *([least] if least is not None else [])]), max(values)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    ticks = _ticks(min([*values, *([least] if least is not None else [])]), max(values))
+    low, high = ticks[0], ticks[-1]
     first, last = min(times), max(max(times), min(times) + 1)
 
     def x(at: float) -> float:
@@ -38,15 +37,14 @@ def svg(title: str, lines: Sequence[Line], *, unit: str = "", least: float | Non
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     drawn = []
-    for step in range(5):
-        value = low + (high - low) * step / 4
+    for value in ticks:
         drawn.append(_rule(y(value), "#e2e8f0"))
-        drawn.append(_text(_LEFT - 8, y(value) + 4, f"{value:.4g}{unit}", "end"))
-        at = first + (last - first) * step / 4
-        label = datetime.fromtimestamp(at, lines[0].points[0][0].tzinfo).strftime(
-            "%m-%d" if last - first > 259_200 else "%m-%d %H:%M" if last - first > 600 else "%H:%M:%S"
-        )
-        drawn.append(_text(x(at), _HEIGHT - 14, label, ("start", "middle", "middle", "middle", "end")[step]))
+        drawn.append(_text(_LEFT - 8, y(value) + 4, f"{value:g}{unit}", "end"))
+    for n, anchor in enumerate(("start", "middle", "middle", "middle", "end")):
+        at = first + (last - first) * n / 4
+        style = "%m-%d" if last - first > 259_200 else "%m-%d %H:%M" if last - first > 600 else "%H:%M:%S"
+        label = datetime.fromtimestamp(at, lines[0].points[0][0].tzinfo).strftime(style)
+        drawn.append(_text(x(at), _HEIGHT - 14, label, anchor))
     if low < 0 < high:
         drawn.append(_rule(y(0), "#94a3b8"))
     for n, line in enumerate(lines):
@@ -65,9 +63,19 @@ def svg(title: str, lines: Sequence[Line], *, unit: str = "", least: float | Non
     return _document(title, drawn)
 
 
-def data_url(document: str) -> str:
-    """The picture as its own address."""
-    return f"data:image/svg+xml,{quote(document)}"
+def markdown(document: str, title: str) -> str:
+    """The picture inside a markdown text, as its own address: nobody has to serve it."""
+    return f"![{title}](data:image/svg+xml;base64,{b64encode(document.encode()).decode()})"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, the first not above `low` and the last not below `high`."""
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    magnitude = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(magnitude * n for n in (1, 2, 5, 10) if magnitude * n * 5 >= high - low)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(n * step, 9) for n in range(first, last + 1)]
 
 
 def _stretches(points: Sequence[tuple[datetime, float | None]]) -> list[list[tuple[float, float]]]:

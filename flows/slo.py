@@ -9,7 +9,7 @@ from prefect.states import Failed
 from flows import artifact, chart, policy
 from flows.core import configuration, control_plane
 from shared import slo_report as core
-from shared.slo_report import Report
+from shared.slo_report import Measured, Report
 from shared.slo_tables import tables
 
 
@@ -27,22 +27,26 @@ def publish(report: Report) -> Report:
         "Service levels",
         report.sentence[:1].upper() + report.sentence[1:],
         {"made at": report.made_at, **{f"not measured: {what}": cause for what, cause in report.unread.items()}},
+        *([_plot(report.measured)] if report.measured else []),
         *(f"## {t.title}\n\n{artifact.table(t.header, t.rows)}" for t in found),
     )
-    if report.measured is not None:
+    if report.measured:
         budgets = found[0]
         artifact.rows(
             "slo-budgets", budgets.title, [dict(zip(budgets.header, row, strict=True)) for row in budgets.rows]
         )
-        title = "Error budget left, in percent"
-        lines = [
-            chart.Line(name, [(point.at, 100 * point.left) for point in points])
-            for name, points in sorted(report.measured.history.items())
-        ]
-        artifact.picture("slo-budget-left", title, chart.data_url(chart.svg(title, lines, unit="%", least=0)))
     for what, cause in report.unread.items():
         get_run_logger().error("%s not measured: %s", what, cause)
     return report
+
+
+def _plot(measured: Measured) -> str:
+    title = "Error budget left, in percent"
+    lines = [
+        chart.Line(name, [(point.at, None if point.left is None else 100 * point.left) for point in points])
+        for name, points in sorted(measured.history.items())
+    ]
+    return chart.markdown(chart.svg(title, lines, unit="%", least=0), title)
 
 
 @flow(name="slo-report", flow_run_name="slo-report", **policy.FLOW)

@@ -27,15 +27,15 @@ PARTS = ("download", "decrypt", "verify", "smoke", "total")
 _RATIOS = {"availability": "availability", "latency": "latency", "errors": "errors", "auth": "auth_failures"}
 _GOOD = ("availability", "latency")
 _TENANTS = 10
-_CHART_STEP_SECONDS = PERIOD_SECONDS / 120
+_CHART_STEPS = 120
 State = Literal["kept", "spent", "not measured"]
 
 
 class Point(Receipt, frozen=True):
-    """`left`: what was left of the budget at `at`."""
+    """`left`: what was left of the budget at `at`; None while nothing was measured."""
 
     at: datetime
-    left: float
+    left: float | None
 
 
 class Route(Receipt, frozen=True):
@@ -166,16 +166,13 @@ def measure(prometheus: Prometheus, now: datetime) -> Measured:
     for objective in OBJECTIVES:
         seen = {window: _seen(prometheus, objective, window, now) for window in WINDOWS}
         budgets.append(slo.budget(objective, seen[PERIOD], seen, coverage=coverage))
-    past = prometheus.series(
-        "engram:slo:budget_remaining30d", now - timedelta(seconds=PERIOD_SECONDS), now, _CHART_STEP_SECONDS
-    )
     return Measured(
         coverage=min(1.0, coverage),
         fresh=prometheus.value(f"count_over_time(({seen_at_all})[1h:1m])", now) is not None,
         requests=prometheus.value(f'sum(increase(engram_requests_total{{route=~"/v1/.*"}}[{PERIOD}]))', now),
         maintenance_refused=prometheus.value(f"sum(increase(engram_maintenance_refused_total[{PERIOD}]))", now),
         budgets=budgets,
-        history={one.labels["slo"]: [Point(at, left) for at, left in one.points] for one in past},
+        history=_history(prometheus, now),
         routes=_routes(prometheus, now),
     )
 
@@ -196,6 +193,17 @@ def _seen(prometheus: Prometheus, objective: Objective, window: str, now: dateti
     if prometheus.value(asked, now) is None:
         return Seen(None)
     return Seen(min(1.0, max(0.0, 1.0 - share if objective.name in _GOOD else share)))
+
+
+def _history(prometheus: Prometheus, now: datetime) -> dict[str, list[Point]]:
+    """How the budgets went, from the first time anything was measured; with its gaps."""
+    start, step_seconds = now - timedelta(seconds=PERIOD_SECONDS), PERIOD_SECONDS / _CHART_STEPS
+    found: dict[str, list[Point]] = {}
+    for one in prometheus.series("engram:slo:budget_remaining30d", start, now, step_seconds):
+        left = {round((at - start).total_seconds() / step_seconds): value for at, value in one.points}
+        steps = range(min(left, default=_CHART_STEPS), _CHART_STEPS + 1)
+        found[one.labels["slo"]] = [Point(start + timedelta(seconds=n * step_seconds), left.get(n)) for n in steps]
+    return found
 
 
 def _routes(prometheus: Prometheus, now: datetime) -> list[Route]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.receipt import Receipt
-from shared.slo import Budget
+from shared.slo import PERIOD_SECONDS, Budget
 from shared.slo_report import AGE_BUCKETS, PARTS, PERIOD, WINDOWS, Books, Measured, Quantiles, Report
 
 NONE = "—"
@@ -24,13 +24,12 @@ def tables(report: Report) -> list[Table]:
 
 
 def _of_measured(measured: Measured) -> list[Table]:
-    days = 30 * measured.coverage
     refused = measured.maintenance_refused
     return [
         Table(
-            f"Error budgets, {days:.1f} of 30 days measured",
-            ("objective", "state", "left", "bad requests", *(f"burn {w}" for w in WINDOWS), "spent in, at burn of 1d",
-             "of 6h", "of 1h", "promise"),
+            f"Error budgets, {duration(measured.coverage * PERIOD_SECONDS)} of 30 days measured",
+            ("objective", "good", "state", "left", "bad", *(f"burn {w}" for w in WINDOWS),
+             "spent in", "at burn 6h", "at burn 1h"),
             [_budget(budget) for budget in measured.budgets],
         ),
         Table(
@@ -53,12 +52,12 @@ def _of_measured(measured: Measured) -> list[Table]:
 def _budget(budget: Budget) -> tuple[str, ...]:
     return (
         budget.objective.name,
+        f"{100 * budget.objective.good_share:g}%",
         budget.state,
         _share(budget.left),
         _share(budget.bad_share),
         *(NONE if (rate := budget.burns[w]) is None else f"{rate:,.2f}" for w in WINDOWS),
         *(duration(budget.forecasts_seconds[w]) for w in ("1d", "6h", "1h")),
-        budget.objective.promise,
     )
 
 
