@@ -27,7 +27,7 @@ from shared.diagnosis.sight import Sight
 from shared.errors import ControlPlaneUnavailable
 from shared.tenant import TENANT_ID_PATTERN
 
-_OK = {True: "✅ yes", False: "❌ no", None: "❔ not seen"}
+_OK = {True: "yes", False: "**no**", None: "not seen"}
 
 
 def run_name() -> str:

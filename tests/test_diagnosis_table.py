@@ -115,18 +115,22 @@ def test_a_proposal_can_be_carried_out(symptom: Any, command: Any) -> None:
         assert answer.deployment in {d["name"] for d in deployments}
     else:
         assert answer.action in BY_HAND or "prefect" not in ACTIONS[answer.action].doors
-    parse(command, shlex.split(answer.command))
+    typed = parse(command, shlex.split(answer.command))
+    if answer.deployment == "act":
+        for name, value in (answer.parameters["arguments"] | {"tenant_id": answer.parameters["tenant_id"]}).items():
+            assert typed.get(name) == (",".join(value) if isinstance(value, list) else value), name
 
 
-def parse(command: Any, words: list[str]) -> None:
-    """Raises for a command line that `engram` would refuse; runs nothing."""
+def parse(command: Any, words: list[str]) -> dict[str, Any]:
+    """What `engram` understands of a command line; raises for one that it would refuse. Runs nothing."""
     assert words.pop(0) == "engram"
     while hasattr(command, "get_command"):
         name = words.pop(0)
         found = command.get_command(command.context_class(command), name)
         assert found is not None, f"there is no command {name}"
         command = found
-    command.make_context(command.name, words)
+    params: dict[str, Any] = command.make_context(command.name, words).params
+    return params
 
 
 @pytest.mark.parametrize("symptom", ["open_failures", "wal_large"])

@@ -99,7 +99,7 @@ class Sight:
         self.settings = settings
         self.tenant_id = tenant_id
         self._sample_seconds = sample_seconds
-        self._lock = threading.RLock()
+        self._sampling, self._opening = threading.RLock(), threading.Lock()
         self._answers: dict[str, Mapping[Labels, float]] = {}
         # Addresses of this product's own parts: a proxy of the environment has no business there.
         self._http = httpx.Client(timeout=HTTP_TIMEOUT_SECONDS, trust_env=False)
@@ -134,13 +134,13 @@ class Sight:
 
     @property
     def control_plane(self) -> ControlPlane:
-        with self._lock:
+        with self._opening:
             return self._control_plane
 
     @property
     def figures(self) -> Figures:
         """Taken once, whoever asks first; raises `NotSeen`."""
-        with self._lock:
+        with self._sampling:
             return self._figures
 
     @functools.cached_property
@@ -174,7 +174,7 @@ class Sight:
 
     def _asked(self, metric: str) -> Mapping[Labels, float]:
         """Of all machines that Prometheus scrapes. Raises `NotSeen`."""
-        with self._lock:
+        with self._sampling:
             if metric not in self._answers:
                 query = f"sum without (instance, job) (rate({metric}[{PROMETHEUS_WINDOW_SECONDS}s]))"
                 try:

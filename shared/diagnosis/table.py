@@ -255,7 +255,14 @@ ROWS: tuple[Row, ...] = (
     Row("tenant_dominates", _rate),
     Row(
         "memory_short",
-        lambda f: _act("cap-pool", f"memory is short: {f.seen}", arguments={"open_databases": 256}, ttl=True),
+        lambda f: _act(
+            "cap-pool",
+            f"memory is short: {f.seen}",
+            "--open-databases",
+            "256",
+            arguments={"open_databases": 256},
+            ttl=True,
+        ),
     ),
     Row("machine_busy", lambda f: _shed(["search", "list"], f"the machine has more work than it can do: {f.seen}")),
     Row("searches_slow", lambda f: _shed(["search"], f"searches are slow: {f.seen}")),
