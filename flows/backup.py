@@ -15,9 +15,9 @@ from flows.core import configuration, control_plane, objects
 from flows.machine import Elsewhere
 from shared import backup as backup_core
 from shared import fleet as core
-from shared import registry
+from shared import fleet_run, registry
 from shared.errors import EngramError, Permanent
-from shared.fleet import Chosen, Done, Run
+from shared.fleet_run import Chosen, Done, Run
 from shared.receipt import Receipt
 
 _LISTED = 200  # tenants in the report; all that failed come first
@@ -31,8 +31,8 @@ class Tenants(Receipt, frozen=True):
 
 @task(name="choose", **policy.READ)
 def choose(run: Run, tenants: list[str] | None) -> Tenants:
-    began = core.begin(control_plane(), run)
-    found = core.choose(control_plane(), run, tenants)
+    began = fleet_run.begin(control_plane(), run)
+    found = fleet_run.choose(control_plane(), run, tenants)
     get_run_logger().info("run %s of machine %s, begun %s: %d tenants", run.run_id, run.machine_id, began, len(found))
     return Tenants(found)
 
@@ -94,7 +94,7 @@ def backup(
         raise Permanent("a machine goes with all; named tenants have theirs")
     own_id = artifact.flow_run_id()
     run = Run(
-        run_id=run_id or own_id or core.new_run_id(),
+        run_id=run_id or own_id or fleet_run.new_run_id(),
         machine_id=settings.machine_id,
         kind=kind,
         shard=shard,
@@ -115,7 +115,7 @@ def backup(
         ended = back_up(run, choose(run, named[settings.machine_id]))
     elif settings.machine_id in named:
         try:
-            with core.holding(settings, run):
+            with fleet_run.holding(settings, run):
                 ended = back_up(run, choose(run, None))
         except EngramError as e:
             if not others:
@@ -124,7 +124,7 @@ def backup(
     for m, started in others.items():
         if (cause := machine.wait(started)) is not None:
             refused[m] = cause
-        ended += core.made_by(control_plane(), str(started.flow_run_id), named[m], error=cause)
+        ended += fleet_run.made_by(control_plane(), str(started.flow_run_id), named[m], error=cause)
     return _end(run, ended, refused, others)
 
 

@@ -16,9 +16,10 @@ from shared.catalogue import Backup, Stored
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, KeyTaken, KeyUnavailable
 from shared.objects import ObjectStore
-from shared.pack import Identity, Packed, Packing, Progress, Received
+from shared.pack import Identity, Packed, Packing, Received
 from shared.settings import Settings
 from shared.snapshot import Snapshot
+from shared.streams import Progress
 from shared.workdir import workdir
 
 register = catalogue.register

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared.control_plane import ControlPlane
+from shared.control_plane import ControlPlane, rows
 from shared.errors import UnknownBackup
 from shared.ids import new_id
 from shared.pack import PLAIN, Packing, PackingName
@@ -62,27 +62,31 @@ def register(
 ) -> Backup:
     """Write the row of a stored snapshot. The last step of a backup. Registering twice keeps the first row."""
     snapshot = stored.snapshot
-    control_plane.execute(
-        "backup_insert",
-        backup_id=new_id(),
-        tenant_id=snapshot.tenant_id,
-        ts=snapshot.ts,
-        schema_version=snapshot.manifest.schema_version,
-        size_bytes=snapshot.size_bytes,
-        stored_bytes=stored.stored_bytes,
-        sha256=snapshot.sha256,
-        stored_sha256=stored.stored_sha256,
-        packing=stored.packing,
-        key_id=stored.key_id,
-        key=stored.key,
-        kind=kind,
-        manifest=Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),
-        flow_run_id=flow_run_id,
-    )
-    backup = newest(control_plane, snapshot.tenant_id, at=snapshot.ts)
-    if backup.key != stored.key:
+    with control_plane.transaction() as connection:
+        rows(
+            connection,
+            "backup_insert",
+            backup_id=new_id(),
+            tenant_id=snapshot.tenant_id,
+            ts=snapshot.ts,
+            schema_version=snapshot.manifest.schema_version,
+            size_bytes=snapshot.size_bytes,
+            stored_bytes=stored.stored_bytes,
+            sha256=snapshot.sha256,
+            stored_sha256=stored.stored_sha256,
+            packing=stored.packing,
+            key_id=stored.key_id,
+            key=stored.key,
+            kind=kind,
+            manifest=Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),
+            flow_run_id=flow_run_id,
+        )
+        found = rows(connection, "backup_newest", tenant_id=snapshot.tenant_id, at=snapshot.ts)
+    if not found:
+        raise UnknownBackup(f"tenant {snapshot.tenant_id} has no verified backup at {snapshot.ts.isoformat()}")
+    if found[0]["key"] != stored.key:
         raise UnknownBackup(f"the row of {stored.key} is not there after its insert")
-    return backup
+    return Backup(**found[0])
 
 
 def get(control_plane: ControlPlane, tenant_id: str, backup_id: str | UUID) -> Backup:
@@ -114,8 +118,8 @@ def newest(control_plane: ControlPlane, tenant_id: str, *, at: datetime | None =
 
 def list_of(control_plane: ControlPlane, tenant_id: str, *, limit: int = 100) -> list[Backup]:
     """Newest first, whatever their status."""
-    rows = control_plane.rows("backup_list", tenant_id=check_tenant_id(tenant_id), limit=limit)
-    return [Backup(**row) for row in rows]
+    found = control_plane.rows("backup_list", tenant_id=check_tenant_id(tenant_id), limit=limit)
+    return [Backup(**row) for row in found]
 
 
 def stale(control_plane: ControlPlane, older_than_seconds: float, *, limit: int = 100) -> list[dict[str, Any]]:

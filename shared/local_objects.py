@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from shared import pack
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectStoreRefused, ObjectStoreUnavailable
+from shared.streams import disk_errors
 
 _READ_BYTES = 1 << 20
 _STALE_SECONDS = 86_400.0  # a half-written file of a process that died
@@ -36,7 +36,7 @@ def put(root: Path, key: str, path: Path, sha256: str) -> int:
     # A name obstore does not list.
     staged = target.with_name(f"{target.name}#{secrets.randbelow(10**12)}")
     try:
-        with pack.disk_errors(target):
+        with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             _clear_stale(target.parent)
             try:

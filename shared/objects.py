@@ -46,8 +46,8 @@ from obstore.store import LocalStore, S3Store
 from shared import local_objects, pack
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
-from shared.pack import Progress
 from shared.settings import Settings
+from shared.streams import Progress
 
 if TYPE_CHECKING:
     from obstore.store import S3Config  # a type only, not importable at run time

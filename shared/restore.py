@@ -28,11 +28,11 @@ from shared.hold import Hold, finish, holding, running
 from shared.lease import Lease
 from shared.log import get_logger
 from shared.objects import ObjectStore
-from shared.pack import Progress
 from shared.plan import Plan
 from shared.receipt import Receipt
 from shared.repair import Outcome, check_active
 from shared.snapshot import Manifest
+from shared.streams import Progress
 
 __all__ = ["Hold", "holding", "running"]
 log = get_logger("restore")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import fleet, registry
+from shared import fleet_run, registry
 from shared.control_plane import ControlPlane
-from shared.fleet import Done, Fleet, Run
+from shared.fleet import Fleet
+from shared.fleet_run import Done, Run
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
@@ -41,10 +42,10 @@ class Machine:
         """A whole run in this process."""
         run = run or self.run()
         using = self.settings.model_copy(update=settings)
-        fleet.begin(self.control_plane, run)
+        fleet_run.begin(self.control_plane, run)
         work = Fleet(using, self.control_plane, self.objects, run, retry_seconds)
         with workdir(using.data_dir / "tmp", "backup") as directory:
-            done = list(work.back_up(fleet.choose(self.control_plane, run), directory))
+            done = list(work.back_up(fleet_run.choose(self.control_plane, run), directory))
             assert list(directory.iterdir()) == [], "staging is cleared tenant by tenant"
         work.record(done)
         return done

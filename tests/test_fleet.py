@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import backup, catalogue, fingerprint, fleet, generation, snapshot
+from shared import backup, catalogue, fingerprint, fleet, fleet_run, generation, snapshot
 from shared.engine.database import connect
 from shared.errors import CorruptBackup, LeaseHeld, NoSpace, ObjectStoreUnavailable, Permanent
-from shared.fleet import Done
+from shared.fleet_run import Done, holding
 from shared.objects import ObjectStore
 from shared.staging import Staging
 from tests.core_fixtures import contents_of, start_child, wait_until
@@ -140,8 +140,8 @@ def test_a_backup_that_goes_bad_while_the_run_looks_is_replaced_not_skipped(mach
     """The statement that confirms asks again: between the list and the mark, a verify run may have found it corrupt."""
     unchanged(machine)
     run = machine.run()
-    fleet.begin(machine.control_plane, run)
-    chosen = fleet.choose(machine.control_plane, run)
+    fleet_run.begin(machine.control_plane, run)
+    chosen = fleet_run.choose(machine.control_plane, run)
     victim = machine.tenants[0]
     set_status(machine, catalogue.newest(machine.control_plane, victim), "corrupt")
     directory = machine.settings.data_dir / "tmp"
@@ -215,39 +215,47 @@ def test_shards_divide_the_tenants_once_and_for_all(machine: Machine) -> None:
     """Every tenant in exactly one shard, the same one tomorrow."""
     parts = [made(machine.back_up(machine.run(shard=n, shards=3))) for n in range(3)]
     assert set().union(*parts) == set(machine.tenants) and sum(map(len, parts)) == len(machine.tenants)
-    assert [fleet.shard_of(t, 7) for t in ("acme", "zebra", "t-1")] == [6, 0, 4]
+    assert [fleet_run.shard_of(t, 7) for t in ("acme", "zebra", "t-1")] == [6, 0, 4]
 
 
 def test_one_run_of_a_machine_at_a_time_and_shards_of_one_division_together(machine: Machine) -> None:
     """The lock is the kernel's: it is gone with the process that had it."""
     whole, first, second = machine.run(), machine.run(shard=0, shards=2), machine.run(shard=1, shards=2)
-    with fleet.holding(machine.settings, first), fleet.holding(machine.settings, second):
+    with holding(machine.settings, first), holding(machine.settings, second):
         for other in (whole, first):
-            with pytest.raises(LeaseHeld, match=machine.settings.machine_id), fleet.holding(machine.settings, other):
+            with (
+                pytest.raises(LeaseHeld, match=machine.settings.machine_id),
+                holding(machine.settings, other),
+            ):
                 pass
-    with fleet.holding(machine.settings, whole), pytest.raises(LeaseHeld), fleet.holding(machine.settings, second):
+    with (
+        holding(machine.settings, whole),
+        pytest.raises(LeaseHeld),
+        holding(machine.settings, second),
+    ):
         pass
-    with fleet.holding(machine.settings, whole):
+    with holding(machine.settings, whole):
         pass
 
 
 CHILD = """
     import sys, time
     from pathlib import Path
-    from shared import fleet
+    from shared import fleet_run
     from shared.control_plane import ControlPlane
-    from shared.fleet import Fleet, Run
+    from shared.fleet import Fleet
+    from shared.fleet_run import Run
     from shared.objects import ObjectStore
     from shared.settings import Settings
     from shared.workdir import workdir
     data_dir, url, machine_id, run_id = sys.argv[1:]
     settings = Settings(data_dir=data_dir, control_plane_url=url, machine_id=machine_id, backup_parallel=1)
     run = Run(run_id, machine_id, "scheduled", flow_run_id="one-flow-run")
-    with ControlPlane(settings) as control_plane, fleet.holding(settings, run):
-        fleet.begin(control_plane, run)
+    with ControlPlane(settings) as control_plane, fleet_run.holding(settings, run):
+        fleet_run.begin(control_plane, run)
         work = Fleet(settings, control_plane, ObjectStore(settings), run)
         with workdir(settings.data_dir / "tmp", "backup") as directory:
-            for done in work.back_up(fleet.choose(control_plane, run), directory):
+            for done in work.back_up(fleet_run.choose(control_plane, run), directory):
                 print(done.tenant_id, flush=True)
                 time.sleep(0.2)
 """
@@ -262,16 +270,16 @@ def test_a_run_killed_midway_goes_on_with_the_rest(machine: Machine) -> None:
     first = child.stdout.readline().strip()
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert fleet.unfinished(machine.control_plane, machine.settings) == "the-night"
+    assert fleet_run.unfinished(machine.control_plane, machine.settings) == "the-night"
     finished = {t for t in machine.tenants if catalogue.list_of(machine.control_plane, t)}
     assert first in finished and finished < set(machine.tenants)
-    with fleet.holding(machine.settings, run):  # the dead run's lock is gone with it
+    with fleet_run.holding(machine.settings, run):  # the dead run's lock is gone with it
         done = machine.back_up(run)
     assert skipped(done) >= {first} and made(done) >= set(machine.tenants) - finished
     counts = {t: len(catalogue.list_of(machine.control_plane, t)) for t in machine.tenants}
     assert set(counts.values()) == {1}, "nobody twice, even one killed between its row and its mark: it is unchanged"
     with pytest.raises(Permanent, match="no unfinished"):
-        fleet.unfinished(machine.control_plane, machine.settings)
+        fleet_run.unfinished(machine.control_plane, machine.settings)
     assert not any(machine.settings.data_dir.glob("tmp/backup-*/*"))
 
 

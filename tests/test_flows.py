@@ -27,7 +27,7 @@ from flows.metering import metering
 from flows.restore import restore
 from flows.retention import retention
 from flows.verify import verify
-from shared import catalogue, fleet, registry
+from shared import catalogue, fleet_run, registry
 from shared import metering as metering_core
 from shared.control_plane import ControlPlane
 from shared.errors import LeaseHeld
@@ -304,7 +304,7 @@ def test_a_red_run_lists_its_failures_and_the_same_run_again_does_only_those(flo
 
 def test_a_second_run_beside_a_living_one_is_refused(flow_machine: Machine) -> None:
     """Two of them would do everything twice; the refusal names the machine."""
-    with fleet.holding(flow_machine.settings, flow_machine.run()):
+    with fleet_run.holding(flow_machine.settings, flow_machine.run()):
         state = run(flow_machine)
     assert state.is_failed() and isinstance(outcome(state), LeaseHeld)
     assert flow_machine.settings.machine_id in str(state.message)

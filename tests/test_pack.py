@@ -291,3 +291,18 @@ def test_the_command_line_rotates_keys_and_says_what_could_not_be(world: World) 
     packed(world, "age", backup_master_key=new)
     assert contents_of(fetch(world, made)) == []
     assert new not in refused.stdout + refused.stderr
+
+
+def test_what_threads_compressed_is_one_frame_that_anybody_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is compressed by several threads; who opens it must not need to know."""
+    monkeypatch.setattr(pack, "_ASIDE_BYTES", 1 << 20)
+    plain = os.urandom(3 << 20).hex().encode()
+    source = tmp_path / "plain"
+    source.write_bytes(plain)
+    packed = pack.pack(source, tmp_path / "packed.zst", Packing(zstd=True, age=False, level=3))
+    frame = packed.path.read_bytes()
+    assert zstandard.get_frame_parameters(frame).has_checksum and zstandard.frame_content_size(frame) == len(plain)
+    assert zstandard.ZstdDecompressor().decompress(frame) == plain, "one frame, and the whole of it"
+    assert sha256_of(packed.path) == packed.sha256

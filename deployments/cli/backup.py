@@ -80,7 +80,7 @@ def _part(shard: str) -> dict[str, int]:
 
 def _this_machine(resume: bool, shard: int, shards: int) -> dict[str, Any]:
     """`--all` is this machine's tenants; says who has the others. With `resume`, the run to go on with."""
-    from shared import fleet
+    from shared import fleet_run
 
     with beside.control_plane() as (settings, control_plane):
         found = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
@@ -89,7 +89,7 @@ def _this_machine(resume: bool, shard: int, shards: int) -> dict[str, Any]:
                 note(f"{count} tenants of machine {machine_id} are left to it, or to a run of the deployment `backup`")
         chosen: dict[str, Any] = {"machine_id": settings.machine_id}
         if resume:
-            chosen["run_id"] = fleet.unfinished(control_plane, settings, shard, shards)
+            chosen["run_id"] = fleet_run.unfinished(control_plane, settings, shard, shards)
             note(f"going on with run {chosen['run_id']}")
     return chosen
 

@@ -431,10 +431,11 @@ FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON 
 -- Keys of encrypted backups, and uploads under way (shared/keys.py, shared/backup.py)
 
 -- name: backup_upload_begin
--- What this tenant's earlier uploads left, while this one is written down.
-WITH begun AS (
+-- What this tenant's earlier uploads left, while this one is written down. Its commit is not waited for on the disk:
+-- should PostgreSQL and the upload's process both die within half a second, the object is found as a stray.
+WITH soon AS (SELECT set_config('synchronous_commit', 'off', true) AS set), begun AS (
     INSERT INTO backup_uploads (key, tenant_id, stored)
-    VALUES (%(key)s, %(tenant_id)s, %(stored)s)
+    SELECT %(key)s, %(tenant_id)s, %(stored)s::jsonb FROM soon
     ON CONFLICT (key) DO UPDATE SET stored = EXCLUDED.stored, started_at = clock_timestamp()
 )
 SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s AND key <> %(key)s

@@ -52,9 +52,10 @@ _ROW = "INSERT INTO tenants (tenant_id, state, schema_version, machine_id) SELEC
 
 CHILD = """
 import json, resource, sys, time
-from shared import fleet, log
+from shared import fleet_run, log
 from shared.control_plane import ControlPlane
-from shared.fleet import Fleet, Run
+from shared.fleet import Fleet
+from shared.fleet_run import Run
 from shared.objects import ObjectStore
 from shared.settings import settings
 from shared.workdir import workdir
@@ -67,9 +68,9 @@ with ControlPlane(s) as control_plane:
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began, cpu = time.perf_counter(), time.process_time()
     run = Run(run_id, s.machine_id, "scheduled", shard, shards, force)
-    with fleet.holding(s, run), workdir(s.data_dir / "tmp", "backup") as directory:
-        fleet.begin(control_plane, run)
-        chosen = fleet.choose(control_plane, run)
+    with fleet_run.holding(s, run), workdir(s.data_dir / "tmp", "backup") as directory:
+        fleet_run.begin(control_plane, run)
+        chosen = fleet_run.choose(control_plane, run)
         work = Fleet(s, control_plane, objects, run)
         done = list(work.back_up(chosen, directory))
         work.record(done)
