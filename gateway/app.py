@@ -23,7 +23,7 @@ import httpx
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from gateway import document, health, v1
+from gateway import admin, document, health, v1
 from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.busiest import LOOK_SECONDS, Busiest
@@ -85,7 +85,7 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
             yield
 
     app = Litestar(
-        route_handlers=[v1.router(), mcp.router(), health.health, health.ready, health.prometheus],
+        route_handlers=[v1.router(), admin.router(), mcp.router(), health.health, health.ready, health.prometheus],
         lifespan=[lifespan, mcp.lifespan],
         exception_handlers={Exception: answer},
         openapi_config=document.config() if settings.docs_pages else None,
@@ -125,6 +125,7 @@ async def _running(
         rates=RateLimiter(settings, limits),
         quotas=Quotas(control_plane, settings),
         gate=Gate(settings, limits),
+        operations=admin.Operations(settings, control_plane),
     )
     usage_spool.quotas = services.quotas
     announcement = Announcement(settings)
@@ -165,6 +166,7 @@ async def _running(
         await services.pool.close()
         await jwks.close()
         services.usage.close()
+        services.operations.close()
         for each in work:
             await asyncio.to_thread(each.stop, 2.0)
         try:

@@ -19,7 +19,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
-from gateway import health, schemas
+from gateway import admin, health, schemas
 from gateway.problems import MEDIA_TYPE
 
 _STRUCTS = (
@@ -32,6 +32,7 @@ _STRUCTS = (
     schemas.UsageView,
     schemas.ProblemView,
     health.Status,
+    *admin.STRUCTS,
 )
 _TIME = {"type": "string", "format": "date-time"}
 _PARAMETERS = {"from": _TIME, "to": _TIME, "memory_id": {"type": "string", "format": "uuid"}}

@@ -22,6 +22,7 @@ from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, log_failure
 from shared import metrics, usage
 from shared.log import get_logger
+from shared.playbook.table import ACTIONS
 from shared.spool import Spool
 from shared.usage import UsageEvent
 
@@ -37,6 +38,7 @@ ROUTE_OF_TEMPLATE = {
     "/schema": "/schema",
     "/schema/openapi.json": "/schema",
     "/schema/{path}": "/schema",
+    **{f"/v1/admin/actions/{name}": "/admin/actions" for name in ACTIONS},
 }
 _METHODS = frozenset({"GET", "POST", "PATCH", "PUT", "DELETE", "HEAD", "OPTIONS"})
 Message = MutableMapping[str, Any]

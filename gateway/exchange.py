@@ -40,6 +40,7 @@ class Exchange:
         "shed",
         "started",
         "status",
+        "subject",
         "tenant_id",
         "ts_us",
         "whole",
@@ -56,6 +57,7 @@ class Exchange:
         self.tenant_id: str | None = None
         self.reached = False  # the token was accepted and named an active tenant: this request is an event
         self.scopes: frozenset[str] = frozenset()  # the token's
+        self.subject = ""  # of the token
         self.created = 0
         self.searches = 0  # by MCP tools; of a route the path says it
         self.outcome = 0  # the status of a tool error's problem, which MCP sends as a 200

@@ -18,7 +18,7 @@ from typing import Any
 
 from litestar import Request
 
-from gateway.auth import Unauthenticated
+from gateway.auth import Caller, Unauthenticated
 from gateway.exchange import Exchange, exchange_of
 from gateway.jwks import JwksUnavailable
 from gateway.limits import cost_of
@@ -50,7 +50,8 @@ async def admit(services: Services, scope: Any, needed_scope: str | None) -> Non
     if not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes):
         raise Refusal(SPOOL_FULL)
     headers = scope["headers"]
-    tenant_id, scopes = await _caller(services, exchange, scope)
+    caller = await caller_of(services, exchange, scope)
+    tenant_id, scopes = caller.tenant_id, caller.scopes
     if await services.tenants.state(tenant_id) != "active":
         raise Refusal(INACTIVE_TENANT)
     exchange.reached = True
@@ -71,7 +72,7 @@ async def admit(services: Services, scope: Any, needed_scope: str | None) -> Non
     exchange.leave = await services.gate.enter(tenant_id, cost.route_class)
 
 
-async def _caller(services: Services, exchange: Exchange, scope: Any) -> tuple[str, frozenset[str]]:
+async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Caller:
     """Whose token it is and what it may; from here on the exchange knows the tenant."""
     headers, rates = scope["headers"], services.rates
 
@@ -91,5 +92,5 @@ async def _caller(services: Services, exchange: Exchange, scope: Any) -> tuple[s
     except JwksUnavailable as e:
         exchange.auth_failure = "jwks_unavailable"
         raise Refusal(NO_KEYS) from e
-    exchange.tenant_id, exchange.scopes = caller.tenant_id, caller.scopes
-    return caller.tenant_id, caller.scopes
+    exchange.tenant_id, exchange.scopes, exchange.subject = caller.tenant_id, caller.scopes, caller.subject
+    return caller

@@ -224,6 +224,11 @@ class RateLimiter:
         buckets = [b for b in self._buckets(tenant_id, rate_class) if b not in own]
         return self._judged(self._tenants.take(buckets), "tenant", tenant_id) if buckets else None
 
+    def operators(self) -> Decision:
+        """Of the admin API: all operators of this machine together, whatever the mode."""
+        settings = self._settings
+        return self._addresses.take((Bucket.of("operators", settings.admin_rps, settings.admin_burst),))
+
     def bad_token(self, address: str, tenant_id: str | None) -> Decision | None:
         """Count a failed token; of `tenant_id` when only its signature was wrong. None when it may be told 401."""
         if not self._settings.unauthenticated_rps or self._mode == "off":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.auth import Authenticator
 from gateway.jwks import Jwks
+from gateway.patience import Patience
 from gateway.pool import TenantPool
 from gateway.quota import Quotas
 from gateway.ratelimit import RateLimiter
 from gateway.shed import Gate
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
+from shared.playbook.action import Outcome, Request
 from shared.settings import Settings
 from shared.spool import Spool
 
@@ -31,6 +33,16 @@ class Services:
     rates: RateLimiter
     quotas: Quotas
     gate: Gate
+    operations: Operations
+    patience: Patience = field(default_factory=Patience)
+
+
+class Operations(Protocol):
+    """`gateway.admin` needs the services too; so they know no more of it than this."""
+
+    async def perform(self, request: Request) -> Outcome: ...
+
+    def close(self) -> None: ...
 
 
 class Connection(Protocol):

@@ -40,6 +40,10 @@ class Tenants:
     def loaded(self) -> bool:
         return self._known.loaded
 
+    def knows(self, tenant_id: str) -> bool:
+        """Whether there is such a tenant, as far as was read."""
+        return tenant_id in self._known.states
+
     def start(self) -> None:
         self._loop_task = asyncio.get_running_loop().create_task(self._refresh_for_ever())
 

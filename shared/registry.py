@@ -14,7 +14,7 @@ from typing import Any, Literal
 from shared.control_plane import ControlPlane
 from shared.engine import database
 from shared.engine.schema import SCHEMA_VERSION
-from shared.errors import Permanent, TenantNotActive, UnknownTenant
+from shared.errors import Permanent, Refused, TenantNotActive, UnknownTenant
 from shared.settings import Settings
 from shared.tenant import TenantPaths, check_tenant_id
 
@@ -35,6 +35,8 @@ class Tenant:
 def create(control_plane: ControlPlane, settings: Settings, tenant_id: str, *, plan_id: str = "standard") -> Tenant:
     """Make a tenant and its empty database on this machine. Raises `Permanent` when it already exists."""
     check_tenant_id(tenant_id)
+    if tenant_id == settings.operator_tenant:
+        raise Refused(f"{tenant_id} is the operators' id (ENGRAM_OPERATOR_TENANT); no customer may have it")
     control_plane.execute(
         "tenant_insert",
         tenant_id=tenant_id,

@@ -24,6 +24,7 @@ from shared.tenant import check_tenant_id
 
 MAX_TOKEN_BYTES = 8_192
 MAX_KID_CHARS = 256
+MAX_SUBJECT_CHARS = 100
 ALGORITHMS = frozenset({"RS256", "ES256", "EdDSA"})
 TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
 _CHANGES_THE_PAYLOAD = frozenset({"crit", "b64", "zip", "enc", "cty"})
@@ -44,6 +45,7 @@ class Caller(NamedTuple):
     tenant_id: str
     scopes: frozenset[str]
     expires_at: float
+    subject: str = ""  # for the book of actions; it decides nothing
 
 
 class Rules(NamedTuple):
@@ -93,7 +95,7 @@ def judge(rules: Rules, payload: bytes) -> Caller:
     expires_at = check_times(rules, claims)
     check_issuer(rules, claims)
     check_audience(rules, claims)
-    return Caller(tenant_of(rules, claims), scopes_of(claims), expires_at)
+    return Caller(tenant_of(rules, claims), scopes_of(claims), expires_at, subject_of(claims))
 
 
 def check_times(rules: Rules, claims: dict[str, Any]) -> float:
@@ -131,6 +133,12 @@ def tenant_of(rules: Rules, claims: dict[str, Any]) -> str:
 
 def scopes_of(claims: dict[str, Any]) -> frozenset[str]:
     return _scopes(claims.get("scope", ""))
+
+
+def subject_of(claims: dict[str, Any]) -> str:
+    """Who it was given to, as much of it as prints; empty when it does not say."""
+    subject = claims.get("sub")
+    return "".join(c for c in subject[:MAX_SUBJECT_CHARS] if c.isprintable()) if isinstance(subject, str) else ""
 
 
 def bearer(authorization: list[bytes]) -> bytes:

@@ -253,6 +253,8 @@ def gateway(
         "jwks_cooldown_seconds": 0.2,
         "body_limit_bytes": 500_000,
         "gateway_kill_timeout_seconds": 10,
+        "admin_rps": 1_000,
+        "admin_burst": 1_000,
     } | settings
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
     environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()} | dict(variables or {})
