@@ -7,7 +7,6 @@ Litestar the finished struct; the handler's `data: T` still documents it.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -15,8 +14,7 @@ from litestar import Request
 from litestar.types.empty import Empty
 
 from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request
-from gateway.services import services_of
-from shared.settings import Settings
+from gateway.services import Services, services_of
 
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
@@ -25,7 +23,7 @@ class JsonRequest(Request[Any, Any, Any]):
     async def body(self) -> bytes:
         """The raw body. Refuses with 415, 413 or 408."""
         if self._body is Empty:
-            self._body = await read_body(self.scope, self.receive, services_of(self).settings)
+            self._body = await read_body(self.scope, self.receive, services_of(self))
         return self._body
 
     async def json(self) -> Any:
@@ -35,7 +33,7 @@ class JsonRequest(Request[Any, Any, Any]):
         return decoded(await self.body(), field.annotation)
 
 
-async def read_body(scope: Any, receive: Any, settings: Settings) -> bytes:
+async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
     """The raw body of an ASGI request. Refuses with 415, 413 or 408."""
     media_type, announced = b"", b"0"
     for name, value in reversed(scope["headers"]):  # of a field that comes twice the first counts
@@ -45,12 +43,12 @@ async def read_body(scope: Any, receive: Any, settings: Settings) -> bytes:
             announced = value
     if media_type != b"application/json" and not _is_json(media_type):
         raise Refusal(Problem(415, "The body must be application/json."))
+    settings = services.settings
     limit = settings.body_limit_bytes
     if announced.isdigit() and int(announced[:19]) > limit:
         raise _too_large(limit)
     try:
-        async with asyncio.timeout(settings.body_timeout_seconds):
-            body = await _read(receive, limit)
+        body = await services.patience.wait(_read(receive, limit), settings.body_timeout_seconds)
     except TimeoutError:
         problem = Problem(408, f"The body did not arrive within {settings.body_timeout_seconds:g} s.")
         raise Refusal(problem) from None

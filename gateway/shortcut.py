@@ -81,7 +81,7 @@ class Shortcut:
         try:
             await route.before(request)
             if route.takes is not None:
-                data = decoded(await read_body(scope, receive, services.settings), route.takes)
+                data = decoded(await read_body(scope, receive, services), route.takes)
                 response = await route.handle(request=request, data=data)
             else:
                 response = await route.handle(request=request, **scope["path_params"])
