@@ -114,6 +114,8 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     "tenant_deletion_begin": {"inventory": Jsonb({}), "deletion_id": uuid4(), "keep_backups": False},
     "tenant_deletion_finish": {"deletion_id": uuid4(), "erased": True},
     "drill_points": {"tenant_ids": ["acme"]},
+    "restore_source": {"source_at": datetime.now(UTC)},
+    "copy_drill_insert": {"generation": 1, "txid": 1, "age_seconds": 1.5},
     "drill_insert": dict.fromkeys(("download_ms", "decrypt_ms", "verify_ms", "smoke_ms", "sentinel_age_seconds"), 1.5),
     "backups_of_flow_run": {"tenant_ids": ["acme"]},
     "backup_mark": {
