@@ -2,7 +2,7 @@
 
 A worker that cannot use it dies inside Granian with a stack trace of its own, again and again; and OpenSSL, asked to
 open a key with a passphrase, asks the terminal. So the two files are read here first, and everything that keeps TLS
-from working is one line that names the file. A renewed pair is taken up by the next start.
+from working is one line that names the file. A renewed pair is taken up by workers that start later.
 """
 
 from __future__ import annotations

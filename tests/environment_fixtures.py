@@ -1,9 +1,18 @@
-"""An environment for staging or prod with nothing unsafe in it, as variables."""
+"""An environment for staging or prod with nothing unsafe in it, as variables, and the command line within it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import sys
 from collections.abc import Mapping
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from deployments import cli
 
 SAFE: Mapping[str, str] = {
     "ENGRAM_CONTROL_PLANE_URL": "postgresql://engram:pw@ep-branch.neon.test/engram?sslmode=verify-full",
@@ -23,3 +32,24 @@ SAFE: Mapping[str, str] = {
 def bare() -> dict[str, str]:
     """This process's environment without any setting."""
     return {k: v for k, v in os.environ.items() if not k.upper().startswith(("ENGRAM_", "PREFECT_", "PROMETHEUS_"))}
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def engram(*arguments: str, **variables: str) -> Done:
+    """The command as the console script runs it, in this process: it takes a second to start another."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, bare() | variables, clear=True),
+        mock.patch.object(sys, "argv", ["engram", *arguments]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as left,
+    ):
+        cli.main()
+        sys.exit(0)
+    return Done(int(left.value.code or 0), stdout.getvalue(), stderr.getvalue())

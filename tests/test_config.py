@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from deployments import cli
 from deployments.running import RESOLVED
 from shared import environment
 from shared.environment import BadSettings
@@ -24,7 +20,7 @@ from shared.errors import Refused
 from shared.safety import OF_BACKUPS, RULES, refuse_unsafe, shown, unsafe
 from shared.settings import Settings
 from tests.core_fixtures import ROOT
-from tests.environment_fixtures import SAFE, bare
+from tests.environment_fixtures import SAFE, bare, engram
 
 CANARY = "hunter2-never-print-me"
 KNOWN = frozenset(Settings.model_fields)
@@ -41,27 +37,6 @@ def settings(env: str, **changes: Any) -> Settings:
     """A safe environment with these changes, by field name."""
     given = {name.removeprefix("ENGRAM_").lower(): value for name, value in SAFE.items()}
     return Settings(**{"env": env, **given, **changes})
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def engram(*arguments: str, **variables: str) -> Done:
-    """The command as the console script runs it, in this process: it takes a second to start another."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.dict(os.environ, bare() | variables, clear=True),
-        mock.patch.object(sys, "argv", ["engram", *arguments]),
-        contextlib.redirect_stdout(stdout),
-        contextlib.redirect_stderr(stderr),
-        pytest.raises(SystemExit) as left,
-    ):
-        cli.main()
-        sys.exit(0)
-    return Done(int(left.value.code or 0), stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.mark.parametrize("env", ["staging", "prod"])

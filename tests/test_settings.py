@@ -140,7 +140,13 @@ def test_secrets_are_not_in_the_printed_settings() -> None:
     made = Settings(control_plane_url="postgresql://u:hunter2@h/d", s3_secret_access_key="hunter2")
     assert "hunter2" not in repr(made) + str(made.model_dump()) + made.model_dump_json()
     secret = {n for n, f in Settings.model_fields.items() if f.annotation is SecretStr}
-    assert secret == {"control_plane_url", "s3_secret_access_key", "backup_master_key", "backup_master_keys_older"}
+    assert secret == {
+        "control_plane_url",
+        "s3_secret_access_key",
+        "backup_master_key",
+        "backup_master_keys_older",
+        "bridge_token",
+    }
 
 
 secrets = st.text(alphabet=st.characters(codec="ascii", min_codepoint=33, max_codepoint=126), min_size=8).map(
