@@ -10,12 +10,14 @@ what runs there. The programs come from the operating system; all listen on the 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deployments.bridge import token_file
 from deployments.monitoring_rules import load, shorten, shorten_duration, shorten_rules
 from deployments.orchestration import http_ok
 from deployments.process import Child
@@ -25,7 +27,7 @@ from shared.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 SOURCE = Path(__file__).parent / "prometheus"
-PORTS = ("prometheus_port", "alertmanager_port", "probe_port")
+PORTS = ("prometheus_port", "alertmanager_port", "probe_port", "bridge_port")
 _PROGRAMS = {  # as Debian calls them, as their makers do, Debian's package
     "prometheus": ("prometheus", "prometheus", "prometheus"),
     "alertmanager": ("prometheus-alertmanager", "alertmanager", "prometheus-alertmanager"),
@@ -43,10 +45,8 @@ def programs() -> dict[str, str]:
     return {part: path for part, path in found.items() if path is not None}
 
 
-def children(
-    settings: Settings, environment: Mapping[str, str], gateway_url: str, bridge: tuple[str, Path] | None
-) -> list[tuple[Child, str]]:
-    """The parts in order of start, each with the setting of its port. `bridge` is its URL and its token's file."""
+def children(settings: Settings, environment: Mapping[str, str], gateway_url: str) -> list[tuple[Child, str]]:
+    """The parts in order of start, each with the setting of its port."""
     program = programs()
     directory = settings.data_dir / "monitoring"
     timeout_seconds = _scrape_times(settings)[1]
@@ -54,7 +54,7 @@ def children(
     def child(name: str, argv: list[str], port: int, ready_path: str, write: Callable[[], None]) -> Child:
         return Child(
             name,
-            [program[name], *argv],
+            argv,
             env=environment,
             log_path=settings.data_dir / "logs" / f"{name}.log",
             ready=lambda: http_ok(f"http://{LOOPBACK}:{port}{ready_path}"),
@@ -64,17 +64,26 @@ def children(
     probe = child(
         "probe",
         [
+            program["probe"],
             f"--config.file={directory / 'probe.yml'}",
             f"--web.listen-address={LOOPBACK}:{settings.probe_port}",
             f"--timeout-offset={min(0.5, timeout_seconds / 10):g}",  # how much sooner than Prometheus it gives up
         ],
         settings.probe_port,
         "/-/healthy",
-        lambda: _write(directory / "probe.yml", _source("probe.yml")),
+        lambda: _write(directory / "probe.yml", probe_configuration(gateway_url)),
+    )
+    bridge = child(
+        "bridge",
+        [sys.executable, "-m", "deployments.cli", "bridge"],
+        settings.bridge_port,
+        "/health",
+        lambda: None,
     )
     alertmanager = child(
         "alertmanager",
         [
+            program["alertmanager"],
             f"--config.file={directory / 'alertmanager.yml'}",
             f"--storage.path={directory / 'alertmanager'}",
             f"--web.listen-address={LOOPBACK}:{settings.alertmanager_port}",
@@ -82,13 +91,12 @@ def children(
         ],
         settings.alertmanager_port,
         "/-/ready",
-        lambda: _write(
-            directory / "alertmanager.yml", alertmanager_configuration(bridge, settings.monitoring_minute_seconds)
-        ),
+        lambda: _write(directory / "alertmanager.yml", alertmanager_configuration(settings)),
     )
     prometheus = child(
         "prometheus",
         [
+            program["prometheus"],
             f"--config.file={directory / 'prometheus.yml'}",
             f"--storage.tsdb.path={directory / 'prometheus'}",
             f"--storage.tsdb.retention.time={settings.monitoring_retention_days}d",
@@ -99,7 +107,7 @@ def children(
         "/-/ready",
         lambda: _write_prometheus(settings, gateway_url, directory),
     )
-    return [(probe, "probe_port"), (alertmanager, "alertmanager_port"), (prometheus, "prometheus_port")]
+    return [(probe, "probe_port"), (bridge, "bridge_port"), (alertmanager, "alertmanager_port"), (prometheus, "prometheus_port")]
 
 
 def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Path) -> dict[str, Any]:
@@ -111,23 +119,32 @@ def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Pa
     managers = configuration["alerting"]["alertmanagers"]
     managers[0]["static_configs"][0]["targets"] = [f"{LOOPBACK}:{settings.alertmanager_port}"]
     jobs = {job["job_name"]: job for job in configuration["scrape_configs"]}
-    jobs["engram-gateway"]["static_configs"][0]["targets"] = [gateway_url.removeprefix("http://")]
+    scheme, _, address = gateway_url.partition("://")
+    jobs["engram-gateway"]["static_configs"][0]["targets"] = [address]
+    if scheme == "https":
+        jobs["engram-gateway"] |= {"scheme": scheme, "tls_config": {"insecure_skip_verify": True}}
     for target in jobs["engram-probe"]["static_configs"]:
         target["targets"] = [f"{gateway_url}/{target['labels']['probe']}"]
     jobs["engram-probe"]["relabel_configs"][-1]["replacement"] = f"{LOOPBACK}:{settings.probe_port}"
     return configuration
 
 
-def alertmanager_configuration(bridge: tuple[str, Path] | None, minute_seconds: float) -> dict[str, Any]:
-    """`alertmanager.yml` with the bridge of this stack; without one, that receiver notifies nobody."""
+def probe_configuration(gateway_url: str) -> dict[str, Any]:
+    """`probe.yml`; a certificate is for the gateway's public name, which the loopback is not."""
+    configuration = _source("probe.yml")
+    if gateway_url.startswith("https:"):
+        configuration["modules"]["engram"]["http"]["tls_config"] = {"insecure_skip_verify": True}
+    return configuration
+
+
+def alertmanager_configuration(settings: Settings) -> dict[str, Any]:
+    """`alertmanager.yml` with the bridge of this stack."""
     configuration = _source("alertmanager.yml")
     receiver = next(r for r in configuration["receivers"] if r["name"] == "bridge")
-    if bridge is None:
-        del receiver["webhook_configs"]
-    else:
-        webhook = receiver["webhook_configs"][0]
-        webhook["url"] = bridge[0]
-        webhook["http_config"]["authorization"]["credentials_file"] = str(bridge[1])
+    webhook = receiver["webhook_configs"][0]
+    webhook["url"] = f"http://{LOOPBACK}:{settings.bridge_port}/alerts"
+    webhook["http_config"]["authorization"]["credentials_file"] = str(token_file(settings))
+    minute_seconds = settings.monitoring_minute_seconds
     for route in (configuration["route"], *configuration["route"]["routes"]):
         for name in _TIMES_OF_A_ROUTE:
             if name in route:

@@ -110,7 +110,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{gateway_url(resolved)}/ready", own=True),
         ),
-        monitoring=watch.children(resolved, environment, gateway_url(resolved), None) if monitoring else [],
+        monitoring=watch.children(resolved, environment, gateway_url(resolved)) if monitoring else [],
     )
 
 

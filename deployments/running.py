@@ -40,6 +40,7 @@ RESOLVED = (
     "prometheus_port",
     "alertmanager_port",
     "probe_port",
+    "bridge_port",
     "prometheus_url",
     "alertmanager_url",
     "point_in_time",
