@@ -28,7 +28,7 @@ def publish(report: Report) -> Report:
         report.sentence[:1].upper() + report.sentence[1:],
         {"made at": report.made_at, **{f"not measured: {what}": cause for what, cause in report.unread.items()}},
         *([_plot(report.measured)] if report.measured else []),
-        *(f"## {t.title}\n\n{artifact.table(t.header, t.rows)}" for t in found),
+        *(f"## {t.title}\n\n{artifact.table(t.header, t.rows) if t.rows else 'none'}" for t in found),
     )
     if report.measured:
         budgets = found[0]

@@ -200,6 +200,7 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
         Panel(
             "Over the limit in shadow mode, decided without the lock",
             {
+                "quota, {{counter}}": f"sum by (counter) (rate(engram_quota_shadowed_total{_RATE}))",
                 "shadow, {{scope}}": f"sum by (scope) (rate(engram_rate_limit_shadowed_total{_RATE}))",
                 "unlocked": f"sum(rate(engram_rate_limit_unlocked_total{_RATE}))",
             },

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,15 @@ def test_a_spent_budget_is_a_red_run_whose_report_shows_where_it_went(
     tmp_path: Path,
 ) -> None:
     """The run's message names the budget; the artifact has the figures and draws them, from nobody else's server."""
-    write_past(tmp_path, past(datetime.now(UTC), 30, errors=0.02, slow=0.1, auth=0.1))
+    now = datetime.now(UTC)
+    days = [now - timedelta(minutes=5 * n) for n in range(30 * 288, 0, -1)]
+    went = {  # as the rules recorded it day by day, with a day on which Prometheus was down
+        f'engram:slo:budget_remaining30d{{slo="{slo}"}}': [
+            (at, 1 - loss * (n / len(days)) ** 2) for n, at in enumerate(days) if not 2880 < n < 3168
+        ]
+        for slo, loss in (("availability", 1.9), ("latency", 0.2), ("errors", 0.4), ("auth", 0.5))
+    }
+    write_past(tmp_path, went | dict(past(now, 30, errors=0.02, slow=0.1, auth=0.1)))
     environment = stack.environment | {
         "PREFECT_API_URL": stack.status["prefect_api_url"],
         "ENGRAM_CONTROL_PLANE_URL": stack.status["control_plane_url"],
