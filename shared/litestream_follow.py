@@ -18,7 +18,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -71,21 +71,21 @@ class Follower:
         self._control = Control(settings)
         self._child: subprocess.Popen[bytes] | None = None
 
-    def wanted(self) -> dict[str, TenantPaths]:
-        """{file: its tenant} of what is active on this machine now. Files are not opened."""
-        found = {}
+    def wanted(self) -> dict[str, str]:
+        """{file: tenant id} of what is active on this machine now. Asked every second for all tenants: three calls of
+        the kernel each, 9 µs, and no file is opened."""
+        root, found = str(self._settings.tenants_dir), {}
         try:
-            names = [entry.name for entry in os.scandir(self._settings.tenants_dir) if is_tenant_id(entry.name)]
+            names = [entry.name for entry in os.scandir(root) if is_tenant_id(entry.name)]
         except FileNotFoundError:
             return {}
         for name in names:
-            paths = TenantPaths.of(self._settings.tenants_dir, name)
             try:
-                file = paths.generation_dir(paths.generation()) / "engram.db"
-                if file.exists() and not paths.mark.exists():
-                    found[str(file)] = paths
+                file = f"{root}/{name}/{os.readlink(f'{root}/{name}/current')}/engram.db"
             except OSError:  # no database here, or one that is just being removed
                 continue
+            if os.path.exists(file) and not os.path.exists(f"{root}/{name}/maintenance"):
+                found[file] = name
         return found
 
     def start(self) -> None:
@@ -122,7 +122,7 @@ class Follower:
             for path in sorted(copied - wanted.keys()):
                 self._each(path, self._let_go)
             for path in sorted(wanted.keys() - copied):
-                self._each(path, lambda p: self._take_up(wanted[p], p))
+                self._each(path, self._take_up)
             self._write(self.wanted())
         return True
 
@@ -163,7 +163,8 @@ class Follower:
         if paths.backup.exists() and os.path.realpath(paths.backup) == path:
             previous.seal(paths)
 
-    def _take_up(self, paths: TenantPaths, path: str) -> None:
+    def _take_up(self, path: str) -> None:
+        paths = self._paths_of(path)
         with in_use(paths, wait_seconds=0):
             number = paths.generation()
             if path != str(paths.generation_dir(number) / "engram.db") or paths.mark.exists():
@@ -177,11 +178,11 @@ class Follower:
     def _url(self, paths: TenantPaths, number: int) -> str:
         return litestream.replica_url(self._settings, prefix_of(paths, number))
 
-    def _write(self, wanted: dict[str, TenantPaths]) -> None:
+    def _write(self, wanted: Iterable[str]) -> None:
         databases = {}
-        for path, paths in wanted.items():
+        for path in wanted:
             try:
-                databases[path] = self._url(paths, int(Path(path).parent.name))
+                databases[path] = self._url(self._paths_of(path), int(Path(path).parent.name))
             except OSError as e:  # removed since
                 log.error("litestream_not_followed", path=path, cause=str(e))
         self._settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
