@@ -42,6 +42,7 @@ from gateway.self_report import SelfReport
 from gateway.services import Services
 from gateway.shed import Gate
 from gateway.shortcut import Shortcut
+from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
 from gateway.silence import Silence, speaks_http2
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
@@ -149,8 +150,8 @@ async def _running(
         Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane), at_once=True).start(),
     ]
     if speaks_http2(settings):
-        silence = Silence(settings)
-        work.append(Periodic("silence", silence.look_seconds, silence.end).start())
+        silence = Silence(settings, services.gate.is_idle)
+        work.append(Periodic("silence", SILENCE_SECONDS, silence.look).start())
     if parent_pid is not None:
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())

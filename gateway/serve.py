@@ -42,7 +42,7 @@ from granian.log import LogLevels
 
 from gateway.certificate import Certificate
 from gateway.pulse import Pulse
-from gateway.silence import speaks_http2
+from gateway.silence import STOPPING, speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
 from shared.errors import Permanent
@@ -156,6 +156,7 @@ def stop_once(loop: asyncio.AbstractEventLoop) -> WorkerSignal:
         nonlocal stopping
         if not stopping:
             stopping = True
+            STOPPING.set()
             stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -15,13 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from gateway.certificate import Certificate
 from gateway.headers import MAX_FIELDS
 from shared.errors import Permanent
 from shared.settings import Settings
-from tests.gateway_stack import Gateway, Stack, assert_problem, gateway, stack  # noqa: F401
+from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, stack  # noqa: F401
 from tests.tls_fixtures import Pair, pair, pem
 
 JSON = {"Content-Type": "application/json"}
@@ -207,6 +208,39 @@ def test_who_says_nothing_or_stops_half_way_is_cut_off(served: Gateway) -> None:
     assert ends == ["closed"] * len(openings)
     assert any(line["event"] == "silent_connections_ended" for line in served.log())
     assert served.client.get("/health").status_code == 200
+
+
+def test_a_new_worker_takes_up_a_renewed_pair_and_open_connections_do_not_keep_it_from_stopping(
+    stack: Stack,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Renewal needs no new start of the gateway; a stop waits for requests, not for clients that stay connected."""
+    files = pair(tmp_path)
+    (tmp_path / "data").mkdir()
+    with gateway(
+        tmp_path / "data", stack.control_plane_url, stack.issuer, ca=files.ca, gateway_workers=1, **files.settings()
+    ) as served:
+
+        def shown() -> int:
+            port = int(served.url.rpartition(":")[2])
+            return x509.load_pem_x509_certificate(
+                ssl.get_server_certificate(("127.0.0.1", port), timeout=20).encode()
+            ).serial_number
+
+        before = shown()
+        assert pair(tmp_path) == files
+        served.workers()[0].kill()
+        assert eventually(lambda: (now := shown()) != before and now)
+        with client(served, http2=True) as idle, client(served, http2=False) as other:
+            assert eventually(lambda: idle.get("/health").http_version == "HTTP/2")
+            assert other.get("/health").http_version == "HTTP/1.1"
+            silent = ssl.create_default_context(cafile=served.ca).wrap_socket(
+                socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))), server_hostname="localhost"
+            )
+            with silent:
+                assert served.stop() == 0
+        stopped = [line["event"] for line in served.log()]
+        assert "worker_stopped" in stopped and not any("refused to gracefully stop" in event for event in stopped)
 
 
 GOOD_KEYS = [ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()]
