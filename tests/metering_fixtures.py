@@ -8,12 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
+import pytest
+
 from shared import metering, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
+from tests.core_fixtures import settings_in
+
+pytest_plugins = ("tests.core_fixtures",)
 
 COUNTERS = ("api_calls", "search_queries", "memories_created")
+
+
+@pytest.fixture
+def tenant_id() -> str:
+    return f"m{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, core_url: str) -> Settings:
+    return settings_in(tmp_path, core_url)
 
 
 def segment(settings: Settings, events: list[UsageEvent]) -> Path:

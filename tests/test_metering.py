@@ -8,7 +8,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,17 +22,7 @@ from shared.usage import UsageEvent
 from tests.core_fixtures import event, settings_in, start_child
 from tests.metering_fixtures import at_once, check_counted, drain, query, segment, totals
 
-pytest_plugins = ("tests.core_fixtures",)
-
-
-@pytest.fixture
-def tenant_id() -> str:
-    return f"m{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-def settings(tmp_path: Path, core_url: str) -> Settings:
-    return settings_in(tmp_path, core_url)
+pytest_plugins = ("tests.metering_fixtures",)
 
 
 def test_a_segment_becomes_events_and_equal_rollups_and_is_gone(

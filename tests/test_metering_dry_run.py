@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -18,14 +17,9 @@ from shared.settings import Settings
 from tests.core_fixtures import event, settings_in
 from tests.metering_fixtures import at_once, check_counted, drain, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
+pytest_plugins = ("tests.metering_fixtures",)
 
 WRITTEN = ("usage_events", "usage_hourly", "usage_daily", "usage_quarantine", "usage_segments")
-
-
-@pytest.fixture
-def tenant_id() -> str:
-    return f"m{secrets.token_hex(6)}"
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -14,20 +12,10 @@ from shared import spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
-from tests.core_fixtures import event, settings_in
+from tests.core_fixtures import event
 from tests.metering_fixtures import check_counted, drain, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
-
-
-@pytest.fixture
-def tenant_id() -> str:
-    return f"m{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-def settings(tmp_path: Path, core_url: str) -> Settings:
-    return settings_in(tmp_path, core_url)
+pytest_plugins = ("tests.metering_fixtures",)
 
 
 NOW = datetime.now(UTC)

@@ -18,12 +18,7 @@ from shared.watermark import Watermark, longest_request_seconds, of_spool
 from tests.core_fixtures import event, settings_in
 from tests.metering_fixtures import check_counted, drain, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
-
-
-@pytest.fixture
-def tenant_id() -> str:
-    return f"m{secrets.token_hex(6)}"
+pytest_plugins = ("tests.metering_fixtures",)
 
 
 @pytest.fixture
