@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from shared.diagnosis import books, edge, issuer, played, store, table, tenant
 from shared.diagnosis.finding import Diagnosis, Finding, Subject, unseen
-from shared.diagnosis.sight import Sight
+from shared.diagnosis.sight import SAMPLE_SECONDS, Sight
 from shared.errors import EngramError
 from shared.log import get_logger
 from shared.settings import Settings
@@ -102,9 +102,11 @@ def conclude(settings: Settings, subject: Subject, tenant_id: str | None, findin
     return Diagnosis(subject, tenant_id, settings.machine_id, datetime.now(UTC), found, table.decide(found))
 
 
-def diagnose(settings: Settings, subject: Subject, tenant_id: str | None = None) -> Diagnosis:
+def diagnose(
+    settings: Settings, subject: Subject, tenant_id: str | None = None, *, sample_seconds: float = SAMPLE_SECONDS
+) -> Diagnosis:
     """The subject's checks side by side, in threads of this process."""
     checks = CHECKS[subject]
-    with Sight(settings, tenant_id) as sight, ThreadPoolExecutor(len(checks)) as threads:
+    with Sight(settings, tenant_id, sample_seconds=sample_seconds) as sight, ThreadPoolExecutor(len(checks)) as threads:
         found = [finding for findings in threads.map(lambda c: run(c, sight), checks) for finding in findings]
     return conclude(settings, subject, tenant_id, found)

@@ -159,7 +159,7 @@ class Sight:
                 if name == metric
             }
 
-        return Figures(f"last {seconds:.0f} s", rates, second)
+        return Figures(f"last {seconds:.1f} s", rates, second)
 
     def prometheus_answers(self) -> bool:
         """False also when none is configured; why one does not answer is a check's business."""
