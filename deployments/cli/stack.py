@@ -193,7 +193,14 @@ def _welcome(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    shown = ("gateway_url", "prefect_ui_url", "control_plane_url", "object_store_url", "jwks_url", "data_dir")
+    shown: tuple[str, ...] = (
+        "gateway_url",
+        "prefect_ui_url",
+        "control_plane_url",
+        "object_store_url",
+        "jwks_url",
+        "data_dir",
+    )
     shown += tuple(name for name in ("prometheus_url", "alertmanager_url") if found[name])
     print_table(("", ""), [(name.removesuffix("_url").replace("_", " "), found[name]) for name in shown])
     if settings.env == "dev":
