@@ -107,7 +107,12 @@ def children(settings: Settings, environment: Mapping[str, str], gateway_url: st
         "/-/ready",
         lambda: _write_prometheus(settings, gateway_url, directory),
     )
-    return [(probe, "probe_port"), (bridge, "bridge_port"), (alertmanager, "alertmanager_port"), (prometheus, "prometheus_port")]
+    return [
+        (probe, "probe_port"),
+        (bridge, "bridge_port"),
+        (alertmanager, "alertmanager_port"),
+        (prometheus, "prometheus_port"),
+    ]
 
 
 def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Path) -> dict[str, Any]:
