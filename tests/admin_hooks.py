@@ -8,12 +8,14 @@ import schemathesis
 
 
 @schemathesis.hook
-def map_body(context: Any, body: Any) -> Any:
+def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     """Of a body that is one; what it must be refused for stays in it."""
-    if isinstance(body, dict):
-        if isinstance(body.get("dry_run", False), bool):
-            body["dry_run"] = True
-        arguments = body.get("arguments")
-        if isinstance(arguments, dict) and isinstance(arguments.get("seconds"), int | float):
-            arguments["seconds"] = min(arguments["seconds"], 0)
-    return body
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("dry_run", False), bool):
+        body["dry_run"] = True
+    if case.path.endswith("/top"):
+        arguments = body.setdefault("arguments", {})
+        if isinstance(arguments, dict) and isinstance(arguments.get("seconds", 5), int | float):
+            arguments["seconds"] = min(arguments.get("seconds", 0), 0)

@@ -16,7 +16,7 @@ from gateway.document import completed
 from tests.gateway_stack import Stack, stack  # noqa: F401
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
-OPERATIONS = 10 + len(OFFERED)  # of those, which are the operators', this token gets the refusals
+OPERATIONS = 10  # and the operators', which `tests/test_gateway_admin.py` asks with a token of theirs
 
 
 def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
@@ -25,6 +25,7 @@ def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path:
     report = tmp_path / "report.json"
     words = ["--config-file", str(CONFIGURATION), "run", f"{stack.gateway.url}/schema/openapi.json", "--no-color"]
     words += ["--header", f"Authorization: Bearer {token}", "--report", "json", "--report-json-path", str(report)]
+    words += ["--exclude-path-regex", "^/v1/admin/"]
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", *words],
         cwd=tmp_path,
@@ -36,7 +37,7 @@ def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
-    assert found["operations"]["tested"] == found["operations"]["total"] == OPERATIONS
+    assert found["operations"]["tested"] == found["operations"]["total"] - len(OFFERED) == OPERATIONS
     assert {name: found["phases"][name]["status"] for name in ("coverage", "fuzzing", "stateful")} == {
         "coverage": "success",
         "fuzzing": "success",
