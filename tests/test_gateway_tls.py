@@ -218,8 +218,18 @@ def test_a_new_worker_takes_up_a_renewed_pair_and_open_connections_do_not_keep_i
     files = pair(tmp_path)
     (tmp_path / "data").mkdir()
     with gateway(
-        tmp_path / "data", stack.control_plane_url, stack.issuer, ca=files.ca, gateway_workers=1, **files.settings()
+        tmp_path / "data",
+        stack.control_plane_url,
+        stack.issuer,
+        ca=files.ca,
+        gateway_workers=1,
+        tls_minimum="1.3",
+        **files.settings(),
     ) as served:
+        older = ssl.create_default_context(cafile=served.ca)
+        older.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises(httpx.ConnectError, match="alert"):
+            httpx.get(f"{served.url}/health", verify=older, trust_env=False)
 
         def shown() -> int:
             port = int(served.url.rpartition(":")[2])
