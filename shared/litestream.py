@@ -14,8 +14,9 @@ It opens a generation's file by its real path, so it never follows a link, and e
 transaction open, and makes directories anew that it finds missing. `let_go` is how a restore and a deletion see to it.
 
 Measured, 500 idle tenants: 12% of a core, 213 MB, five open files a tenant; each second with writes is one object, and
-one file beside the database until the window has passed. Its SQLite (3.53) has the fix of the WAL-reset race that two
-processes which checkpoint and write can meet in SQLite before 3.51.3; it is the one that checkpoints where it runs.
+one file beside the database until the window has passed. It checkpoints beside the gateway: SQLite before 3.51.3 has a
+rare race between processes that checkpoint and write (WAL-reset). Litestream's SQLite, 3.53, has the fix; this Python's
+may not, with Litestream or without.
 """
 
 from __future__ import annotations
