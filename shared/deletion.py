@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +32,7 @@ from psycopg.types.json import Jsonb
 
 from shared import generation, keys, lease, litestream, litestream_copies, registry
 from shared.control_plane import ControlPlane, rows
-from shared.durable import fsync_path
+from shared.durable import fsync_path, remove_tree
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
 from shared.fence import Fence, Mark, RestoreMutex
 from shared.ids import new_id
@@ -171,7 +170,7 @@ def _remove_files(settings: Settings, paths: TenantPaths, holder: str) -> None:
         os.rename(paths.root, paths.root.with_name(f".deleting-{paths.tenant_id}.{new_id().hex}"))
         fsync_path(settings.tenants_dir)
         for directory in _trash(paths):
-            shutil.rmtree(directory)
+            remove_tree(directory)
         fsync_path(settings.tenants_dir)
     finally:
         fence.leave_locked()

@@ -7,6 +7,8 @@ unreadable or old after an ext4 shutdown (FACTS, Restore).
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,3 +89,19 @@ def unlink(path: Path) -> None:
     """Remove a file durably; absent is fine."""
     path.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all it holds, while others may still close databases in it: SQLite removes `-wal` and
+    `-shm` at the last close, whoever comes first. Not durable by itself: fsync the parent."""
+    if not directory.exists():
+        return
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(directory, onexc=lambda _function, _path, error: _raise_unless_gone(error))
+    else:
+        shutil.rmtree(directory, onerror=lambda _function, _path, raised: _raise_unless_gone(raised[1]))
+
+
+def _raise_unless_gone(error: BaseException) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

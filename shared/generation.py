@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
-from shared.durable import fsync_path, replace_link
+from shared.durable import fsync_path, remove_tree, replace_link
 from shared.errors import Permanent
 from shared.tenant import TenantPaths
 
@@ -80,9 +79,9 @@ def collect(paths: TenantPaths, *, keep_previous: int = 1) -> list[int]:
         directory = paths.generation_dir(number)
         if number == numbers[-1]:
             for file in directory.iterdir():
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                remove_tree(file) if file.is_dir() else file.unlink(missing_ok=True)
         else:
-            shutil.rmtree(directory)
+            remove_tree(directory)
     if removed:
         fsync_path(paths.generations)
     return removed
