@@ -171,10 +171,6 @@ class Control:
             if path in self.databases():
                 raise
 
-    def sync(self, path: str) -> None:
-        """Return when all that is committed now is in the copy."""
-        self._ask("POST", "/sync", {"path": path, "wait": True, "timeout": 30}, 35)
-
     def _ask(self, method: str, what: str, body: Any = None, seconds: float = 0.0) -> Any:
         connection = _UnixConnection(self._socket, seconds or _ANSWER_SECONDS)
         try:

@@ -12,6 +12,7 @@ from shared import litestream
 from shared.litestream import Control
 from shared.litestream_follow import Follower
 from shared.objects import ObjectStore
+from shared.settings import Settings
 from tests.core_fixtures import World, contents_of
 
 
@@ -46,8 +47,13 @@ def copied(world: World, *, poll_seconds: float | None = None) -> Iterator[Follo
 
 def caught_up(world: World) -> datetime:
     """Wait until all that is committed now is in the copy; an instant after that and before anything else."""
-    Control(world.settings).sync(str(world.paths.database.resolve()))
+    sync(world.settings, world.paths.database)
     return datetime.now(UTC)
+
+
+def sync(settings: Settings, database: Path) -> None:
+    """Return when all that is committed now is in the copy."""
+    Control(settings)._ask("POST", "/sync", {"path": str(database.resolve()), "wait": True, "timeout": 30}, 35)
 
 
 def rows_at(world: World, prefix: str, txid: int, directory: Path) -> list[str]:

@@ -9,6 +9,7 @@ from shared.litestream import Control
 from shared.settings import Settings
 from tests.acceptance.conftest import Stack
 from tests.core_fixtures import wait_until
+from tests.litestream_fixtures import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -20,7 +21,7 @@ def test_an_operator_goes_back_to_the_second_before_the_damage(stack: Stack) -> 
     """
     assert next(p for p in stack.status["processes"] if p["name"] == "litestream")["state"] == "running"
     client = stack.tenant("seconds")
-    control = Control(Settings(data_dir=stack.data_dir))
+    settings = Settings(data_dir=stack.data_dir)
 
     def write(content: str) -> str:
         answer = client.post("/v1/memories", json={"content": content})
@@ -28,9 +29,9 @@ def test_an_operator_goes_back_to_the_second_before_the_damage(stack: Stack) -> 
         return str(answer.json()["id"])
 
     def caught_up() -> str:
-        file = str((stack.data_dir / "tenants" / "seconds" / "engram.db").resolve())
-        wait_until(lambda: file in control.databases())
-        control.sync(file)
+        file = stack.data_dir / "tenants" / "seconds" / "engram.db"
+        wait_until(lambda: str(file.resolve()) in Control(settings).databases())
+        sync(settings, file)
         return datetime.now(UTC).isoformat()
 
     def contents() -> list[str]:
