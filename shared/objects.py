@@ -15,12 +15,16 @@ shows no headers, so a Retry-After cannot be obeyed to the second: a throttled r
 to 20 s. obstore's errors become transient or permanent: 404 is the builtin FileNotFoundError; refused credentials are
 permanent; all else may pass. Messages carry the store's status and code.
 
+Writing, reading and deleting may have credentials of their own (`ENGRAM_S3_READ_…`, `ENGRAM_S3_DELETE_…`): a machine
+without the last cannot delete a backup, whoever takes it over.
+
 R2: region `auto`, parts of equal size (they are, on every path), no condition on a multipart upload (the key is
 looked for first; it carries microseconds and a tenant has one writer).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -29,6 +33,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -78,6 +83,9 @@ class ObjectStore:
         settings.require("object_store_url")
         self.settings = settings
         self._local_root: Path | None = None
+        self._writer: LocalStore | S3Store
+        self._reader: LocalStore | S3Store
+        self._deleter: LocalStore | S3Store
         url = urlsplit(settings.object_store_url)
         if url.scheme == "file":
             self._local_root = Path(unquote(url.path))
@@ -85,9 +93,12 @@ class ObjectStore:
                 self._local_root.mkdir(parents=True, exist_ok=True, mode=0o700)
             elif not self._local_root.is_dir():  # a mount that is missing must not look like an empty store
                 raise ObjectStoreRefused(f"the object store {self._local_root} does not exist")
-            self._store: LocalStore | S3Store = LocalStore(self._local_root)
+            self._writer = self._reader = self._deleter = LocalStore(self._local_root)
         elif url.scheme == "s3":
-            self._store = _s3(settings, url.netloc, url.path.strip("/"))
+            bucket = functools.cache(partial(_s3, settings, url.netloc, url.path.strip("/")))
+            self._writer, self._reader, self._deleter = (
+                bucket(*settings.s3_credentials(role)) for role in ("write", "read", "delete")
+            )
         else:
             raise Permanent("ENGRAM_OBJECT_STORE_URL must start with file:// or s3://")
 
@@ -132,17 +143,20 @@ class ObjectStore:
             return size
         if existed:
             raise KeyTaken(f"{key} already exists with other content")
-        self.delete(key)  # made by this call, damaged on the way, and nothing points at it
+        try:
+            self.delete(key)  # made by this call, damaged on the way, and nothing points at it
+        except (ObjectStoreRefused, ObjectLocked) as e:  # who may not delete leaves it to the retention
+            raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent, and stays") from e
         raise _Damaged
 
     def _put_once(self, key: str, path: Path) -> None:
         if path.stat().st_size <= self.settings.object_store_single_put_bytes:
-            obstore.put(self._store, key, path, mode="create", use_multipart=False)
+            obstore.put(self._writer, key, path, mode="create", use_multipart=False)
             return
         if self.exists(key):
             raise _Exists
         part_bytes = self.settings.object_store_part_bytes
-        obstore.put(self._store, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
+        obstore.put(self._writer, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
 
     def download(self, key: str, destination: Path, sha256: str, *, progress: Progress | None = None) -> int:
         """Write the object to `destination` (replaced), fsynced; return its size in bytes.
@@ -162,12 +176,12 @@ class ObjectStore:
     def beginning(self, key: str, length: int) -> bytes:
         """The first `length` bytes, or as many as there are. Raises `CorruptBackup` when it is missing."""
         with _translated(key):
-            return bytes(obstore.get_range(self._store, key, start=0, length=length))
+            return bytes(obstore.get_range(self._reader, key, start=0, length=length))
 
     def exists(self, key: str) -> bool:
         try:
             with _translated(key):
-                obstore.head(self._store, key)
+                obstore.head(self._reader, key)
         except CorruptBackup:
             return False
         return True
@@ -175,12 +189,12 @@ class ObjectStore:
     def keys(self, prefix: str) -> list[str]:
         """Every key below a prefix, sorted."""
         with _translated(prefix):
-            return sorted(meta["path"] for page in obstore.list(self._store, prefix) for meta in page)
+            return sorted(meta["path"] for page in obstore.list(self._reader, prefix) for meta in page)
 
     def listing(self, prefix: str) -> Iterator[list[Listed]]:
         """What lies below a prefix, a page at a time, in no order to rely on."""
         with _translated(prefix):
-            for page in obstore.list(self._store, prefix, chunk_size=1000):
+            for page in obstore.list(self._reader, prefix, chunk_size=1000):
                 yield [Listed(meta["path"], meta["size"], meta["last_modified"]) for meta in page]
 
     def delete(self, key: str) -> None:
@@ -188,7 +202,7 @@ class ObjectStore:
         try:
             with _translated(key):
                 try:
-                    obstore.delete(self._store, key)
+                    obstore.delete(self._deleter, key)
                 except BaseError as e:
                     said = " ".join(str(e).split("Debug source")[0].split())[:300]
                     if _LOCKED.search(said) or (_denied(e) and self._may_delete()):
@@ -204,7 +218,7 @@ class ObjectStore:
     def _may_delete(self) -> bool:
         """Whether these credentials can delete at all: a 403 alone does not say what is refused."""
         try:
-            obstore.delete(self._store, "tenants/.no-such-object")
+            obstore.delete(self._deleter, "tenants/.no-such-object")
         except FileNotFoundError:
             return True
         except (BaseError, OSError):
@@ -217,7 +231,7 @@ class ObjectStore:
             yield from local_objects.read(self._local_root, key)
             return
         with _translated(key):
-            response = obstore.get(self._store, key)
+            response = obstore.get(self._reader, key)
             expected = response.meta["size"]
             seen = 0
             for chunk in response.stream(min_chunk_size=_READ_BYTES):
@@ -244,13 +258,12 @@ class _Throttled(ObjectStoreUnavailable):
     """The store asks for fewer requests."""
 
 
-def _s3(settings: Settings, bucket: str, prefix: str) -> S3Store:
-    settings.require("s3_access_key_id", "s3_secret_access_key")
+def _s3(settings: Settings, bucket: str, prefix: str, key_id: str, secret: str) -> S3Store:
     if not bucket:
         raise Permanent("ENGRAM_OBJECT_STORE_URL names no bucket")
     config: S3Config = {
-        "access_key_id": settings.s3_access_key_id,
-        "secret_access_key": settings.s3_secret_access_key.get_secret_value(),
+        "access_key_id": key_id,
+        "secret_access_key": secret,
         "region": settings.s3_region,
     }
     if settings.s3_checksum == "sha256":

@@ -71,7 +71,7 @@ def shown(settings: Settings, name: str) -> str:
     if isinstance(value, SecretStr):
         return _shown_database(value.get_secret_value()) if name == "control_plane_url" else _HIDDEN if value else ""
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if name == "s3_access_key_id":
+    if name.endswith("access_key_id"):
         return text[:4] + "…" if text else ""
     if "://" in text:
         address, mark, _ = redact_url(text).partition("?")

@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     )
     s3_access_key_id: str = ""
     s3_secret_access_key: SecretStr = SecretStr("")
+    # Credentials of a single role, so that nobody holds more than they need; empty: the ones above.
+    s3_read_access_key_id: str = Field(default="", description="gets and lists: restores, restore tests, verification")
+    s3_read_secret_access_key: SecretStr = SecretStr("")
+    s3_delete_access_key_id: str = Field(default="", description="lists and deletes: retention, deletion of a tenant")
+    s3_delete_secret_access_key: SecretStr = SecretStr("")
     object_store_timeout_seconds: float = Field(default=60.0, gt=0)
     object_store_connect_timeout_seconds: float = Field(default=5.0, gt=0)
     object_store_retries: int = Field(default=4, ge=0)
@@ -295,6 +300,11 @@ class Settings(BaseSettings):
             raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key belong together: set both or none")
+        for role in ("read_", "delete_"):
+            if bool(getattr(self, f"s3_{role}access_key_id")) != bool(getattr(self, f"s3_{role}secret_access_key")):
+                raise ValueError(
+                    f"s3_{role}access_key_id and s3_{role}secret_access_key belong together: set both or none"
+                )
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
@@ -308,6 +318,13 @@ class Settings(BaseSettings):
         missing = [n for n in names if not _plain(getattr(self, n))]
         if missing:
             raise Permanent("not set: " + ", ".join(variable(n) for n in missing))
+
+    def s3_credentials(self, role: Literal["write", "read", "delete"]) -> tuple[str, str]:
+        """Key id and secret for what is to be done. Raises `Permanent` when there are none."""
+        own = "" if role == "write" or not getattr(self, f"s3_{role}_access_key_id") else f"{role}_"
+        names = (f"s3_{own}access_key_id", f"s3_{own}secret_access_key")
+        self.require(*names)
+        return _plain(getattr(self, names[0])), _plain(getattr(self, names[1]))
 
     @property
     def spool_dir(self) -> Path:

@@ -69,14 +69,12 @@ class Bucket:
     """Signed requests to one bucket, by path."""
 
     def __init__(self, settings: Settings) -> None:
-        settings.require("s3_access_key_id", "s3_secret_access_key")
         url = urlsplit(settings.object_store_url)
         endpoint = settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com"
         self._base = f"{endpoint.rstrip('/')}/{url.netloc}"
         self._prefix = f"{url.path.strip('/')}/" if url.path.strip("/") else ""
         self._region = settings.s3_region
-        self._key_id = settings.s3_access_key_id
-        self._secret = settings.s3_secret_access_key
+        self._key_id, self._secret = settings.s3_credentials("delete")
         self._timeout = httpx.Timeout(
             settings.object_store_timeout_seconds, connect=settings.object_store_connect_timeout_seconds
         )
@@ -124,7 +122,7 @@ class Bucket:
         asked = f"{method}\n{parts.path}\n{query}\n{lines}\n{names}\n{_EMPTY}"
         scope = f"{day}/{self._region}/s3/aws4_request"
         to_sign = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(asked.encode()).hexdigest()}"
-        key = f"AWS4{self._secret.get_secret_value()}".encode()
+        key = f"AWS4{self._secret}".encode()
         for part in scope.split("/"):
             key = hmac.new(key, part.encode(), hashlib.sha256).digest()
         signature = hmac.new(key, to_sign.encode(), hashlib.sha256).hexdigest()

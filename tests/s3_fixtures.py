@@ -17,6 +17,23 @@ from shared.errors import CorruptBackup, ObjectStoreRefused, ObjectStoreUnavaila
 from shared.objects import ObjectStore
 from tests.core_fixtures import free_ports, settings_in, wait_until
 
+# What each role of `ENGRAM_S3_…` needs and nothing more; README, "Deploy", lists the same.
+ROLE_ACTIONS = {
+    "write": ("s3:PutObject", "s3:AbortMultipartUpload"),
+    "read": ("s3:GetObject", "s3:ListBucket"),
+    "delete": ("s3:DeleteObject", "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:AbortMultipartUpload"),
+}
+
+
+def role_identity(role: str) -> dict[str, object]:
+    keys = {"accessKey": f"{role}-key", "secretKey": f"{role}-secret"}
+    return {"name": role, "credentials": [keys], "actions": [], "policyNames": [role]}
+
+
+def role_policy(role: str) -> dict[str, object]:
+    allowed = {"Effect": "Allow", "Action": ROLE_ACTIONS[role], "Resource": ["arn:aws:s3:::*"]}
+    return {"Version": "2012-10-17", "Statement": [allowed]}
+
 
 def weed() -> str | None:
     beside = Path(sys.executable).with_name("weed")
@@ -32,7 +49,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
     directory = tmp_path_factory.mktemp("weed")
     keys = {"accessKey": "admin-key", "secretKey": "admin-secret"}
     identity = {"name": "admin", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    roles = [role_identity(name) for name in ROLE_ACTIONS]
+    policies = [{"name": name, "content": json.dumps(role_policy(name))} for name in ROLE_ACTIONS]
+    (directory / "s3.json").write_text(json.dumps({"identities": [identity, *roles], "policies": policies}))
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     names += ("s3.port", "s3.port.grpc")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
