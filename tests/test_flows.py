@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import core as flow_core
+from flows.act import act
 from flows.backup import backup
 from flows.drill import restore_test
 from flows.metering import metering
@@ -31,6 +32,7 @@ from shared import catalogue, fleet_run, registry
 from shared import metering as metering_core
 from shared.control_plane import ControlPlane
 from shared.errors import LeaseHeld
+from shared.playbook import audit
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
 from tests.core_fixtures import World, event, new_world, settings_in
@@ -317,3 +319,20 @@ def test_parameters_that_contradict_each_other_are_refused(flow_machine: Machine
     """One line that says what is wrong, and nothing is done."""
     state = backup(**({"all": "tenants" not in wrong} | wrong), return_state=True)
     assert state.is_failed() and flow_machine.count() == 0
+
+
+def test_an_action_of_the_playbook_reports_and_is_recorded_as_the_runs(flow_world: World) -> None:
+    """What it changed and how to undo it in the artifact; its row names the run. Nonsense and refusals end Failed."""
+    state = act("shed", arguments={"classes": ["search"]}, reason="overload", ttl_seconds=60, return_state=True)
+    assert state.is_completed(), state.message
+    run_id = str(state.state_details.flow_run_id)
+    report = artifact_of(state)
+    assert "engram act limits clear shed" in report and "overload" in report
+    row = audit.history(flow_world.control_plane, action="shed", limit=1)[0]
+    assert (row["flow_run_id"], row["door"], row["state"], row["after"]) == (run_id, "prefect", "done", ["search"])
+    undone = act("clear-limit", arguments={"limit": "shed"}, reason="over", return_state=True)
+    assert outcome(undone)["before"] == ["search"]
+    assert "free inodes" in artifact_of(act("volume-health", tenant_id=flow_world.tenant_id, return_state=True))
+    for name, more in (("shed", {}), ("restart-workers", {"reason": "no gateway runs here"})):
+        failed = act(name, **more, return_state=True)  # type: ignore[call-overload]
+        assert failed.is_failed(), name

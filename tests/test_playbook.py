@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
 
+from flows.act import Name
 from shared import limits
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, Permanent, Refused, UnknownTenant
@@ -130,6 +131,7 @@ def test_a_death_in_the_middle_leaves_a_row_that_says_so(stack: Stack, settings:
     """Killed between the effect and the end of its row: begun, never ended, and nobody claims to know."""
     code = f"""
 import os, signal
+from flows.act import Name
 from shared import limits
 from shared.control_plane import ControlPlane
 from shared.playbook import limit
@@ -275,3 +277,9 @@ def test_an_id_of_the_book_is_the_outcomes(stack: Stack, settings: Settings) -> 
     done = ask(stack, settings, "volume-health")
     row = stack.control_plane.row("action_get", action_id=UUID(done.action_id))
     assert row is not None and row["action"] == "volume-health" and done.recorded
+
+
+def test_the_form_in_prefect_offers_what_the_playbook_does() -> None:
+    """All but what has no place among parameters that everybody can read, and the raw limits of the terminal."""
+    offered = {name for name, action in ACTIONS.items() if "prefect" in action.doors}
+    assert set(get_args(Name)) == offered and set(ACTIONS) - offered == {"explain-token", "set-limit"}
