@@ -219,6 +219,7 @@ def serve(settings: Settings) -> None:
 async def _serve(settings: Settings, token: str) -> None:
     from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
+    from granian.log import LogLevels
     from granian.server.embed import Server
 
     # Prefect is one of this stack's own parts: a proxy of the environment has no business there.
@@ -232,6 +233,7 @@ async def _serve(settings: Settings, token: str) -> None:
             websockets=False,
             http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout_seconds * 1_000)),
             log_access=False,
+            log_level=LogLevels.error,  # its own lines are not JSON
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
