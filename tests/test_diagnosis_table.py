@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from typing import Any, get_args
 
@@ -17,8 +18,9 @@ from shared.playbook.table import ACTIONS
 from tests.core_fixtures import ROOT
 
 SYMPTOMS: tuple[Any, ...] = get_args(Symptom)
+BACKUP = "01a20a6f-a403-7be4-9b1c-92aa0da41e70"
 BY_HAND = {"by-hand", "wait"}
-FACTS = {"tenant_id": "acme", "backup_id": "b1", "backup_at": "2026-11-23", "tenants": ["acme", "beta"], "rps": 40.0}
+FACTS = {"tenant_id": "acme", "backup_id": BACKUP, "backup_at": "2026-11-23", "tenants": ["acme", "beta"], "rps": 40.0}
 # What each row proposes: its action, and what of its arguments matters.
 EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "control_plane_down": ("by-hand", {}),
@@ -34,8 +36,8 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "restore_left": ("sweep", {}),
     "in_maintenance": ("wait", {"tenant_id": "acme"}),
     "permissions_wrong": ("fix-permissions", {"tenant_id": "acme"}),
-    "database_missing": ("restore", {"tenant_id": "acme", "backup_id": "b1"}),
-    "database_corrupt": ("restore", {"tenant_id": "acme", "backup_id": "b1"}),
+    "database_missing": ("restore", {"tenant_id": "acme", "backup_id": BACKUP}),
+    "database_corrupt": ("restore", {"tenant_id": "acme", "backup_id": BACKUP}),
     "schema_too_new": ("by-hand", {}),
     "database_unreadable": ("volume-health", {}),
     "open_failures": ("restart-tenant", {"tenant_id": "acme"}),
@@ -77,8 +79,6 @@ def proposed(*findings: Finding) -> Proposal:
 
 @pytest.fixture(scope="module")
 def command() -> Any:
-    import importlib
-
     for name in COMMANDS:
         importlib.import_module(f"deployments.cli.{name}").register(app)
     return typer.main.get_command(app)
@@ -104,21 +104,28 @@ def test_a_row_proposes_its_action(symptom: Any) -> None:
 def test_a_proposal_can_be_carried_out(symptom: Any, command: Any) -> None:
     """Its action takes these arguments, its deployment exists, and its command is one that this build understands."""
     answer = proposed(finding(symptom))
+    if answer.deployment is None:
+        assert answer.action in BY_HAND or "prefect" not in ACTIONS[answer.action].doors
+    else:
+        flow_of(answer.deployment).validate_parameters(dict(answer.parameters))
     if answer.deployment == "act":
         action = ACTIONS[answer.action]
         msgspec.convert(answer.parameters["arguments"], action.arguments)
         assert "prefect" in action.doors
         assert (answer.parameters["tenant_id"] is not None) <= (action.tenant != "none")
         assert not (action.tenant == "required" and answer.parameters["tenant_id"] is None)
-    elif answer.deployment is not None:
-        deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-        assert answer.deployment in {d["name"] for d in deployments}
-    else:
-        assert answer.action in BY_HAND or "prefect" not in ACTIONS[answer.action].doors
     typed = parse(command, shlex.split(answer.command))
     if answer.deployment == "act":
         for name, value in (answer.parameters["arguments"] | {"tenant_id": answer.parameters["tenant_id"]}).items():
             assert typed.get(name) == (",".join(value) if isinstance(value, list) else value), name
+
+
+def flow_of(deployment: str) -> Any:
+    """The flow behind a deployment; its parameters are those of the form that a proposal fills in."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    [entrypoint] = [d["entrypoint"] for d in deployments if d["name"] == deployment]
+    module, _, name = entrypoint.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def parse(command: Any, words: list[str]) -> dict[str, Any]:
