@@ -44,6 +44,7 @@ from gateway.shed import Gate
 from gateway.shortcut import Shortcut
 from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
 from gateway.silence import Silence, speaks_http2
+from gateway.steering import steer_here
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
 from shared import metrics
@@ -95,7 +96,7 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
         request_max_body_size=settings.body_limit_bytes,
     )
     methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
-    edge = Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log, busiest)
+    edge = Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log, busiest, pulse)
     return DurableAnswers(edge, usage_spool) if settings.usage_durability == "sync" else edge
 
 
@@ -158,6 +159,8 @@ async def _running(
     if pulse is not None:
         pulse.start()
         work.append(Periodic("pulse", BEAT_SECONDS, pulse.observe).start())
+        if pulse.steers_to >= 0:
+            steer_here(settings.gateway_port, pulse.steers_to)
     _spare_the_collector()
     log.info("worker_started", pid=os.getpid(), port=settings.gateway_port)
     try:

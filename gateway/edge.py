@@ -20,6 +20,7 @@ from gateway.access_log import AccessLog
 from gateway.busiest import Busiest
 from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, log_failure
+from gateway.pulse import Pulse
 from shared import metrics, usage
 from shared.log import get_logger
 from shared.playbook.table import ACTIONS
@@ -55,11 +56,19 @@ log = get_logger("gateway")
 class Edge:
     """The ASGI application Granian serves: the edge around `app`."""
 
-    def __init__(self, app: ASGIApp, spool: Spool, access_log: AccessLog, busiest: Busiest | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        spool: Spool,
+        access_log: AccessLog,
+        busiest: Busiest | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
         self._app = app
         self._spool = spool
         self._line = access_log.request
         self._busy = (busiest or Busiest()).count
+        self._pulse = pulse
         # Children are looked up once: `labels()` costs more than the increment.
         self._counted: dict[tuple[str, str, int], Callable[[float], None]] = {}
         self._maintenance = {r: metrics.adder(metrics.maintenance_refused_total.labels(r)) for r in metrics.ROUTES}
@@ -83,6 +92,9 @@ class Edge:
                 self._record(exchange, scope, exchange.outcome or message["status"])
                 if message["status"] >= 400 and message["status"] != 408 and not exchange.whole:
                     await _drop_body(scope["headers"], read, exchange)
+                if self._pulse is not None and self._pulse.leaving and scope["http_version"][0] == "1":
+                    # The connection would be closed soon anyhow, perhaps just when its client has asked again.
+                    exchange.headers.append((b"connection", b"close"))
                 message["headers"] = [
                     *message.get("headers", ()),
                     *exchange.headers,

@@ -18,13 +18,19 @@ from shared import metrics
 BEAT_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pulse:
-    """One worker's place among the `beats`: monotonic seconds of each worker's last one, 0 until it serves."""
+    """One worker's place among the `beats`: monotonic seconds of each worker's last one, 0 until it serves.
+
+    The second half of them is the supervisor's: not 0 for a worker that will soon be told to go. Then `leaving` is set
+    within a beat, and the worker says so to the clients that keep connections (`gateway.edge`).
+    """
 
     beats: Any  # a ctypes array of doubles
     index: int
     respawned: bool
+    leaving: bool = False
+    steers_to: int = -1  # this worker's place among the listening ones, if it takes the place of one that still serves
 
     def start(self) -> None:
         """On the event loop: beat from now on."""
@@ -34,14 +40,15 @@ class Pulse:
 
     def observe(self) -> None:
         """Publish how long ago the most silent serving worker's last beat was."""
-        beats = [beat for beat in self.beats if beat]
+        beats = [beat for beat in self.beats[: len(self.beats) // 2] if beat]
         if beats:
             metrics.worker_oldest_beat_seconds.set(max(0.0, time.monotonic() - min(beats)))
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
         self.beats[self.index] = time.monotonic()
+        self.leaving = self.beats[len(self.beats) // 2 + self.index] != 0.0
         loop.call_later(BEAT_SECONDS, self._beat, loop)
 
 
-def new_beats(workers: int) -> Any:
-    return multiprocessing.get_context("spawn").RawArray("d", workers)
+def new_beats(places: int) -> Any:
+    return multiprocessing.get_context("spawn").RawArray("d", 2 * places)

@@ -114,13 +114,13 @@ def serve(settings: Settings) -> None:
     server.serve(target_loader=partial(load, settings, os.getpid()), wrap_loader=False)
 
 
-def _restart_asked(settings: Settings) -> Callable[[], str]:
-    """What the supervisor asks twice a second: the id of the newest wish for new workers."""
+def _restart_asked(settings: Settings) -> Callable[[], tuple[str, int]]:
+    """What the supervisor asks twice a second: the id of the newest wish for new workers, and which goes last."""
     watch = Watch(settings)
 
-    def asked() -> str:
+    def asked() -> tuple[str, int]:
         watch.poll()
-        return watch.now.restart_workers
+        return watch.now.restart_workers, watch.now.restart_last_pid
 
     return asked
 

@@ -31,6 +31,7 @@ from gateway.pulse import Pulse, new_beats
 LOOK_SECONDS = 0.5
 DEATHS = 5
 DEATHS_SECONDS = 60.0
+SERVED_SECONDS = 2.0
 START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
 
@@ -38,13 +39,14 @@ class Supervisor(MPServer):
     """Overrides what Granian calls from `serve`: how a worker is made, and the loop that waits for one to die."""
 
     def __init__(
-        self, target: str, *, silence_seconds: float, restart_asked: Callable[[], str], **options: Any
+        self, target: str, *, silence_seconds: float, restart_asked: Callable[[], tuple[str, int]], **options: Any
     ) -> None:
-        """`restart_asked` is the id of the newest wish for new workers, empty when there is none."""
+        """`restart_asked` is the id of the newest wish for new workers, empty when there is none, and the process id of
+        the worker that goes last, if it is one: who asked."""
         super().__init__(target, **options)
         self._silence_seconds = silence_seconds
         self._restart_asked = restart_asked
-        self._restarted = restart_asked()
+        self._restarted, _ = restart_asked()
         self._to_replace: deque[int] = deque()
         self._arriving: Any = None  # a worker, beside the first of `_to_replace`
         self._arrived_at = 0.0
@@ -67,11 +69,11 @@ class Supervisor(MPServer):
         respawned = idx in self._spawned
         self._spawned.add(idx)
         self._seen[idx] = self._silent_seconds[idx] = 0.0
-        return self._spawn_at(self._places[idx], idx, target, callback_loader, respawned)
+        return self._spawn_at(Pulse(self._beats, self._places[idx], respawned), idx, target, callback_loader)
 
-    def _spawn_at(self, place: int, idx: int, target: Any, callback_loader: Any, respawned: bool) -> Any:
-        self._beats[place] = 0.0
-        return super()._spawn_worker(idx, target, partial(callback_loader, Pulse(self._beats, place, respawned)))
+    def _spawn_at(self, pulse: Pulse, idx: int, target: Any, callback_loader: Any) -> Any:
+        self._beats[pulse.index] = self._beats[2 * self.workers + pulse.index] = 0.0
+        return super()._spawn_worker(idx, target, partial(callback_loader, pulse))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         looked_at = time.monotonic()
@@ -124,29 +126,30 @@ class Supervisor(MPServer):
         """One step: begin what was asked for, bring the next new worker up, let an old one go."""
         self._bury(now)
         if not self._to_replace:
-            asked = self._restart_asked()
+            asked, last_pid = self._restart_asked()
             if asked in ("", self._restarted):
                 return
             self._restarted = asked
-            self._to_replace.extend(range(self.workers))
+            self._to_replace.extend(sorted(range(self.workers), key=lambda idx: self.wrks[idx].inner.pid == last_pid))
         idx = self._to_replace[0]
         place = (self._places[idx] + self.workers) % (2 * self.workers)
         if self._arriving is None:
             if any(left == place for _, left, _ in self._leaving):
                 return  # the one before it has not gone yet
             logger.info(f"Replacing worker-{idx + 1}")
-            self._arriving = self._spawn_at(place, idx, spawn_target, target_loader, respawned=False)
+            pulse = Pulse(self._beats, place, respawned=False, steers_to=self.workers)
+            self._arriving = self._spawn_at(pulse, idx, spawn_target, target_loader)
             self._arriving.start()
             self._arrived_at, self._first_beat = now, 0.0
         elif not self._arriving.is_alive() or now - self._arrived_at > START_SECONDS:
             logger.error(f"The new worker-{idx + 1} does not serve; the workers there are are kept")
             self._arriving.kill()
             self._arriving.join()
-            self._beats[place] = 0.0
+            self._beats[place] = self._beats[2 * self.workers + self._places[idx]] = 0.0
             self._arriving = None
             self._to_replace.clear()
             self.interrupt_children.clear()
-        elif self._serves(place):
+        elif self._serves(place, self._places[idx], now):
             old, self.wrks[idx], self._arriving = self.wrks[idx], self._arriving, None
             self._leaving.append((old, self._places[idx], now))
             self._places[idx] = place
@@ -154,12 +157,13 @@ class Supervisor(MPServer):
             self._to_replace.popleft()
             old.terminate()  # type: ignore[no-untyped-call]
 
-    def _serves(self, place: int) -> bool:
-        """Since its second beat: the first is from before it listens."""
-        beat = self._beats[place]
-        if self._first_beat == 0.0:
-            self._first_beat = beat
-        return bool(beat != self._first_beat)
+    def _serves(self, place: int, old_place: int, now: float) -> bool:
+        """And has for long enough: the first beat is from before it listens, and the old worker needs time to read what
+        it accepted before new connections went to the new one (`gateway.steering`), and to tell its clients."""
+        if self._first_beat == 0.0 and self._beats[place] != 0.0:
+            self._first_beat = now
+            self._beats[2 * self.workers + old_place] = now
+        return self._first_beat != 0.0 and now - self._first_beat >= SERVED_SECONDS
 
     def _bury(self, now: float) -> None:
         for leaving in list(self._leaving):

@@ -13,7 +13,7 @@
 | `inflight:TENANT`       | the same                              | for one tenant                                  |
 | `jwks_refresh`          | true                                  | fetches the issuer's keys, once for each change |
 | `restart_tenant:TENANT` | true                                  | closes that tenant's database, once each        |
-| `restart_workers`       | true                                  | is replaced by a new one (the supervisor), once |
+| `restart_workers`       | a process id                          | is replaced by a new one, once; that one last   |
 
 Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
 the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help.
@@ -84,6 +84,7 @@ class Limits(msgspec.Struct, frozen=True):
     jwks_refresh: str = ""  # of what is done once: the entry's id
     restart_tenants: dict[str, str] = msgspec.field(default_factory=dict)
     restart_workers: str = ""
+    restart_last_pid: int = 0
 
 
 Inflight = Annotated[int, Meta(ge=1, le=100_000)]
@@ -95,7 +96,7 @@ _TYPES: dict[str, Any] = {
     "pool_size": PoolSize,
     "inflight": Inflight,
     "jwks_refresh": Literal[True],
-    "restart_workers": Literal[True],
+    "restart_workers": Annotated[int, Meta(ge=1)],
 }
 _TENANT_TYPES: dict[str, Any] = {"rate_limit": Rate, "inflight": Inflight, "restart_tenant": Literal[True]}
 _TENANT_FIELDS = {"rate_limit": "tenant_rates", "inflight": "tenant_inflight", "restart_tenant": "restart_tenants"}
@@ -230,6 +231,8 @@ def _limits(entries: dict[str, Entry]) -> Limits:
         except Permanent as e:  # written by a newer build, or by hand: the others still hold
             log.error("limit_not_understood", limit=name, cause=str(e))
             continue
+        if kind == "restart_workers":
+            values["restart_last_pid"] = value
         if kind in ONCE:
             value = entry.id
         if tenant_id:

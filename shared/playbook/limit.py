@@ -142,9 +142,11 @@ def change(context: Context, request: Request, name: str, value: object) -> Outc
     )
 
 
-def once(context: Context, request: Request, name: str, ttl_seconds: float = 60.0) -> limits.Entry:
+def once(
+    context: Context, request: Request, name: str, value: object = True, ttl_seconds: float = 60.0
+) -> limits.Entry:
     """Have every worker do something once; the entry is gone after `ttl_seconds`."""
-    new = limits.entry(name, True, ttl_seconds=ttl_seconds, reason=request.reason)
+    new = limits.entry(name, value, ttl_seconds=ttl_seconds, reason=request.reason)
     limits.put(context.settings, name, new)
     return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -49,8 +50,8 @@ def restart_tenant(context: Context, request: Request, _: Any) -> Outcome:
 def restart_workers(context: Context, request: Request, _: Any) -> Outcome:
     """The supervisor starts a new worker, waits until it serves, lets the old one finish what it has, and goes on.
 
-    Raises `NotRestarted` when no gateway runs here. In a worker (the admin API) this returns while that worker is on
-    its way out: it is waited for by whoever it has still to answer.
+    Raises `NotRestarted` when no gateway runs here. In a worker (the admin API) that worker goes last, and answers
+    while it is on its way out.
     """
     settings = context.settings
     before = _started(workers.reports(settings))
@@ -59,7 +60,8 @@ def restart_workers(context: Context, request: Request, _: Any) -> Outcome:
     after = before
     replaced = request.dry_run
     if not request.dry_run:
-        limit.once(context, request, "restart_workers", ttl_seconds=REPLACED_SECONDS * (len(before) + 1))
+        patience_seconds = REPLACED_SECONDS * (len(before) + 1)
+        limit.once(context, request, "restart_workers", os.getpid(), ttl_seconds=patience_seconds)
         deadline = time.monotonic() + REPLACED_SECONDS * len(before)
         while not replaced and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

@@ -1,0 +1,83 @@
+"""While a worker is replaced, new connections go to the new one: none is opened on one that is about to go.
+
+Each worker listens on a socket of its own, and the kernel gives a new connection to any of them. One that was accepted
+in the instant its worker stops would be closed unread. So the new worker has the kernel give it all new connections
+for a while (a one-instruction classic BPF program of the group, `SO_ATTACH_REUSEPORT_CBPF`), and the old one is told to
+go in the middle of that, when it has had time to read what it accepted.
+
+The program names a place in the group, and the newest is the last. Where that is wrong (a worker died meanwhile), or
+where the kernel knows no such thing, connections are given out as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+from shared.log import get_logger
+
+STEER_SECONDS = 6.0
+_LISTEN_SECONDS = 10.0
+_POLL_SECONDS = 0.02
+_ATTACH, _DETACH = 51, 68  # SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF: Python has no names for them
+_RETURN = 0x06  # BPF_RET | BPF_K
+log = get_logger("gateway")
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_uint16), ("filter", ctypes.POINTER(_Instruction)))
+
+
+def steer_here(port: int, place: int) -> None:
+    """In a thread of its own: once this process listens on `port`, be given all its new connections for a while."""
+    threading.Thread(target=_steer, args=(port, place), name="steering", daemon=True).start()
+
+
+def _steer(port: int, place: int) -> None:
+    deadline = time.monotonic() + _LISTEN_SECONDS
+    while (mine := listener(port)) is None:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_POLL_SECONDS)
+    instruction = _Instruction(_RETURN, 0, 0, place)
+    program = _Program(1, ctypes.pointer(instruction))
+    with closing(mine):
+        try:
+            mine.setsockopt(socket.SOL_SOCKET, _ATTACH, bytes(program))
+        except OSError as e:
+            log.warning("connections_not_steered", cause=e.strerror)
+            return
+    time.sleep(STEER_SECONDS)
+    mine = listener(port)
+    if mine is not None:
+        with closing(mine), suppress(OSError):  # another worker's program took its place, and went
+            mine.setsockopt(socket.SOL_SOCKET, _DETACH, 0)
+
+
+def listener(port: int) -> socket.socket | None:
+    """A second descriptor of this process's listening socket, to be closed soon."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            found = socket.socket(fileno=os.dup(int(entry.name)))
+            try:
+                if (
+                    found.family in (socket.AF_INET, socket.AF_INET6)
+                    and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                    and found.getsockname()[1] == port
+                ):
+                    return found
+            except OSError:
+                pass
+            found.close()
+    return None
