@@ -28,8 +28,8 @@ def _of_measured(measured: Measured) -> list[Table]:
     return [
         Table(
             f"Error budgets, {duration(measured.coverage * PERIOD_SECONDS)} of 30 days measured",
-            ("objective", "good", "state", "left", "bad", *(f"burn {w}" for w in WINDOWS),
-             "spent in", "at burn 6h", "at burn 1h"),
+            ("objective", "good", "state", "left", "spent in", "bad", *(f"burn {w}" for w in WINDOWS),
+             "spent in, at burn 6h", "at burn 1h"),
             [_budget(budget) for budget in measured.budgets],
         ),
         Table(
@@ -55,9 +55,10 @@ def _budget(budget: Budget) -> tuple[str, ...]:
         f"{100 * budget.objective.good_share:g}%",
         budget.state,
         _share(budget.left),
+        duration(budget.forecasts_seconds["1d"]),
         _share(budget.bad_share),
         *(NONE if (rate := budget.burns[w]) is None else f"{rate:,.2f}" for w in WINDOWS),
-        *(duration(budget.forecasts_seconds[w]) for w in ("1d", "6h", "1h")),
+        *(duration(budget.forecasts_seconds[w]) for w in ("6h", "1h")),
     )
 
 

@@ -44,6 +44,23 @@ def past(now: datetime, days: float, **rates: float) -> Mapping[str, list[tuple[
     }
 
 
+def counted(now: datetime) -> Mapping[str, list[tuple[datetime, float]]]:
+    """A day of what a gateway counts: searches, one in eleven answered 500 and half of them slow; others, all well."""
+    times = [now - timedelta(minutes=5 * n) for n in range(288, -1, -1)]
+
+    def growing(by: float) -> list[tuple[datetime, float]]:
+        return [(at, by * n) for n, at in enumerate(times)]
+
+    found = {"engram_maintenance_refused_total": growing(1)}
+    for route, good, bad, fast in (("/v1/search", 10, 1, 5.5), ("/v1/memories", 20, 0, 20), ("/ready", 5, 5, 0)):
+        found[f'engram_requests_total{{route="{route}",status="200"}}'] = growing(good)
+        found[f'engram_requests_total{{route="{route}",status="500"}}'] = growing(bad)
+        found[f'engram_request_duration_seconds_count{{route="{route}"}}'] = growing(good + bad)
+        for edge, below in (("0.1", fast), ("0.25", fast), ("0.5", good + bad), ("+Inf", good + bad)):
+            found[f'engram_request_duration_seconds_bucket{{route="{route}",le="{edge}"}}'] = growing(below)
+    return found
+
+
 @pytest.fixture
 def alone(tmp_path: Path, control_plane_url: str) -> Iterator[World]:
     """One tenant, alone in its control plane."""
@@ -106,6 +123,25 @@ def test_a_cold_start_is_measured_by_what_was_seen(alone: World, tmp_path: Path)
     assert availability.left == pytest.approx(1 - 8 * 0.25 / 30, abs=0.01)
     assert availability.burns["1h"] == pytest.approx(8, rel=0.05)
     assert availability.forecasts_seconds["1h"] == pytest.approx(0.933 * 30 * 86_400 / 8, rel=0.05)
+
+
+def test_the_worst_route_comes_first_and_maintenance_is_counted_apart(alone: World, tmp_path: Path) -> None:
+    """By its share of errors; health checks are no route of a client's, and maintenance is in no budget."""
+    now = datetime.now(UTC)
+    write_past(tmp_path / "prometheus", dict(past(now, 1)) | dict(counted(now)))
+    with prometheus(tmp_path / "prometheus") as url:
+        evaluated(url)
+        report = made(alone, url)
+    assert report.measured is not None
+    search, memories = report.measured.routes
+    assert (search.route, memories.route) == ("/v1/search", "/v1/memories")
+    assert search.requests == pytest.approx(11 * 288, rel=0.02) and search.error_share == pytest.approx(
+        1 / 11, rel=0.02
+    )
+    assert search.slow_share == pytest.approx(0.5, rel=0.02) and search.p95_seconds == pytest.approx(0.475, rel=0.02)
+    assert (memories.error_share, memories.slow_share) == (0.0, 0.0) and (memories.p95_seconds or 1) < 0.1
+    assert report.measured.maintenance_refused == pytest.approx(288, rel=0.02)
+    assert report.measured.requests == pytest.approx(31 * 288, rel=0.02)
 
 
 def test_silence_is_neither_failure_nor_success(alone: World, tmp_path: Path) -> None:
