@@ -8,9 +8,12 @@ JSON document with `--json`; everything else goes to stderr. `main` is the edge 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from shared.errors import EngramError
 
@@ -32,11 +35,42 @@ COMMANDS = (
     "demo",
 )
 
+# How `engram --help` groups the commands: what a person is about to do.
+PANELS = {
+    "This machine": ("up", "down", "status", "demo", "config"),
+    "Tenants": ("tenant", "token", "export", "usage"),
+    "Backups and restores": (
+        *("backup", "backups", "restore", "restore-undo", "restore-test", "verify", "retention", "keys", "sweep"),
+    ),
+    "Incidents": ("diagnose", "act", "slo-report"),
+    "Books": ("reconcile", "usage-import", "usage-dry-runs"),
+    "Single processes, as production runs them": ("serve", "worker", "drain", "litestream", "bridge", "migrate"),
+}
+_FIRST_CLAUSE = re.compile(r"(.+?)((?<=\?)(?=\s)|(?=[.;:](\s|\Z))|\Z)", re.DOTALL)
+
+
+class Overview(TyperGroup):
+    """All commands in the order and the groups of `PANELS`, each in one line: the first clause of its own help."""
+
+    def __init__(self, *, commands: dict[str, Any], **more: Any) -> None:
+        super().__init__(commands=commands, **more)
+        for panel, names in PANELS.items():
+            for name in set(names) & set(commands):
+                commands[name].rich_help_panel = panel
+        for command in commands.values():
+            clause = _FIRST_CLAUSE.match((command.help or "").strip())
+            command.short_help = " ".join(clause[1].split()) if clause else ""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        first = [name for names in PANELS.values() for name in names if name in self.commands]
+        return first + [name for name in self.commands if name not in first]
+
+
 app = typer.Typer(
     name="engram",
+    cls=Overview,
     help="Operations for a hosted memory service: gateway, backups, restores, metering.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

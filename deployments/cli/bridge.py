@@ -10,7 +10,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bridge() -> None:
-    """Take alerts from Alertmanager and hand them to Prefect, which starts their diagnoses."""
+    """The bridge alone: it takes alerts from Alertmanager and hands them to Prefect, which starts their diagnoses."""
     from deployments.bridge import serve
     from deployments.running import running_settings
     from shared import log

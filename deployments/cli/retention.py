@@ -20,7 +20,7 @@ def retention(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete backups that have no place in their tenant's plan, and usage events beyond their retention."""
+    """Delete what is kept no longer: backups without a place in their tenant's plan, and old usage events."""
 
     def load() -> Any:
         from flows.retention import retention as flow

@@ -112,7 +112,7 @@ def drain() -> None:
 
 
 def litestream() -> None:
-    """Litestream alone, kept on the active database of every tenant of this machine, for restores to any second."""
+    """Litestream alone: kept on the active database of every tenant of this machine, for restores to any second."""
     from shared.errors import Permanent
     from shared.litestream import enabled
     from shared.litestream_follow import main as follow

@@ -1,0 +1,108 @@
+"""The files for Fly.io, held to the code: nothing of Fly runs here."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from deployments import parts as composition
+from deployments.ports import PortReservations
+from deployments.stack import _HURRIED_STOP_SECONDS
+from shared.metrics import ROUTES
+from shared.settings import Settings
+from tests.environment_fixtures import SAFE, engram
+from tests.test_help import commands
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "deployments" / "fly"
+MACHINE_TEXT = (DIRECTORY / "engram.toml").read_text()
+MACHINE = tomllib.loads(MACHINE_TEXT)
+PREFECT_TEXT = (DIRECTORY / "prefect.toml").read_text()
+PREFECT = tomllib.loads(PREFECT_TEXT)
+FLY_KILL_TIMEOUT_MOST_SECONDS = 300
+SECRETS = re.findall(r"([A-Z][A-Z0-9_]+)=…", MACHINE_TEXT)
+
+
+def configured(tmp_path: Path, **more: Any) -> Settings:
+    """prod on a data machine, with a free port and a directory that exists here."""
+    given = {k.removeprefix("ENGRAM_").lower(): v for k, v in (SAFE | MACHINE["env"]).items()}
+    return Settings(**{**given, "data_dir": tmp_path, "gateway_port": 0, "gateway_host": "127.0.0.1", **more})
+
+
+def test_the_named_secrets_and_the_file_are_a_safe_environment_and_each_is_needed() -> None:
+    """Whoever follows the file's own comment gets a machine that starts; whoever forgets one is told which."""
+    secrets = {name: SAFE[name] for name in SECRETS}
+    done = engram("config", "check", **MACHINE["env"], **secrets)
+    assert (done.returncode, done.stdout) == (0, "prod: nothing to object to\n"), done.stderr
+    for name in SECRETS:
+        if name == "ENGRAM_S3_ENDPOINT":
+            continue  # without it, AWS's own
+        lacking = engram("config", "check", **MACHINE["env"], **{k: v for k, v in secrets.items() if k != name})
+        assert lacking.returncode == 3 and name in lacking.stderr, name
+
+
+def test_no_secret_has_a_value_in_the_files() -> None:
+    """They are committed, and Fly shows [env] to everybody in the organisation."""
+    secret = {
+        f"ENGRAM_{name.upper()}" for name, field in Settings.model_fields.items() if field.annotation is SecretStr
+    }
+    for text, file in ((MACHINE_TEXT, MACHINE), (PREFECT_TEXT, PREFECT)):
+        assert not (secret | {"PREFECT_SERVER_DATABASE_CONNECTION_URL"}) & set(file["env"])
+        assert not re.search(r"://[^/\s]*:[^/\s]*@", text)
+
+
+@pytest.mark.parametrize("point_in_time", ["off", "litestream"])
+def test_fly_waits_longer_than_a_stop_can_take(tmp_path: Path, point_in_time: str) -> None:
+    """SIGKILL before the drain's last pass leaves usage on the volume until the next start, at best."""
+    settings = configured(tmp_path, point_in_time=point_in_time)
+    ports = PortReservations()
+    try:
+        planned = composition.plan(settings, ports)
+    finally:
+        ports.release_all()
+    assert (planned.postgres, planned.issuer, planned.prefect) == (None, None, None), "no embedded part in prod"
+    parts = [p for p in (planned.worker, planned.drain, planned.litestream, planned.gateway) if p is not None]
+    longest = len(parts) * settings.stop_timeout_seconds + _HURRIED_STOP_SECONDS
+    assert longest < MACHINE["kill_timeout"] <= FLY_KILL_TIMEOUT_MOST_SECONDS
+    # And within the gateway's own share: its requests, then its usage on disk.
+    flush = settings.usage_flush_seconds + settings.usage_fsync_seconds
+    assert settings.gateway_kill_timeout_seconds + flush < settings.stop_timeout_seconds
+    assert MACHINE["kill_signal"] == "SIGTERM"
+
+
+def test_the_release_command_is_a_command_that_needs_no_volume() -> None:
+    """Fly runs it on a machine of its own, before anything is replaced; its words follow the image's entrypoint."""
+    assert MACHINE["deploy"]["release_command"] in commands()
+    assert MACHINE["deploy"]["release_command"] == "migrate"
+
+
+def test_checks_and_metrics_ask_for_routes_that_exist_where_the_gateway_listens() -> None:
+    """A check of a path that is gone takes the machine out of service."""
+    port = Settings.model_fields["gateway_port"].default
+    service, alive, metrics = MACHINE["http_service"], MACHINE["checks"]["alive"], MACHINE["metrics"]
+    assert service["internal_port"] == alive["port"] == metrics["port"] == port
+    assert [service["checks"][0]["path"], alive["path"], metrics["path"]] == ["/ready", "/health", "/metrics"]
+    assert {"/ready", "/health", "/metrics"} <= set(ROUTES)
+    assert configured(Path("/data")).model_copy(update={"gateway_host": "x"}).data_dir == Path("/data")
+    assert MACHINE["mounts"]["destination"] == MACHINE["env"]["ENGRAM_DATA_DIR"]
+
+
+def test_a_machine_is_never_stopped_for_want_of_requests_nor_limited_below_the_gateway() -> None:
+    """The drain and the schedules need no request; who is to be refused the gateway decides, by class."""
+    settings = Settings()
+    assert MACHINE["http_service"]["auto_stop_machines"] == PREFECT["services"][0]["auto_stop_machines"] == "off"
+    most = settings.gateway_workers * settings.inflight_requests
+    assert MACHINE["http_service"]["concurrency"]["soft_limit"] > most
+
+
+def test_the_machine_finds_the_prefect_server_in_the_private_network() -> None:
+    """Two files that must agree; the server has no authentication and no public address."""
+    assert MACHINE["env"]["PREFECT_API_URL"] == f"http://{PREFECT['app']}.flycast/api"
+    service = PREFECT["services"][0]
+    assert service["ports"] == [{"port": 80, "handlers": ["http"]}]
+    assert service["internal_port"] == int(PREFECT["experimental"]["cmd"][-1])
+    assert "--no-public-ips" in PREFECT_TEXT and "http_service" not in PREFECT
