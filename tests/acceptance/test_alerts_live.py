@@ -198,9 +198,9 @@ def test_each_of_the_six_is_fired_by_its_fault_and_clears(watched: Watched) -> N
     memory = {"content": "written while somebody else holds the database"}
     with _broken(watched.file("broken")), _held(watched.file("slow"), seconds=0.8):
         traffic.start("broken", tokens["broken"], "/v1/memories", None, per_second=5)
-        traffic.start("slow", tokens["slow"], "/v1/memories", memory, per_second=12, clients=12)
+        traffic.start("slow", tokens["slow"], "/v1/memories", memory, per_second=20, clients=20)
         traffic.start("bad tokens", "not.a.token", "/v1/memories", None, per_second=10)
-        traffic.start("flood", tokens["flood"], "/v1/memories", None, per_second=60, clients=4)
+        traffic.start("flood", tokens["flood"], "/v1/memories", None, per_second=45, clients=4)
         took = watched.await_firing(*(SIX - {"EngramUsageFlushFailures"}))
         traffic.stop("broken", "slow", "bad tokens", "flood")
     assert traffic.statuses["broken"] == {503} and 401 in traffic.statuses["bad tokens"]
