@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h2.config
+import h2.connection
 import httpx
 import pytest
 from cryptography import x509
@@ -140,6 +142,27 @@ def test_many_requests_share_one_connection_of_http2(served: Gateway, stack: Sta
         for each in threads:
             each.join()
     assert statuses == [200] * 200
+
+
+def test_who_takes_back_every_request_loses_the_connection(served: Gateway) -> None:
+    """Rapid reset (CVE-2023-44487): each costs the client nothing and would cost us a request."""
+    context = ssl.create_default_context(cafile=served.ca)
+    context.set_alpn_protocols(["h2"])
+    head = [(":method", "GET"), (":path", "/health"), (":scheme", "https"), (":authority", "localhost")]
+    spoken = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    spoken.initiate_connection()
+    address = ("127.0.0.1", int(served.url.rpartition(":")[2]))
+    with (
+        socket.create_connection(address, timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+        pytest.raises(OSError),
+    ):
+        for _ in range(20_000):
+            stream = spoken.get_next_available_stream_id()
+            spoken.send_headers(stream, head, end_stream=True)
+            spoken.reset_stream(stream)
+            connection.sendall(spoken.data_to_send())
+    assert served.client.get("/health").status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
