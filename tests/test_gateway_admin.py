@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from gateway.admin import OFFERED
+from gateway.ratelimit import RateLimiter
 from shared import limits, registry
 from shared.errors import Refused
 from shared.playbook.table import ACTIONS
@@ -148,6 +149,14 @@ def test_an_action_over_http_is_done_recorded_and_not_billed(
     assert stack.gateway.metric("engram_requests_total", route="/admin/actions", status="200") >= 3
     line = stack.gateway.access_line(done.headers["x-request-id"])
     assert line["tenant_id"] == "operators" and line["route"] == "/admin/actions"
+
+
+def test_operators_are_limited_too(tmp_path: Path) -> None:
+    """A script gone wild, or a stolen token, is not to be the machine's work; whatever the tenants' mode is."""
+    few = Settings(data_dir=tmp_path, admin_rps=0.001, admin_burst=2, rate_limit_mode="off")
+    rates = RateLimiter(few, limits.Watch(few))
+    assert [rates.operators().allowed for _ in range(3)] == [True, True, False]
+    rates.close()
 
 
 def test_a_token_is_explained_and_is_in_no_answer_log_or_row(

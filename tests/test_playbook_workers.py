@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from shared import workers
+from shared.playbook import workers as playbook_workers
 from shared.playbook.workers import NotRestarted
 from shared.settings import Settings
 from tests.gateway_stack import Gateway, Stack, eventually, gateway, stack  # noqa: F401
@@ -45,9 +47,14 @@ def test_a_restarted_tenant_is_closed_in_every_worker_and_serves_at_once(stack: 
     assert ask_once() == 200
 
 
-def test_all_workers_are_replaced_and_no_request_is_lost(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+def test_all_workers_are_replaced_and_no_request_is_lost(
+    stack: Stack,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Clients with kept connections and with new ones, reading and writing, while both workers go; asked for over
-    HTTP, so one of them goes while it still has that to answer."""
+    HTTP, so one of them goes while it still has that to answer. Before that one try whose new worker dies: those that
+    serve are kept."""
     with gateway(tmp_path / "data", stack.control_plane_url, stack.issuer) as running:
         own = settings_of(stack, running)
         tenant = _tenant_of(stack, own)
@@ -71,6 +78,12 @@ def test_all_workers_are_replaced_and_no_request_is_lost(stack: Stack, tmp_path:
         for client in clients:
             client.start()
         try:
+            with monkeypatch.context() as patch, ThreadPoolExecutor(1) as aside:
+                patch.setattr(playbook_workers, "REPLACED_SECONDS", 3.0)
+                tried = aside.submit(ask, stack, own, "restart-workers")
+                eventually(lambda: _newcomers(running, before))[0].kill()
+                assert tried.result().verified is False
+            assert {worker.pid for worker in running.workers()} == before
             asked = httpx.post(
                 f"{running.url}/v1/admin/actions/restart-workers",
                 json={"reason": "test"},
@@ -101,6 +114,12 @@ def test_without_a_gateway_there_are_no_workers_to_restart(stack: Stack, tmp_pat
     with pytest.raises(NotRestarted):
         ask(stack, alone, "restart-workers")
     assert newest(stack)["state"] == "failed"
+
+
+def _newcomers(gateway: Gateway, before: set[int]) -> list[psutil.Process]:
+    """Children that are no worker of before; the one that Python's multiprocessing keeps beside them is none either."""
+    children = psutil.Process(gateway.process.pid).children()
+    return [c for c in children if c.pid not in before and "resource_tracker" not in " ".join(c.cmdline())]
 
 
 def _tenant_of(stack: Stack, settings: Settings) -> str:  # noqa: F811
