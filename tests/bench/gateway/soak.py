@@ -166,6 +166,8 @@ class Soak:
                 self.failures.append("a worker died and was started again")
         if not broken:
             self._compare()
+        if self.failures:
+            self.failures += [f"the gateway's log: {line}" for line in _complaints(server.log_path)]
 
     def _hold(self, server: Server, load: Load) -> None:
         """The open loop in slices of one sample; each takes up the calls where the one before stopped."""
@@ -376,6 +378,14 @@ def _workers(server: Server) -> list[psutil.Process]:
     """The children that listen; the rest is the supervisor and multiprocessing's helper."""
     children = server.process.children(recursive=True)
     return [p for p in children if any(c.status == psutil.CONN_LISTEN for c in p.net_connections("tcp"))]
+
+
+def _complaints(log_path: Path) -> list[str]:
+    """The first lines that are not of everyday work, and the first access lines of requests that failed."""
+    lines = [line for line in log_path.read_text().splitlines() if '"route":"/ready"' not in line]
+    failed = [line for line in lines if '"component":"access"' in line and '"status":5' in line]
+    said = [line for line in lines if '"level": "error"' in line or '"level": "warning"' in line]
+    return [*said[:5], *failed[:5]]
 
 
 def _anonymous_bytes(process: psutil.Process) -> int:
