@@ -64,7 +64,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
     environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
     environment["ENGRAM_USAGE_STORAGE_SECONDS"] = "10"
-    environment["ENGRAM_POINT_IN_TIME"] = "litestream"  # whatever is promised here holds beside it
     started = Stack(environment, {})
     started.engram("up", "--detach")
     try:
