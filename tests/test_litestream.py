@@ -140,6 +140,8 @@ def test_after_a_restore_the_new_generation_is_followed_and_no_copy_is_of_two(la
         assert chosen.copy is not None and chosen.copy.generation == 2
         wal = layered.paths.backup.resolve().with_name("engram.db-wal")
         assert not wal.exists() or wal.stat().st_size == 0, "what an operator copies is the one file"
+        with closing(sqlite3.connect(f"file:{layered.paths.backup}?mode=ro", uri=True)) as kept:
+            assert kept.execute("SELECT count(*) FROM memories").fetchone() == (2,), "and it opens read-only"
         assert not follower.look(), "nothing has changed"
 
 
@@ -355,3 +357,17 @@ def test_copies_that_litestream_cannot_encrypt_are_refused_beside_encrypted_back
     """Deleting a tenant's key must erase everything that was stored of it."""
     with pytest.raises(ValueError, match="cannot encrypt"):
         Settings(point_in_time="litestream", backup_encryption="age")
+
+
+def test_the_stack_has_the_part_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    """It is off by default; and it gets no key of the backups."""
+    from deployments.parts import plan
+    from deployments.ports import PortReservations
+
+    for point_in_time in ("off", "litestream"):
+        ports = PortReservations()
+        try:
+            made = plan(Settings(data_dir=tmp_path, point_in_time=point_in_time), ports)  # type: ignore[arg-type]
+        finally:
+            ports.release_all()
+        assert (made.litestream is not None) == (point_in_time == "litestream")
