@@ -12,6 +12,7 @@ It opens a generation's file by its real path, so it never follows a link, and e
 (`shared.litestream_copies`). It knows no fence, and needs none: it only adds its two tables (`_litestream_seq`,
 `_litestream_lock`) and checkpoints. But it must have let go of a file before that is sealed or removed: it keeps a read
 transaction open, and makes directories anew that it finds missing. `let_go` is how a restore and a deletion see to it.
+A file that was damaged from outside does not keep its bytes to the letter, as it would without a checkpointer.
 
 Measured, 500 idle tenants: 12% of a core, 213 MB, five open files a tenant; each second with writes is one object, and
 one file beside the database until the window has passed. It checkpoints beside the gateway: SQLite before 3.51.3 has a
