@@ -10,6 +10,7 @@ from deployments.cli.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from shared.diagnosis.finding import Diagnosis
+    from shared.settings import Settings
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +34,9 @@ def diagnose(
         raise typer.BadParameter(f"{subject!r:.40}: one of {', '.join(SUBJECTS)}")
     settings = running_settings()
     log.configure("error")  # to stderr; what could not be seen is in the table
-    found = check.diagnose(settings, known, check_tenant_id(tenant_id) if tenant_id else None)
+    if tenant_id is not None:
+        _check_place(settings, check_tenant_id(tenant_id))
+    found = check.diagnose(settings, known, tenant_id)
     if as_json:
         import msgspec
 
@@ -42,6 +45,23 @@ def diagnose(
         _print(found)
     if not found.healthy:
         raise typer.Exit(1)
+
+
+def _check_place(settings: Settings, tenant_id: str) -> None:
+    """Raises `UnknownTenant`, or `Refused` when another machine has the tenant; nothing when nobody can say."""
+    from shared import registry
+    from shared.control_plane import ControlPlane
+    from shared.errors import ControlPlaneUnavailable, Refused
+
+    if not settings.control_plane_url.get_secret_value():
+        return
+    try:
+        with ControlPlane(settings) as control_plane:
+            machine_id = registry.get(control_plane, tenant_id).machine_id
+    except ControlPlaneUnavailable:
+        return  # a finding, not an error
+    if machine_id != settings.machine_id:
+        raise Refused(f"tenant {tenant_id} is on machine {machine_id}: look there, or start the deployment `diagnose`")
 
 
 def _print(found: Diagnosis) -> None:
