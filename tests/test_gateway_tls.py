@@ -64,7 +64,7 @@ def served(stack: Stack, files: Pair, running: dict[str, Any]) -> Gateway:  # no
             stack.issuer,
             ca=files.ca,
             gateway_workers=1,
-            header_timeout_seconds=2,
+            header_timeout_seconds=5,  # half of it a busy client may take to answer a ping
             body_timeout_seconds=0.5,
             gateway_kill_timeout_seconds=1,
             **files.settings(),
@@ -218,10 +218,10 @@ def test_who_says_nothing_or_stops_half_way_is_cut_off(served: Gateway) -> None:
                 while connection.recv(65_536):
                     pass
                 ends.append("closed")
-            except ConnectionError:
+            except TimeoutError:
+                ends.append("still open")
+            except OSError:  # a reset, or an end inside TLS
                 ends.append("closed")
-            except OSError as e:
-                ends.append(repr(e))
 
     threads = [threading.Thread(target=wait, args=(opening(),)) for opening in openings]
     for each in threads:
