@@ -105,6 +105,16 @@ def test_nonsense_is_a_usage_error_and_an_outage_is_refused(
     assert limits.active(settings) == {}
 
 
+def test_what_has_an_end_is_gone_at_it_by_itself(stack: Stack, settings: Settings) -> None:  # noqa: F811
+    """Nobody has to remember at four what was changed at three; the workers see the end themselves."""
+    headers = stack.headers(stack.idle_tenant)
+    done = ask(stack, settings, "shed", ttl_seconds=3.0)
+    assert done.verified and limits.active(settings).keys() == {"shed"}
+    eventually(lambda: limits.active(settings) == {} and statuses(stack, headers) == {200})
+    version = limits.version_of({})
+    eventually(lambda: set(workers.announced(settings).values()) == {version})
+
+
 def test_a_token_is_explained_and_never_shown_or_stored(stack: Stack, settings: Settings) -> None:  # noqa: F811
     """It comes by stdin; the answer names the check that fails, with what the configuration wants beside it."""
     token = stack.issuer.token(stack.idle_tenant, aud="another-service")
@@ -158,7 +168,11 @@ def test_a_cap_on_a_tenants_requests_is_every_workers(stack: Stack, settings: Se
     assert (now.now.tenant_inflight, now.now.inflight, now.now.pool_size) == ({tenant: 3}, 7, 9)
 
 
-def test_a_forced_refresh_reaches_every_worker(stack: Stack, settings: Settings) -> None:  # noqa: F811
+def test_a_forced_refresh_reaches_every_worker(
+    stack: Stack,  # noqa: F811
+    settings: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As many fetches as there are workers, each time; with an issuer that fails it is not verified."""
     before = stack.issuer.fetches
     for n in (1, 2):
@@ -166,10 +180,12 @@ def test_a_forced_refresh_reaches_every_worker(stack: Stack, settings: Settings)
         assert len(done.workers) == 2 and done.verified and not done.undo
         assert stack.issuer.fetches >= before + 2 * n
     stack.issuer.failing = True
+    monkeypatch.setattr(limit, "OBEYED_SECONDS", 0.5)
     try:
         failed = ask(stack, settings.model_copy(update={"jwks_timeout_seconds": 0.2}), "refresh-jwks")
     finally:
         stack.issuer.failing = False
+    monkeypatch.undo()
     assert failed.verified is False and newest(stack)["verified"] is False
     assert ask(stack, settings, "refresh-jwks").verified
 

@@ -73,8 +73,8 @@ class Row(msgspec.Struct):
 
 
 def without_tokens(text: str) -> str:
-    """A token that somebody pasted where it does not belong is not kept."""
-    return _TOKEN.sub("[redacted]", text)
+    """A token that somebody pasted where it does not belong is not kept, nor is what PostgreSQL takes for no text."""
+    return _TOKEN.sub("[redacted]", text).replace("\0", "").encode("utf-8", "replace").decode()
 
 
 class Book:

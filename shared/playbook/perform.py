@@ -34,7 +34,8 @@ def perform(settings: Settings, control_plane: ControlPlane | None, request: Req
     row = book.begin(action, request, msgspec.to_builtins(arguments))
     try:
         if request.tenant_id is not None:
-            _check_place(settings, control_plane, request.tenant_id)
+            # A control plane that has just not answered is not asked again: somebody is waiting.
+            _check_place(settings, control_plane if book.recorded else None, request.tenant_id)
         outcome = action.do(Context(settings, control_plane), request, arguments)
         undo = [str(row.action_id) if word == "ACTION_ID" else word for word in outcome.undo]
         outcome = msgspec.structs.replace(outcome, undo=undo)
@@ -67,8 +68,8 @@ def checked(request: Request) -> tuple[Action, Any]:
             raise BadRequest(str(e)) from e
     if action.kind != "read" and not request.reason.strip():
         raise BadRequest(f"{action.name} needs a reason")
-    if len(request.reason) > MAX_REASON_CHARS or "\0" in request.reason:
-        raise BadRequest(f"a reason has at most {MAX_REASON_CHARS} characters, and none is NUL")
+    if len(request.reason) > MAX_REASON_CHARS or not _is_text(request.reason):
+        raise BadRequest(f"a reason is text of at most {MAX_REASON_CHARS} characters, and none is NUL")
     if request.ttl_seconds is not None:
         if not action.ttl:
             raise BadRequest(f"{action.name} leaves nothing that would end by itself: give no time")
@@ -81,9 +82,20 @@ def checked(request: Request) -> tuple[Action, Any]:
 
 def _arguments(action: Action, given: Mapping[str, Any]) -> Any:
     try:
-        return msgspec.convert(dict(given), action.arguments)
-    except msgspec.ValidationError as e:
+        converted = msgspec.convert(dict(given), action.arguments)
+        if b"\\u0000" in msgspec.json.encode(converted):
+            raise BadRequest(f"{action.name}: no text of an argument may hold NUL")
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:
         raise BadRequest(f"{action.name}: {e}") from e
+    return converted
+
+
+def _is_text(text: str) -> bool:
+    """Whether PostgreSQL takes it: a terminal may hand over bytes that are no UTF-8."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_place(settings: Settings, control_plane: ControlPlane | None, tenant_id: str) -> None:
