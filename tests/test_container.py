@@ -23,6 +23,7 @@ from typing import Any
 import compose_spec
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from deployments import healthcheck, orchestration
 from shared import environment
@@ -94,7 +95,7 @@ def test_no_registry_is_recorded() -> None:
 def test_every_dependency_of_the_image_is_pinned_to_what_was_tested() -> None:
     """pip takes what the constraints say, and the rest from wherever it is today: there must be no rest."""
     pins = dict(re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", constraints(), re.MULTILINE))
-    found = {name: metadata.version(name) for name in closure("engram-cloud-ops", "litestream")}
+    found = {name: metadata.version(name) for name in closure(image_requirements())}
     assert len(found) > 80
     assert {name: pins.get(name) for name in found} == found
     assert f'"hatchling=={pins["hatchling"]}"' in said("build", "RUN")[0], "the builder's version as well"
@@ -104,22 +105,26 @@ def constraints() -> str:
     return (ROOT / "deployments" / "constraints.txt").read_text()
 
 
-def closure(name: str, *extras: str) -> set[str]:
-    """Every distribution that installing this one brings here, by normal name."""
-    from packaging.requirements import Requirement
+def image_requirements() -> list[str]:
+    """What the Dockerfile hands to pip."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["litestream"]]
 
+
+def closure(requirements: list[str]) -> set[str]:
+    """Every distribution that installing these brings here, by normal name."""
     seen: set[tuple[str, frozenset[str]]] = set()
-    todo = [(name, frozenset(extras))]
+    todo = [(line, frozenset[str]()) for line in requirements]
     while todo:
-        project, wanted = todo.pop()
-        if (project, wanted) in seen:
+        line, extras = todo.pop()
+        needed = Requirement(line)
+        if needed.marker is not None and not any(needed.marker.evaluate({"extra": e}) for e in ("", *extras)):
             continue
-        seen.add((project, wanted))
-        for line in metadata.requires(project) or []:
-            needed = Requirement(line)
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *wanted)):
-                todo.append((re.sub(r"[-_.]+", "-", needed.name).lower(), frozenset(needed.extras)))
-    return {project for project, _ in seen} - {name}
+        found = (re.sub(r"[-_.]+", "-", needed.name).lower(), frozenset(needed.extras))
+        if found not in seen:
+            seen.add(found)
+            todo += [(line, found[1]) for line in metadata.requires(found[0]) or []]
+    return {name for name, _ in seen}
 
 
 # The build, without an engine
