@@ -159,7 +159,7 @@ def test_no_route_under_v1_can_be_reached_without_a_token(stack: Stack) -> None:
     routes = [
         (method, path) for path, methods in document["paths"].items() if path.startswith("/v1/") for method in methods
     ]
-    assert len(routes) == 7
+    assert len([path for _, path in routes if not path.startswith("/v1/admin/")]) == 7 < len(routes)
     for method, path in routes:
         url = path.replace("{memory_id}", "x")
         assert_problem(stack.gateway.client.request(method, url, content=b"x" * 600_000), 401)
