@@ -2,11 +2,12 @@
 
 Each worker listens on a socket of its own, and the kernel gives a new connection to any of them. One that was accepted
 in the instant its worker stops would be closed unread. So the new worker has the kernel give it all new connections
-for a while (a one-instruction classic BPF program of the group, `SO_ATTACH_REUSEPORT_CBPF`), and the old one is told to
+as long as both listen (a one-instruction classic BPF program of the group, `SO_ATTACH_REUSEPORT_CBPF`), and the old one is told to
 go in the middle of that, when it has had time to read what it accepted.
 
-The program names a place in the group, and the newest is the last. Where that is wrong (a worker died meanwhile), or
-where the kernel knows no such thing, connections are given out as before.
+The program names a place in the group: the one behind the workers there usually are, which only exists while there is
+one more. Where nobody is in that place, so from when the old worker goes, or where the kernel knows no such thing,
+connections are given out among all. Nothing has to be taken back.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from pathlib import Path
 
 from shared.log import get_logger
 
-STEER_SECONDS = 6.0
 _LISTEN_SECONDS = 10.0
 _POLL_SECONDS = 0.02
-_ATTACH, _DETACH = 51, 68  # SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF: Python has no names for them
+_ATTACH = 51  # SO_ATTACH_REUSEPORT_CBPF: Python has no name for it
 _RETURN = 0x06  # BPF_RET | BPF_K
 log = get_logger("gateway")
 
@@ -38,7 +38,7 @@ class _Program(ctypes.Structure):
 
 
 def steer_here(port: int, place: int) -> None:
-    """In a thread of its own: once this process listens on `port`, be given all its new connections for a while."""
+    """In a thread of its own: once this process listens on `port`, be given all its new connections."""
     threading.Thread(target=_steer, args=(port, place), name="steering", daemon=True).start()
 
 
@@ -48,19 +48,17 @@ def _steer(port: int, place: int) -> None:
         if time.monotonic() > deadline:
             return
         time.sleep(_POLL_SECONDS)
-    instruction = _Instruction(_RETURN, 0, 0, place)
-    program = _Program(1, ctypes.pointer(instruction))
     with closing(mine):
         try:
-            mine.setsockopt(socket.SOL_SOCKET, _ATTACH, bytes(program))
+            _attach(mine, place)
         except OSError as e:
             log.warning("connections_not_steered", cause=e.strerror)
-            return
-    time.sleep(STEER_SECONDS)
-    mine = listener(port)
-    if mine is not None:
-        with closing(mine), suppress(OSError):  # another worker's program took its place, and went
-            mine.setsockopt(socket.SOL_SOCKET, _DETACH, 0)
+
+
+def _attach(listening: socket.socket, place: int) -> None:
+    """Have the kernel give every new connection of the socket's group to the one in that place."""
+    instruction = _Instruction(_RETURN, 0, 0, place)
+    listening.setsockopt(socket.SOL_SOCKET, _ATTACH, bytes(_Program(1, ctypes.pointer(instruction))))
 
 
 def listener(port: int) -> socket.socket | None:

@@ -14,6 +14,7 @@ import pytest
 from flows.act import Name
 from shared import limits
 from shared.control_plane import ControlPlane
+from shared.counters import Route
 from shared.errors import ControlPlaneUnavailable, Permanent, Refused, UnknownTenant
 from shared.playbook import audit, autonomy, busiest, volume
 from shared.playbook.action import BadRequest, Kind, Request, RequestedBy
@@ -264,6 +265,19 @@ def test_top_names_the_tenant_that_asks_most(stack: Stack, settings: Settings) -
         assert row["errors"] == 0 and row["busy_seconds"] > 0
     routes = {row["route"]: row for row in ask(stack, settings, "top", seconds=0.0).tables["routes"]}
     assert routes["/v1/memories/{id}"]["requests"] >= 300
+
+
+def test_routes_are_what_happened_between_two_looks() -> None:
+    """What is slow since the start of the gateway may have been fast for hours; slowest first."""
+    before = {"/v1/search": Route(100, 50, {0.25: 100.0, 1.0: 100.0, float("inf"): 100.0})}
+    after = {
+        "/v1/search": Route(120, 51, {0.25: 101.0, 1.0: 120.0, float("inf"): 120.0}),
+        "/v1/memories": Route(5, 0, {0.25: 5.0, 1.0: 5.0, float("inf"): 5.0}),
+        "/v1/usage": Route(),
+    }
+    slow, fast = busiest.between(before, after, 10.0)
+    assert (slow.route, slow.requests, slow.rps, slow.errors, slow.slow_ms) == ("/v1/search", 20, 2.0, 1, 1000.0)
+    assert (fast.route, fast.slow_ms) == ("/v1/memories", 250.0)
 
 
 def test_a_tenants_rows_of_all_workers_are_one() -> None:

@@ -46,7 +46,7 @@ def serves(settings: Settings) -> dict[str | None, VerificationKey]:
 
 
 def status(context: Context, request: Request, _: Any) -> Outcome:
-    """Is every worker able to verify what the issuer signs now?"""
+    """Is every worker able to verify what the issuer signs now? One that met no token yet needs none."""
     settings = context.settings
     findings: list[Finding] = []
     served: list[str] | None = None
@@ -62,7 +62,8 @@ def status(context: Context, request: Request, _: Any) -> Outcome:
     for pid, report in sorted(reports.items()):
         keys_held = report.keys if report is not None else Keys([])
         age_seconds = None if keys_held.asked_at is None else round(time.time() - keys_held.asked_at, 1)
-        missing = sorted(set(served or ()) - set(keys_held.kids))
+        asked = keys_held.asked_at is not None or keys_held.failed != ""
+        missing = sorted(set(served or ()) - set(keys_held.kids)) if asked else []
         table.append(
             {
                 "worker": pid,
@@ -75,7 +76,7 @@ def status(context: Context, request: Request, _: Any) -> Outcome:
         )
     oldest = max((row["age_seconds"] for row in table if row["age_seconds"] is not None), default=None)
     limit_seconds = settings.jwks_ttl_seconds + settings.jwks_timeout_seconds
-    never = [row["worker"] for row in table if row["age_seconds"] is None]
+    never = [row["worker"] for row in table if row["age_seconds"] is None and row["failing"]]
     without = [row["worker"] for row in table if row["missing"]]
     old = oldest is not None and oldest > limit_seconds
     failing = [row["worker"] for row in table if row["failing"]]

@@ -75,7 +75,8 @@ def set_rate_limit(context: Context, request: Request, arguments: SetRateLimit) 
     rate = msgspec.convert(dict(held) | changes, Rate)
     if "burst" in changes and not rate.rps:
         raise BadRequest("set-rate-limit: there is no rate whose burst could be changed; give `rps` too")
-    return change(context, request, name, msgspec.to_builtins(rate))
+    given = {key: value for key, value in msgspec.structs.asdict(rate).items() if value is not None}
+    return change(context, request, name, given)
 
 
 def cap_pool(context: Context, request: Request, arguments: CapPool) -> Outcome:

@@ -52,12 +52,13 @@ def explain(context: Context, request: Request, _: Any) -> Outcome:
     findings: list[Finding] = []
     failures: list[str] = []
 
-    def check(name: str, normal: str, job: Callable[[], Any]) -> Any:
+    def check(name: str, normal: str, job: Callable[[], Any], said: object = None) -> Any:
         try:
             seen = job()
         except Unauthenticated as e:
             failures.append(e.reason)
-            findings.append(Finding(name, MEANING[e.reason], normal, False))
+            seen = MEANING[e.reason] if said is None else f"{_cut(said)}: {MEANING[e.reason]}"
+            findings.append(Finding(name, seen, normal, False))
             return None
         findings.append(Finding(name, _cut(seen), normal, True))
         return seen
@@ -136,8 +137,8 @@ def _check_claims(context: Context, claims: dict[str, Any], check: Callable[...,
         return rules.audience
 
     check("times", f"not expired, not of the future, leeway {rules.leeway_seconds:g} s", times)
-    check("issuer", _beside(rules.issuer, claims.get("iss")), issuer)
-    check("audience", _beside(rules.audience, claims.get("aud")), audience)
+    check("issuer", rules.issuer, issuer, claims.get("iss"))
+    check("audience", rules.audience, audience, claims.get("aud"))
     tenant_id = check("tenant", f"an id in `{rules.tenant_claim}`", lambda: tenant_of(rules, claims))
     check("scopes", "words in `scope`", lambda: " ".join(sorted(scopes_of(claims))) or "none")
     if tenant_id is not None:
@@ -154,10 +155,6 @@ def _state(context: Context, tenant_id: str) -> Finding:
     except ControlPlaneUnavailable:
         return Finding("tenant state", "the control plane does not answer", "active", None)
     return Finding("tenant state", state, "active", state == "active")
-
-
-def _beside(wanted: str, given: object) -> str:
-    return wanted if given == wanted else f"{wanted}; the token says {_cut(given)}"
 
 
 def _cut(value: object) -> str:
