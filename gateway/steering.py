@@ -2,8 +2,8 @@
 
 Each worker listens on a socket of its own, and the kernel gives a new connection to any of them. One that was accepted
 in the instant its worker stops would be closed unread. So the new worker has the kernel give it all new connections
-as long as both listen (a one-instruction classic BPF program of the group, `SO_ATTACH_REUSEPORT_CBPF`), and the old one is told to
-go in the middle of that, when it has had time to read what it accepted.
+as long as both listen (a one-instruction classic BPF program of the group, `SO_ATTACH_REUSEPORT_CBPF`), and the old one
+is told to go when it has had time to read what it accepted.
 
 The program names a place in the group: the one behind the workers there usually are, which only exists while there is
 one more. Where nobody is in that place, so from when the old worker goes, or where the kernel knows no such thing,

@@ -26,7 +26,7 @@ def accepted(listeners: list[socket.socket], port: int) -> list[int]:
 
 
 def test_the_newest_is_given_all_until_it_is_one_of_the_usual_number() -> None:
-    """Two workers and one that takes the place of the first: all are its own, and everybody's when the first is gone."""
+    """Two workers and one that takes the place of the first: all are its own, then everybody's again."""
     with ExitStack() as closing:
         listeners: list[socket.socket] = []
         port = 0
