@@ -17,8 +17,8 @@ on all of them. Read the ratios: to_sha256sum and to_openssl are a backup's time
 Each with a writer beside it and without; with one, the longest commit of the writer meanwhile, and while only it ran.
 `restore` brings the copy back to a file: `backup.fetch` with its sha256, `restic restore`, `litestream restore`.
 Content is half random, half digits of it (zstd halves it). A process of its own makes each backup; its start is not
-counted for ours and cannot be taken off the others', which matters at 1 MB alone; `again` is a second backup by the same
-process, as a run over a fleet makes them. `rss` is its VmHWM in megabytes.
+counted for ours and cannot be taken off the others', which matters at 1 MB alone; `again` is a second backup by the
+same process, as a run over a fleet makes them. `rss` is its VmHWM in megabytes.
 
 restic comes from PATH, Litestream from where the product looks. What is not there is "not installed", never a number.
 """
