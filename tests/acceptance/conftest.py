@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,15 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+
+# Secrets of the stack's environment that nothing here needs; `test_canaries` looks for them everywhere.
+_CREDENTIALS = [
+    f"S3_{role}{part}" for role in ("", "READ_", "DELETE_") for part in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+]
+CANARIES = {
+    f"ENGRAM_{name}": f"canary{secrets.token_hex(16)}"
+    for name in (*_CREDENTIALS, "BACKUP_MASTER_KEY", "BACKUP_MASTER_KEYS_OLDER")
+}
 
 
 @dataclass
@@ -64,6 +74,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
     environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
     environment["ENGRAM_USAGE_STORAGE_SECONDS"] = "10"
+    environment |= CANARIES
     started = Stack(environment, {})
     started.engram("up", "--detach")
     try:
