@@ -303,9 +303,10 @@ def test_a_bug_in_one_check_costs_that_check_alone(tmp_path: Path) -> None:
 
 
 def figures(requests: dict[str, float], **reasons: float) -> Figures:
-    """Rates of a window: requests by status, 401 by reason."""
+    """Rates of a window: requests of clients by status, 401 by reason; and a worker that was not ready yet."""
+    counted = {frozenset({("status", s), ("route", "/v1/search")}): rps for s, rps in requests.items()}
     rates = {
-        "engram_requests_total": {frozenset({("status", s)}): rps for s, rps in requests.items()},
+        "engram_requests_total": counted | {frozenset({("status", "503"), ("route", "/ready")}): 50.0},
         "engram_auth_failures_total": {frozenset({("reason", r)}): rps for r, rps in reasons.items()},
     }
     return Figures("last 10 min", lambda metric: rates.get(metric, {}), {})

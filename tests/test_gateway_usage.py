@@ -145,7 +145,7 @@ def test_an_access_line_says_who_what_and_how_long_and_nothing_secret(stack: Sta
     stack.gateway.access_line(last.headers["x-request-id"])
     assert line.keys() == {
         "component", "event", "level", "ts", "request_id", "tenant_id", "route", "method", "status", "latency_ms",
-        "client_request_id",
+        "client_request_id", "client",
     }  # fmt: skip
     assert (line["tenant_id"], line["route"], line["method"], line["status"]) == (tenant, "/v1/memories", "POST", 201)
     assert line["client_request_id"] == "client-7" and line["latency_ms"] > 0

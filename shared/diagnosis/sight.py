@@ -39,9 +39,13 @@ class Figures:
         self._rates = rates
         self._now = now
 
-    def by(self, metric: str, label: str) -> dict[str, float]:
-        """The rate for each value of one label, summed over the others; without those that stand still."""
-        return _grouped(self._rates(metric), label)
+    def by(self, metric: str, label: str, *, routes: str = "") -> dict[str, float]:
+        """The rate for each value of one label, summed over the others; without those that stand still. `routes` is
+        how a counted route must begin."""
+        rates = self._rates(metric)
+        if routes:
+            rates = {labels: rate for labels, rate in rates.items() if dict(labels).get("route", "").startswith(routes)}
+        return _grouped(rates, label)
 
     def rate(self, metric: str) -> float:
         return sum(self._rates(metric).values())
