@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,7 @@ class Traffic:
         self._thread.start()
         self._clients: dict[str, list[asyncio.Task[None]]] = {}
         self.slowest_seconds = 0.0
-        self.statuses: dict[str, set[int]] = {}
+        self.statuses: dict[str, Counter[int]] = {}
 
     def start(self, name: str, token: str, path: str, body: Any, *, per_second: float, clients: int = 1) -> None:
         async def begin() -> None:
@@ -92,10 +94,10 @@ class Traffic:
                 began = time.monotonic()
                 with contextlib.suppress(httpx.TransportError):  # a worker that is replaced closes connections
                     answer = await client.request("POST" if body else "GET", path, json=body)
-                    self.statuses.setdefault(name, set()).add(answer.status_code)
-                took = time.monotonic() - began
-                self.slowest_seconds = max(self.slowest_seconds, took)
-                await asyncio.sleep(max(0.0, every_seconds - took))
+                    self.statuses.setdefault(name, Counter())[answer.status_code] += 1
+                self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - began)
+                # Whoever asks at even intervals may fall into step with a fault that comes and goes, and never meet it.
+                await asyncio.sleep(every_seconds * random.uniform(0.5, 1.5))
 
 
 @dataclass
@@ -145,7 +147,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     environment |= {
         "ENGRAM_DATA_DIR": str(tmp_path_factory.mktemp("watched")),
         "ENGRAM_MONITORING_MINUTE_SECONDS": "2",
-        "ENGRAM_RATE_LIMIT_RPS": "30",
+        "ENGRAM_RATE_LIMIT_RPS": "25",
         "ENGRAM_PREFECT_WORKER_LIMIT": "1",
     }
     stack = Stack(environment, {})
@@ -196,20 +198,21 @@ def test_each_of_the_six_is_fired_by_its_fault_and_clears(watched: Watched) -> N
     """A rule is only known to work once the thing it is for has happened, on the real parts, from end to end."""
     traffic, tokens = watched.traffic, watched.tokens
     memory = {"content": "written while somebody else holds the database"}
-    with _broken(watched.file("broken")), _held(watched.file("slow"), seconds=0.8):
+    with _broken(watched.file("broken")), _held(watched.file("slow"), seconds=1.3):
         traffic.start("broken", tokens["broken"], "/v1/memories", None, per_second=5)
-        traffic.start("slow", tokens["slow"], "/v1/memories", memory, per_second=20, clients=20)
+        traffic.start("slow", tokens["slow"], "/v1/memories", memory, per_second=30, clients=20)
         traffic.start("bad tokens", "not.a.token", "/v1/memories", None, per_second=10)
-        traffic.start("flood", tokens["flood"], "/v1/memories", None, per_second=45, clients=4)
+        traffic.start("flood", tokens["flood"], "/v1/memories", None, per_second=35, clients=4)
         took = watched.await_firing(*(SIX - {"EngramUsageFlushFailures"}))
         traffic.stop("broken", "slow", "bad tokens", "flood")
-    assert traffic.statuses["broken"] == {503} and 401 in traffic.statuses["bad tokens"]
+    assert set(traffic.statuses["broken"]) == {503} and 401 in traffic.statuses["bad tokens"]
     assert 429 in traffic.statuses["flood"]
     with mounted(watched.settings.spool_dir, "-t", "tmpfs", "-o", "ro", "tmpfs"):  # the disk turns read-only
         took |= watched.await_firing("EngramUsageFlushFailures")
     began = time.monotonic()
     eventually(lambda: not watched.firing() & SIX, LIMIT_SECONDS)
     print(f"seconds from fault to alert: {took}; all clear after {time.monotonic() - began:.1f}")
+    print(f"clients saw {traffic.statuses}")
     assert not watched.query("engram_usage_lost_total > 0"), "what could not be written was kept"
 
 
@@ -257,7 +260,7 @@ def _held(path: Path, *, seconds: float) -> Iterator[None]:
                 connection.execute("BEGIN IMMEDIATE")
                 stop.wait(seconds)
                 connection.execute("ROLLBACK")
-                stop.wait(seconds / 4)
+                stop.wait(0.2)
 
     thread = threading.Thread(target=hold)
     thread.start()
