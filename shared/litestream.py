@@ -66,13 +66,16 @@ def program(settings: Settings) -> str:
     return found
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """What its process gets: nothing of ours but the store's credentials, under the names it reads."""
+def environment(settings: Settings, *, reading: bool = False) -> dict[str, str]:
+    """What its process gets: nothing of ours but the store's credentials, under the names it reads; for `reading` those
+    that can only read, when there are such."""
     ours = ("ENGRAM_", "PREFECT_", "LITESTREAM_", "AWS_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "ENGRAM_STACK"}
     if settings.object_store_url.startswith("s3:"):
-        kept["AWS_ACCESS_KEY_ID"] = settings.s3_access_key_id
-        kept["AWS_SECRET_ACCESS_KEY"] = settings.s3_secret_access_key.get_secret_value()
+        apart = reading and settings.s3_read_access_key_id
+        secret = settings.s3_read_secret_access_key if apart else settings.s3_secret_access_key
+        kept["AWS_ACCESS_KEY_ID"] = settings.s3_read_access_key_id if apart else settings.s3_access_key_id
+        kept["AWS_SECRET_ACCESS_KEY"] = secret.get_secret_value()
     return kept
 
 
@@ -92,7 +95,8 @@ def configuration(settings: Settings, databases: Mapping[str, str]) -> bytes:
     """The configuration file (JSON is YAML) for {database file: replica address}.
 
     Every transaction file is kept for the whole window, because a merged one says only when its first transaction was:
-    a restore to an instant in its middle would bring back what came after.
+    a restore to an instant in its middle would bring back what came after. Where deleting has credentials of its own,
+    this process cannot, and leaves what is beyond the window to a lifecycle rule of the bucket.
     """
     window_seconds = round(settings.point_in_time_hours * 3600)
     return json.dumps(
@@ -107,6 +111,7 @@ def configuration(settings: Settings, databases: Mapping[str, str]) -> bytes:
                 "interval": f"{round(_SNAPSHOT_HOURS * 3600)}s",
                 "retention": f"{window_seconds + 2 * round(_SNAPSHOT_HOURS * 3600)}s",  # one older than the window
             },
+            "retention": {"enabled": not settings.s3_delete_access_key_id},
             "dbs": [{"path": path, "replica": {"url": url}} for path, url in sorted(databases.items())],
         },
         indent=1,
@@ -130,7 +135,7 @@ def restore(settings: Settings, prefix: str, txid: int, destination: Path) -> No
     argv = [program(settings), "restore", "-o", str(destination), "-txid", f"{txid:016x}"]
     child = subprocess.Popen(
         [*argv, replica_url(settings, prefix)],
-        env=environment(settings),
+        env=environment(settings, reading=True),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -371,3 +371,18 @@ def test_the_stack_has_the_part_only_when_it_is_asked_for(tmp_path: Path) -> Non
         finally:
             ports.release_all()
         assert (made.litestream is not None) == (point_in_time == "litestream")
+
+
+def test_credentials_that_are_kept_apart_stay_apart(tmp_path: Path) -> None:
+    """Who copies must not be able to delete, and who restores not to write."""
+    settings = settings_in(
+        tmp_path, "", object_store_url="s3://b/p", s3_access_key_id="writes", s3_secret_access_key="w",
+        s3_read_access_key_id="reads", s3_read_secret_access_key="r",
+        s3_delete_access_key_id="deletes", s3_delete_secret_access_key="d",
+    )  # fmt: skip
+    assert litestream.environment(settings)["AWS_ACCESS_KEY_ID"] == "writes"
+    assert litestream.environment(settings, reading=True)["AWS_SECRET_ACCESS_KEY"] == "r"
+    assert json.loads(litestream.configuration(settings, {}))["retention"] == {"enabled": False}
+    plain = settings.model_copy(update={"s3_delete_access_key_id": "", "s3_read_access_key_id": ""})
+    assert litestream.environment(plain, reading=True)["AWS_ACCESS_KEY_ID"] == "writes"
+    assert json.loads(litestream.configuration(plain, {}))["retention"] == {"enabled": True}
