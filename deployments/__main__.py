@@ -26,7 +26,7 @@ OLDEST_PYTHON = (3, 11)
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
 # A file's tests stay together, in one of as many processes as there are cores (`tests/conftest.py`): much of what they
 # do is waiting for a real process to start or stop.
-TESTS = ("pytest", "-n", "auto", "--maxprocesses=4", "--dist", "loadgroup", "--no-loadscope-reorder", "--durations=25")
+TESTS = ("pytest", "-n", "auto", "--maxprocesses=4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25")
 
 
 def main() -> None:
