@@ -119,7 +119,8 @@ def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Pa
     """`prometheus.yml` with the addresses of this stack."""
     configuration = _source("prometheus.yml")
     interval, timeout = (f"{max(1, round(seconds * 1_000))}ms" for seconds in _scrape_times(settings))
-    configuration["global"] = {"scrape_interval": interval, "evaluation_interval": interval, "scrape_timeout": timeout}
+    configuration["global"] |= {"scrape_interval": interval, "evaluation_interval": interval, "scrape_timeout": timeout}
+    configuration["global"]["external_labels"]["prefect_ui"] = settings.prefect_ui_url
     configuration["rule_files"] = [str(rules_dir / "*.yml")]
     managers = configuration["alerting"]["alertmanagers"]
     managers[0]["static_configs"][0]["targets"] = [f"{LOOPBACK}:{settings.alertmanager_port}"]

@@ -85,6 +85,7 @@ def test_the_configuration_of_a_stack_is_the_production_one_with_other_addresses
     assert webhook["http_config"]["authorization"]["credentials_file"].startswith(str(tmp_path))
     text = yaml.safe_dump([prometheus, alertmanager])
     assert "internal" not in text and "example.com" not in text, "a host of the production example is left"
+    assert prometheus["global"]["external_labels"] == {"prefect_ui": settings.prefect_ui_url}
     targets = [t for job in prometheus["scrape_configs"] for s in job["static_configs"] for t in s["targets"]]
     assert targets == ["127.0.0.1:18080", "http://127.0.0.1:18080/health", "http://127.0.0.1:18080/ready"]
     for name, document, check in (

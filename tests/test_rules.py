@@ -103,6 +103,8 @@ def test_every_alert_says_what_to_do_and_who_is_woken() -> None:
         assert labels.get("diagnosis", "auth") in SUBJECTS, rule["alert"]
         assert annotations["summary"], rule["alert"]
         assert re.fullmatch(r"[a-z-]+\.md", annotations["runbook"]), rule["alert"]
+        link = f"{{{{ $externalLabels.prefect_ui }}}}/artifacts/key/diagnose-{labels.get('diagnosis')}"
+        assert annotations.get("diagnosis_url") == (link if "diagnosis" in labels else None), rule["alert"]
         assert "\n" not in annotations["command"] and annotations["command"].startswith("engram "), rule["alert"]
     assert max(Counter(rule["alert"] for rule in ALERTS).values()) == 1
 
