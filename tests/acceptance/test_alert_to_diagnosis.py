@@ -107,16 +107,18 @@ def test_an_alert_is_diagnosed_once_and_three_clicks_lead_to_the_form_that_mends
     [run] = runs(stack, "EngramDatabaseOpenFailures")
     assert run["name"] == f"diagnose-tenant-db-{TENANT}"
     [artifact] = stack.prefect("POST", "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert artifact["key"] == f"diagnose-tenant-db-{TENANT}"  # of the rules' alerts, which name no tenant, without it
     assert f"engram restore {TENANT} --backup {backup['backup_id']}" in artifact["data"], artifact["data"]
-    follow(page, f"{stack.status['prefect_ui_url']}/runs/flow-run/{run['id']}", backup["backup_id"])
+    follow(page, f"{stack.status['prefect_ui_url']}/artifacts/key/{artifact['key']}", backup["backup_id"])
     wait_until(lambda: restored(stack), 90)
     assert client.get(f"/v1/memories/{memory['id']}").json() == memory
 
 
-def follow(page: Page, run_url: str, backup_id: str) -> None:  # noqa: F811
-    """As somebody who was called and opens the run: three clicks to the filled form, and then what sends it."""
-    page.goto(run_url)
-    page.get_by_text("Artifacts", exact=True).click()
+def follow(page: Page, diagnosis_url: str, backup_id: str) -> None:  # noqa: F811
+    """As somebody who was called: the alert's link (`diagnosis_url` in the rules), what was seen, the filled form; and
+    then what sends it."""
+    page.goto(diagnosis_url)
+    page.get_by_text("Proposed:").first.wait_for()
     page.locator("a[href*='/artifacts/artifact/']").first.click()
     page.get_by_text(f"the database of {TENANT} is corrupt").first.wait_for()
     page.get_by_text("normal range").wait_for()
