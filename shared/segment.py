@@ -32,6 +32,7 @@ MAGIC = b"ENGSPL1\n"
 _MARKER = b"\xe5\x9e"
 _HEAD = struct.Struct(">2sII")
 _MAX_FRAME_BYTES = 65_536
+_TRIES = 5
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(UsageEvent).decode
@@ -128,9 +129,7 @@ class Segment:
     )
 
     def __init__(self, directory: Path) -> None:
-        self.name = f"{time.time_ns() // 1000:016d}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._path = directory / f"{self.name}.open"
-        self._fd = _locked(self._path.with_suffix(".tmp"))
+        self._create(directory)
         self.opened_at = time.monotonic()
         self.size_bytes = len(MAGIC)
         self.events = 0
@@ -139,12 +138,26 @@ class Segment:
         self._named = False  # the directory entry is on the disk
         self._sealed = False
         self._suspect = False  # a fdatasync failed: see above
-        try:
-            _write_all(self._fd, MAGIC)
-            os.rename(self._path.with_suffix(".tmp"), self._path)
-        except OSError:
-            self._abandon(self._fd)
-            raise
+
+    def _create(self, directory: Path) -> None:
+        """An adopter that comes between creation and lock takes the file for a dead owner's and removes it. Seen on a
+        machine with too much to do; what was to be appended would wait, and everything be refused, until a retry."""
+        for tries_left in reversed(range(_TRIES)):
+            self.name = f"{time.time_ns() // 1000:016d}-{os.getpid()}-{secrets.token_hex(4)}"
+            self._path = directory / f"{self.name}.open"
+            try:
+                self._fd = _locked(self._path.with_suffix(".tmp"))
+                try:
+                    _write_all(self._fd, MAGIC)
+                    os.rename(self._path.with_suffix(".tmp"), self._path)
+                except OSError:
+                    self._abandon(self._fd)
+                    raise
+            except (BlockingIOError, FileNotFoundError):
+                if not tries_left:
+                    raise
+            else:
+                return
 
     def append(self, data: bytes) -> None:
         """One frame, or nothing of it."""

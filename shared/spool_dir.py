@@ -58,7 +58,7 @@ def _adopt(path: Path) -> Path | None:
             return None
         copy = path.suffix == ".tmp" and path.with_suffix(".open").exists()
         if copy or os.fstat(fd).st_size <= len(MAGIC):
-            path.unlink()
+            path.unlink(missing_ok=True)  # its owner, alive after all, may have given it up
             return None
         os.fdatasync(fd)
         sealed_path = path.with_suffix(".seg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -93,6 +94,33 @@ def test_closing_seals_everything_and_leaves_no_open_file(settings: Settings) ->
     assert not list(settings.spool_dir.glob("*.open"))
     assert drain(settings.spool_dir) == written
     producer.close()
+
+
+@pytest.mark.parametrize("adopter", ["removes it", "holds it"])
+def test_an_adopter_between_creation_and_lock_costs_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, adopter: str
+) -> None:
+    """On a busy machine it takes the new file for a dead owner's; everything was refused until the next tick."""
+    producer, held = Spool(settings), list[int]()
+
+    def flock(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        [new] = settings.spool_dir.glob("*.tmp")
+        if adopter == "removes it":
+            spool.adopt(settings.spool_dir)
+            assert not new.exists()
+        else:
+            held.append(os.open(new, os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+        fcntl.flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    written = event()
+    assert producer.append(written) and producer.available
+    for fd in held:
+        os.close(fd)
+    producer.close()
+    assert [e.request_id for e in drain(settings.spool_dir)] == [written.request_id]
 
 
 def test_a_live_owners_segment_is_never_adopted(settings: Settings) -> None:
