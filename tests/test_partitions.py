@@ -44,7 +44,8 @@ def noon(days_ago: int) -> datetime:
 
 
 def of_day(days_ago: int, tenant_id: str = "acme", count: int = 3) -> list[UsageEvent]:
-    return [event(tenant_id, at=noon(days_ago) + timedelta(seconds=n), memories_created=n) for n in range(count)]
+    at = min(noon(days_ago), datetime.now(UTC))  # today before noon too: what is to come is set aside
+    return [event(tenant_id, at=at + timedelta(seconds=n), memories_created=n) for n in range(count)]
 
 
 def drained_long_ago(control_plane: ControlPlane, settings: Settings, *days_ago: int) -> list[UsageEvent]:
