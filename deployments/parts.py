@@ -23,7 +23,7 @@ from deployments.orchestration import http_ok
 from deployments.ports import PortReservations
 from deployments.postgres import EmbeddedPostgres
 from deployments.process import STACK_MARK, Child, catches_sigterm
-from deployments.running import gateway_address, resolved_values
+from deployments.running import resolved_values
 from shared import litestream
 from shared.errors import Permanent
 from shared.settings import Settings
@@ -108,9 +108,9 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
             [*_ENGRAM, "serve"],
             env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
             log_path=logs / "gateway.log",
-            ready=lambda: http_ok(f"{gateway_url(resolved)}/ready", own=True),
+            ready=lambda: http_ok(f"{resolved.gateway_url}/ready", own=True),
         ),
-        monitoring=watch.children(resolved, environment, gateway_url(resolved)) if monitoring else [],
+        monitoring=watch.children(resolved, environment, resolved.gateway_url) if monitoring else [],
     )
 
 
@@ -127,11 +127,6 @@ def child_environment(settings: Settings) -> dict[str, str]:
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), _LOOPBACK, "localhost"]
     ours["NO_PROXY"] = ours["no_proxy"] = ",".join(filter(None, direct))  # a proxy cannot reach our loopback
     return {**os.environ, **ours, **orchestration.client_environment(settings)}
-
-
-def gateway_url(settings: Settings) -> str:
-    """Where a client on this machine reaches the gateway."""
-    return gateway_address(settings.gateway_host, settings.gateway_port, tls=bool(settings.tls_certificate))
 
 
 def _issuer(settings: Settings, environment: dict[str, str]) -> Child:

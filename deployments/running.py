@@ -162,13 +162,6 @@ def resolved_values(settings: Settings) -> dict[str, Any]:
     return values | {"control_plane_url": settings.control_plane_url.get_secret_value()}
 
 
-def gateway_address(host: str, port: int, *, tls: bool) -> str:
-    """Where a client on this machine reaches the gateway."""
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    scheme = "https" if tls else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
 def status(settings: Settings) -> dict[str, Any]:
     """What `engram status --json` prints. Never raises for a stack that does not run."""
     holder = UpLock(settings.data_dir).holder()
@@ -187,6 +180,7 @@ def status(settings: Settings) -> dict[str, Any]:
         overall = state.state
         if overall == "running" and any(p["state"] != "running" for p in processes):
             overall = "degraded"
+    running = settings.model_copy(update={n: shown[n] for n in ("gateway_host", "gateway_port", "prefect_api_url")})
     control_plane_url = str(shown["control_plane_url"])
     if state is None or not state.embedded_postgres:
         control_plane_url = redact_url(control_plane_url)
@@ -194,10 +188,8 @@ def status(settings: Settings) -> dict[str, Any]:
         "state": overall,
         "environment": settings.env,
         "data_dir": str(settings.data_dir),
-        "gateway_url": gateway_address(shown["gateway_host"], shown["gateway_port"], tls=bool(settings.tls_certificate))
-        if state
-        else "",
-        "prefect_ui_url": str(shown["prefect_api_url"]).removesuffix("/").removesuffix("/api"),
+        "gateway_url": running.gateway_url if state else "",
+        "prefect_ui_url": running.prefect_ui_url,
         "prefect_api_url": shown["prefect_api_url"],
         "control_plane_url": control_plane_url,
         "object_store_url": shown["object_store_url"],

@@ -345,6 +345,13 @@ class Settings(BaseSettings):
         return self.data_dir / "sandbox"
 
     @property
+    def gateway_url(self) -> str:
+        """Where a client on this machine reaches the gateway. With TLS its certificate names the public host."""
+        host = "127.0.0.1" if self.gateway_host in ("0.0.0.0", "::", "") else self.gateway_host
+        scheme = "https" if self.tls_certificate else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.gateway_port}"
+
+    @property
     def prefect_ui_url(self) -> str:
         return self.prefect_api_url.removesuffix("/").removesuffix("/api")
 

@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from gateway.certificate import Certificate
 from gateway.headers import MAX_FIELDS
+from shared.diagnosis import edge
+from shared.diagnosis.sight import Sight
 from shared.errors import Permanent
 from shared.settings import Settings
 from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, stack  # noqa: F401
@@ -163,6 +165,13 @@ def test_who_takes_back_every_request_loses_the_connection(served: Gateway) -> N
             spoken.reset_stream(stream)
             connection.sendall(spoken.data_to_send())
     assert served.client.get("/health").status_code == 200
+
+
+def test_a_diagnosis_on_the_machine_sees_a_gateway_with_tls(served: Gateway) -> None:
+    """It would call it down else, at three in the morning; the certificate is for another name than the loopback's."""
+    settings = Settings(gateway_port=httpx.URL(served.url).port, tls_certificate="of the gateway", tls_key="its key")
+    with Sight(settings) as sight:
+        assert edge.ready(sight).ok
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")

@@ -17,7 +17,6 @@ from deployments.demo.checks import Checks
 from deployments.demo.client import Counted, TenantClient, mcp_session
 from deployments.demo.corpus import Conversation
 from deployments.issuer import mint
-from deployments.parts import gateway_url
 from deployments.prefect_api import PrefectApi, Run
 from shared import catalogue, registry
 from shared.control_plane import ControlPlane
@@ -73,7 +72,7 @@ def cast(settings: Settings, control_plane: ControlPlane, conversations: list[Co
 @asynccontextmanager
 async def _client(stage: Stage, actor: Actor) -> AsyncIterator[TenantClient]:
     limits = httpx.Limits(max_connections=16)
-    async with httpx.AsyncClient(base_url=gateway_url(stage.settings), timeout=30.0, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=stage.settings.gateway_url, timeout=30.0, limits=limits) as http:
         yield TenantClient(http, actor.tenant_id, actor.token, actor.counted)
 
 
@@ -132,7 +131,7 @@ def use_mcp(stage: Stage, advance: Advance) -> None:
     """Each tenant as an agent would: store, search and read with the official MCP client; REST sees the same."""
 
     async def one(actor: Actor) -> bool:
-        url = gateway_url(stage.settings)
+        url = stage.settings.gateway_url
         async with mcp_session(url, actor.token, actor.counted) as mcp, _client(stage, actor) as client:
             made = await mcp.call("memory_create", content=f"stored by {actor.tenant_id} over MCP", tags=["mcp"])
             batch = [{"content": f"one of several, number {n}", "tags": ["mcp"]} for n in range(3)]

@@ -105,8 +105,9 @@ class Sight:
         self._sample_seconds = sample_seconds
         self._sampling, self._opening = threading.RLock(), threading.Lock()
         self._answers: dict[str, Mapping[Labels, float]] = {}
-        # Addresses of this product's own parts: a proxy of the environment has no business there.
-        self._http = httpx.Client(timeout=HTTP_TIMEOUT_SECONDS, trust_env=False)
+        # This machine's own gateway: a proxy of the environment has no business there, and the certificate is for the
+        # gateway's public name.
+        self._http = httpx.Client(timeout=HTTP_TIMEOUT_SECONDS, trust_env=False, verify=False)
 
     def __enter__(self) -> Sight:
         return self
@@ -119,18 +120,12 @@ class Sight:
         if "_control_plane" in self.__dict__:
             self._control_plane.close()
 
-    @property
-    def gateway_url(self) -> str:
-        host = self.settings.gateway_host
-        host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.gateway_port}"
-
     def gateway(self, path: str) -> httpx.Response:
         """Raises `NotSeen` when nothing answers."""
         try:
-            return self._http.get(f"{self.gateway_url}{path}")
+            return self._http.get(f"{self.settings.gateway_url}{path}")
         except httpx.HTTPError as e:
-            raise NotSeen(f"no answer at {self.gateway_url}{path}: {e or type(e).__name__}") from e
+            raise NotSeen(f"no answer at {self.settings.gateway_url}{path}: {e or type(e).__name__}") from e
 
     @functools.cached_property
     def _control_plane(self) -> ControlPlane:
@@ -192,11 +187,11 @@ class Sight:
     def _scrape(self) -> dict[tuple[str, Labels], float]:
         answer = self.gateway("/metrics")
         if answer.status_code != 200:
-            raise NotSeen(f"{self.gateway_url}/metrics answers {answer.status_code}")
+            raise NotSeen(f"{self.settings.gateway_url}/metrics answers {answer.status_code}")
         try:
             return dict(_samples(answer.text))
         except ValueError as e:
-            raise NotSeen(f"{self.gateway_url}/metrics is not an exposition: {e}") from e
+            raise NotSeen(f"{self.settings.gateway_url}/metrics is not an exposition: {e}") from e
 
 
 def _samples(text: str) -> Iterator[tuple[tuple[str, Labels], float]]:
