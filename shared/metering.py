@@ -9,8 +9,9 @@ there already fails the copy as a whole, and the segment goes the slow way: INSE
 sums of what was new. A day without a partition fails it too; the partition is made and the segment tried again.
 
 Set aside (`usage_quarantine`, with the cause): what `shared.billable` refuses, and events of a day whose events were
-dropped (`shared.partitions`). Damaged bytes of a file go to `spool/quarantine/`. A segment that cannot be drained for a
-reason of its own waits in `spool/stuck/` and is tried again (`shared.stuck`).
+dropped (`shared.partitions`). They go to `spool/quarantine/` too, as do damaged bytes of a file: both raise the alert
+and wait for a person. A segment that cannot be drained for a reason of its own waits in `spool/stuck/` and is tried
+again (`shared.stuck`).
 
 Small neighbours share a transaction, up to one full segment's size: after an outage at low load thousands of them wait,
 and a transaction is seven round trips and a flush of the log (measured: 5.8 ms a COMMIT here). Each has its own audit
@@ -46,6 +47,7 @@ from shared.log import get_logger
 from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.spool import SegmentContent
+from shared.spool_dir import keep_refused
 from shared.usage import UsageEvent
 from shared.usage_audit import Drained
 from shared.usage_batch import Batch, columns
@@ -185,6 +187,7 @@ def _finish_together(
     for segment in segments:
         if segment.content is not None:
             spool.quarantine(segment.path, segment.content)
+            keep_refused(segment.path, segment.refused)
     try:
         drained = _commit_together(control_plane, settings, segments, batch, as_rows)
     except UniqueViolation:
@@ -222,6 +225,7 @@ def _finish(control_plane: ControlPlane, settings: Settings, segment: _Segment, 
     spool.quarantine(segment.path, segment.content)
     by_copy, ensured = True, False
     while True:
+        keep_refused(segment.path, segment.refused)
         try:
             with control_plane.transaction() as connection:
                 new = _count_in(connection, segment.batch, as_rows if by_copy else None)

@@ -7,6 +7,7 @@ Per tenant and UTC day, in one snapshot of PostgreSQL:
     daily       must be the same sums
     audit       what all drains together say they inserted for that day (`usage_segments.by_day`)
     waiting     events of that day in this machine's spool that PostgreSQL does not have yet; no difference, but said
+    set aside   events that drains refused to bill on these days, by tenant and cause; no difference, but said
 
 Per machine, since its gateway was started:
 
@@ -30,7 +31,7 @@ from uuid import UUID
 
 import msgspec
 
-from shared import counters, partitions, spool, stuck
+from shared import billable, counters, partitions, spool, stuck
 from shared.control_plane import ControlPlane, rows
 from shared.receipt import Receipt
 from shared.settings import Settings
@@ -84,13 +85,23 @@ class GatewayBooks(Receipt, frozen=True):
         return self.counted_before <= self.drained + self.spooled <= self.counted_after + self.killed
 
 
+class SetAside(Receipt, frozen=True):
+    tenant_id: str
+    reason: str
+    events: int
+
+
 class Books(Receipt, frozen=True):
-    """`gateway` is None when none was started on this machine. `waiting` is by tenant and day."""
+    """`gateway` is None when none was started on this machine. `waiting` is by tenant and day.
+
+    `set_aside` may be a person's matter already: `usage_quarantine` keeps it whatever was decided.
+    """
 
     days: list[DayBooks]
     gateway: GatewayBooks | None
     waiting: dict[tuple[str, date], int]
     stuck: int
+    set_aside: list[SetAside]
 
     @property
     def agree(self) -> bool:
@@ -114,9 +125,13 @@ def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last
     """Compare these days, both included. Raises `ControlPlaneUnavailable`."""
     metrics_dir = counters.directory(settings)
     before = counters.by_process(metrics_dir)
-    spooled = dict(_spooled(settings))
-    waiting = _waiting(control_plane, [e for events in spooled.values() for e in events])
-    gateway = _gateway(control_plane, settings, metrics_dir, before, {n: len(e) for n, e in spooled.items()})
+    spooled: dict[str, int] = {}
+    waiting: Counter[tuple[str, date]] = Counter()
+    for name, events in _spooled(settings):  # one at a time: after an outage they are more than memory holds
+        spooled[name] = len(events)
+        batch, _ = billable.sort(events, timedelta(days=settings.usage_retention_days))
+        waiting.update(_waiting(control_plane, batch.events))
+    gateway = _gateway(control_plane, settings, metrics_dir, before, spooled)
     retained_from = (datetime.now(UTC) - timedelta(days=settings.usage_retention_days) + _AUDIT_MARGIN).date()
     days = []
     for n in range((last - first).days + 1):
@@ -125,12 +140,18 @@ def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last
         if found is not None:
             of_this_day = sum(count for (_, of), count in waiting.items() if of == day)
             days.append(msgspec.structs.replace(found, waiting=of_this_day))
-    return Books(days, gateway, dict(waiting), len(stuck.segments(settings.spool_dir)))
+    refused = control_plane.rows(
+        "usage_set_aside_between",
+        **{"from": _midnight(first), "to": _midnight(last + timedelta(days=1)), "limit": DIFFERENCES},
+    )
+    return Books(
+        days, gateway, dict(waiting), len(stuck.segments(settings.spool_dir)), [SetAside(**row) for row in refused]
+    )
 
 
 def of_day(control_plane: ControlPlane, day: date, *, audit: bool = True) -> DayBooks | None:
     """One day of PostgreSQL, without the spool; None when it holds nothing of that day."""
-    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    midnight = _midnight(day)
     with control_plane.transaction(maintenance=True) as connection:
         [row] = rows(
             connection,
@@ -160,6 +181,10 @@ def of_day(control_plane: ControlPlane, day: date, *, audit: bool = True) -> Day
     return DayBooks(day, False, row["tenants"], row["events"], audited, 0, row["tenants_differing"], differences)
 
 
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
+
+
 def _spooled(settings: Settings) -> Iterator[tuple[str, list[UsageEvent]]]:
     """Every segment on this disk that will be drained, with its events; one renamed meanwhile is found again."""
     seen: set[str] = set()
@@ -184,7 +209,7 @@ def _segments(directory: Path) -> list[Path]:
 def _waiting(control_plane: ControlPlane, events: list[UsageEvent]) -> Counter[tuple[str, date]]:
     found: Counter[tuple[str, date]] = Counter()
     for start in range(0, len(events), _KNOWN_BATCH):
-        portion = [e for e in events[start : start + _KNOWN_BATCH] if len(e.request_id) == 16]
+        portion = events[start : start + _KNOWN_BATCH]
         known = control_plane.rows("usage_known_ids", request_id=[UUID(bytes=e.request_id) for e in portion])
         there = {row["request_id"].bytes for row in known}
         found.update((e.tenant_id, partitions.day_of(e.request_id)) for e in portion if e.request_id not in there)

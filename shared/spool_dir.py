@@ -2,6 +2,7 @@
 
     spool/*.tmp, *.open, *.seg   segments (`shared.segment`)
     spool/quarantine/*.bad       damaged bytes of drained segments, with their offsets; a person decides about them
+    spool/quarantine/*.refused   events that cannot be billed, as a segment: `engram usage-import` tries them again
     spool/dry-run/*.seg          segments a dry run examined (`shared.metering`); so does it about these
     spool/stuck/*.seg            segments that could not be drained; they are tried again (`shared.stuck`)
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from pathlib import Path
 from shared import metrics
 from shared.durable import fsync_path, write_file
 from shared.log import get_logger
-from shared.segment import MAGIC, SegmentContent
+from shared.segment import MAGIC, SegmentContent, frame
+from shared.usage import UsageEvent
 
 _BLOCK_BYTES = 4_096
 _QUARANTINE, _STUCK = "quarantine", "stuck"
@@ -88,13 +90,29 @@ def quarantine(path: Path, content: SegmentContent) -> Path | None:
     is fine."""
     if not content.damage:
         return None
+    lines = [f"@{offset} {len(piece)}\n".encode() + piece + b"\n" for offset, piece in content.damage]
+    kept = _keep(path, ".bad", b"".join(lines))
+    log.error("usage_segment_damaged", segment=path.stem, corrupt_bytes=content.corrupt_bytes, kept=str(kept))
+    return kept
+
+
+def keep_refused(path: Path, refused: Sequence[tuple[UsageEvent, str]]) -> Path | None:
+    """Keep the events of a segment that cannot be billed beside the spool, too: what lies there raises the alert, and
+    a clock that was wrong is put right one day. None when there is no such event. Doing it twice is fine."""
+    if not refused:
+        return None
+    kept = _keep(path, ".refused", MAGIC + b"".join(frame(event) for event, _ in refused))
+    reasons = sorted({reason for _, reason in refused})
+    log.error("usage_events_refused", segment=path.stem, events=len(refused), reasons=reasons, kept=str(kept))
+    return kept
+
+
+def _keep(path: Path, suffix: str, data: bytes) -> Path:
     directory = path.parent / _QUARANTINE
     directory.mkdir(exist_ok=True, mode=0o700)
     fsync_path(path.parent)
-    kept = directory / f"{path.stem}.bad"
-    lines = [f"@{offset} {len(piece)}\n".encode() + piece + b"\n" for offset, piece in content.damage]
-    write_file(kept, b"".join(lines))
-    log.error("usage_segment_damaged", segment=path.stem, corrupt_bytes=content.corrupt_bytes, kept=str(kept))
+    kept = directory / f"{path.stem}{suffix}"
+    write_file(kept, data)
     return kept
 
 
@@ -131,7 +149,7 @@ class Surveyor:
             elif entry.is_dir(follow_symlinks=False):
                 kept = list(_entries(entry))
                 used = sum(map(_used, kept))
-                quarantined += len(kept) if name == _QUARANTINE else 0
+                quarantined += len({Path(k.name).stem for k in kept}) if name == _QUARANTINE else 0
                 stuck += len(kept) if name == _STUCK else 0
                 waiting += [] if name in _A_PERSON_DECIDES else [k.name for k in kept if k.name.endswith(".seg")]
             else:

@@ -92,15 +92,16 @@ def write(connection: Connection, machine_id: str, drained: Iterable[Drained]) -
 
 
 def set_aside(connection: Connection, path: Path, refused: Refused) -> None:
-    for event, reason in refused:
+    """All of them in one statement: a clock that is wrong makes every event of a machine one of these."""
+    if refused:
         rows(
             connection,
             "usage_quarantine_insert",
             segment=path.stem,
-            request_id=_quarantine_id(event),
-            tenant_id=event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}"),
-            reason=reason,
-            event=Jsonb(_plain(event)),
+            request_id=[_quarantine_id(event) for event, _ in refused],
+            tenant_id=[event.tenant_id.replace("\0", "\N{REPLACEMENT CHARACTER}") for event, _ in refused],
+            reason=[reason for _, reason in refused],
+            event=[Jsonb(_plain(event)) for event, _ in refused],
         )
 
 

@@ -87,7 +87,12 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         "by_day": [Jsonb({})],
         **{name: [1] for name in ("events", "inserted", "duplicates", "quarantined", "corrupt_bytes")},
     },
-    "usage_quarantine_insert": {"request_id": uuid4()},
+    "usage_quarantine_insert": {
+        "request_id": [uuid4()],
+        "tenant_id": ["acme"],
+        "reason": ["why"],
+        "event": [Jsonb({})],
+    },
     "backup_insert": {"ts": datetime.now(UTC)},
     "retention_tenants": {"after": "acme"},
     "strays_of": {"keys": ["k"], "tenant_ids": ["acme"], "deleted_days": 1},

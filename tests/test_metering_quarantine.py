@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from shared import spool
+from shared import billable, correction, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
@@ -53,6 +53,35 @@ def test_an_event_that_cannot_be_billed_is_set_aside_with_its_cause_and_blocks_n
     assert reason
     assert isinstance(kept, dict)
     assert (kept["request_id"], kept["ts_us"]) == (bad.request_id.hex(), bad.ts_us)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_refused_raises_the_alert_and_counts_once_when_its_cause_is_gone(
+    core_control_plane: ControlPlane,
+    settings: Settings,
+    tenant_id: str,
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker whose clock is ahead: nobody was billed for an hour, which somebody must hear of and can put right."""
+    early = [event(tenant_id, at=datetime.now(UTC) + timedelta(minutes=10)) for _ in range(3)]
+    good = [event(tenant_id) for _ in range(4)]
+    path = segment(settings, [*early, *good[:2]])
+    if together:  # in one transaction with its neighbour
+        segment(settings, good[2:])
+    drain(core_control_plane, settings)
+    check_counted(core_control_plane, tenant_id, good if together else good[:2])
+    seen = spool.survey(settings.spool_dir)
+    assert (seen.quarantined, seen.oldest_age_seconds) == (1, 0.0)
+    kept = settings.spool_dir / "quarantine" / f"{path.stem}.refused"
+    words = {"reason": "the clock was wrong", "requested_by": "me", "apply": True}
+    correction.bring_in(core_control_plane, settings, kept, **words)  # type: ignore[arg-type]
+    assert [d.quarantined for d in drain(core_control_plane, settings)] == [3], "it still is the future"
+    monkeypatch.setattr(billable, "_AHEAD", timedelta(hours=1))
+    for inserted in (3, 0):
+        correction.bring_in(core_control_plane, settings, kept, **words)  # type: ignore[arg-type]
+        assert [d.inserted for d in drain(core_control_plane, settings)] == [inserted]
+    check_counted(core_control_plane, tenant_id, early + (good if together else good[:2]))
 
 
 def test_malformed_request_ids_do_not_hide_one_another(

@@ -104,6 +104,26 @@ def test_a_day_whose_audit_is_older_than_its_columns_is_compared_without_it(
     assert of_today(found).audited is None and found.agree
 
 
+def test_what_is_set_aside_is_said_and_ids_of_no_calendar_are_no_obstacle(
+    control_plane: ControlPlane, settings: Settings
+) -> None:
+    """Books that agree about what was billed still say what was not."""
+    future = [event("early", at=datetime.now(UTC) + timedelta(minutes=10)) for _ in range(3)]
+    no_date = event("odd", request_id=b"\xff" * 6 + b"\x70" + bytes(9))  # of the year 10889
+    path = segment(settings, [event("a"), *future, no_date])
+    waiting = books(control_plane, settings)
+    assert waiting.waiting == {("a", TODAY): 1} and waiting.set_aside == []
+    drain(control_plane, settings)
+    assert not path.exists()
+    found = books(control_plane, settings)
+    assert found.agree
+    said = {(one.tenant_id, one.reason): one.events for one in found.set_aside}
+    assert said == {("early", "from the future"): 3, ("odd", "from the future"): 1}
+    assert books(control_plane, settings, days_back=0).set_aside == found.set_aside
+    yesterday = TODAY - timedelta(days=1)
+    assert reconcile.reconcile(control_plane, settings, yesterday, yesterday).set_aside == []
+
+
 WORKER = """
     import os, sys, signal
     from pathlib import Path

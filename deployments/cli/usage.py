@@ -221,6 +221,8 @@ def _print(books: Books) -> None:
         note(
             f"gateway since its start: {g.counted_after} events counted, {g.drained} drained, {g.spooled} in the spool"
         )
+    for one in books.set_aside:
+        note(f"set aside, not billed: {one.events} events of {one.tenant_id}: {one.reason}")
     if books.stuck:
         note(f"{books.stuck} segments cannot be drained: see the log of the drain")
 
@@ -241,6 +243,7 @@ def _plain(receipt: object) -> dict[str, object]:
             "gateway": gateway,
             "waiting": waiting,
             "stuck": receipt.stuck,
+            "set_aside": [_plain(one) for one in receipt.set_aside],
         }
     plain: dict[str, object] = to_builtins(structs.asdict(receipt))  # type: ignore[arg-type]
     return plain

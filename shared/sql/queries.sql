@@ -331,7 +331,7 @@ WHERE request_id = ANY (%(request_id)b::uuid[]) AND request_id BETWEEN %(first)s
 
 -- name: usage_quarantine_insert
 INSERT INTO usage_quarantine (segment, request_id, tenant_id, reason, event)
-VALUES (%(segment)s, %(request_id)s, %(tenant_id)s, %(reason)s, %(event)s)
+SELECT %(segment)s, * FROM unnest(%(request_id)s::uuid[], %(tenant_id)s::text[], %(reason)s::text[], %(event)s::jsonb[])
 ON CONFLICT (segment, request_id) DO NOTHING;
 
 -- name: usage_segment_insert
@@ -558,6 +558,12 @@ FROM audited LEFT JOIN usage_days_dropped d ON d.day = %(day_text)s::date;
 
 -- name: usage_known_ids
 SELECT request_id FROM usage_events WHERE request_id = ANY (%(request_id)s::uuid[]);
+
+-- name: usage_set_aside_between
+-- What drains set aside in [from, to), by tenant and cause.
+SELECT tenant_id, reason, count(*) AS events FROM usage_quarantine
+WHERE quarantined_at >= %(from)s AND quarantined_at < %(to)s
+GROUP BY 1, 2 ORDER BY 1, 2 LIMIT %(limit)s;
 
 -- name: usage_segments_of_workers
 -- Segments of these workers created since; `beside` are on disk and counted there. Names begin with their creation.
