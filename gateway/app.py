@@ -1,7 +1,7 @@
 """Wiring: the parts of one gateway worker, in the order they start and, backwards, stop.
 
     Granian worker → Edge → Heads → Litestar → guard → handler → TenantPool → SQLite
-                       └→ Spool, metrics, access log     └→ Authenticator, RateLimiter, Quotas, Gate
+                       └→ Spool, metrics, access log     └→ Authenticator, Routing, RateLimiter, Quotas, Gate
 
 `create_app` imports and wires; nothing is opened before the ASGI lifespan starts.
 """
@@ -29,15 +29,18 @@ from gateway.auth import Authenticator
 from gateway.busiest import LOOK_SECONDS, Busiest
 from gateway.durable import DurableAnswers
 from gateway.edge import ASGIApp, Edge
+from gateway.forward import Forwarder
 from gateway.headers import Heads
 from gateway.jwks import Jwks
 from gateway.mcp import route as mcp
+from gateway.patience import Patience
 from gateway.periodic import Periodic
 from gateway.pool import TenantPool
 from gateway.problems import answer
 from gateway.pulse import BEAT_SECONDS, Pulse
 from gateway.quota import CountingSpool, Quotas
 from gateway.ratelimit import RateLimiter
+from gateway.routing import Routing
 from gateway.self_report import SelfReport
 from gateway.services import Services
 from gateway.shed import Gate
@@ -115,19 +118,25 @@ async def _running(
     control_plane = ControlPlane(settings, pool_size=2)
     limits = Watch(settings)
     await asyncio.to_thread(limits.poll)
+    rates = RateLimiter(settings, limits)
+    patience = Patience()
+    forwarder = Forwarder(settings, patience)
+    tenants = Tenants(KnownTenants.of(control_plane, settings.machine_id), settings.tenant_refresh_seconds)
     jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))
     services = app.state.services = Services(
         settings=settings,
         spool=usage_spool,
         jwks=jwks,
         authenticator=Authenticator(settings, jwks),
-        tenants=Tenants(KnownTenants.of(control_plane), settings.tenant_refresh_seconds),
+        tenants=tenants,
+        routing=Routing(settings, tenants, rates, forwarder),
         pool=TenantPool(settings),
         usage=UsageReport(control_plane, settings),
-        rates=RateLimiter(settings, limits),
+        rates=rates,
         quotas=Quotas(control_plane, settings),
         gate=Gate(settings, limits),
         operations=admin.Operations(settings, control_plane),
+        patience=patience,
     )
     usage_spool.quotas = services.quotas
     announcement = Announcement(settings)
@@ -169,6 +178,7 @@ async def _running(
         await services.tenants.stop()
         await services.pool.close()
         await jwks.close()
+        await forwarder.close()
         services.usage.close()
         services.operations.close()
         for each in work:

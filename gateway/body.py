@@ -13,7 +13,8 @@ import msgspec
 from litestar import Request
 from litestar.types.empty import Empty
 
-from gateway.problems import CLIENT_LEFT, Problem, Refusal, bad_request
+from gateway.problems import Problem, Refusal, bad_request
+from gateway.raw_body import read, too_large, too_late
 from gateway.services import Services, services_of
 
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
@@ -46,12 +47,11 @@ async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
     settings = services.settings
     limit = settings.body_limit_bytes
     if announced.isdigit() and int(announced[:19]) > limit:
-        raise _too_large(limit)
+        raise Refusal(too_large(limit))
     try:
-        body = await services.patience.wait(_read(receive, limit), settings.body_timeout_seconds)
+        body = await services.patience.wait(read(receive, limit), settings.body_timeout_seconds)
     except TimeoutError:
-        problem = Problem(408, f"The body did not arrive within {settings.body_timeout_seconds:g} s.")
-        raise Refusal(problem) from None
+        raise Refusal(too_late(settings.body_timeout_seconds)) from None
     if not body:
         raise bad_request("The body is empty.")
     return body
@@ -70,26 +70,6 @@ def decoded(body: bytes, wanted: Any) -> Any:
         raise bad_request("The body is nested too deeply.") from None
     except (msgspec.MsgspecError, ValueError, OverflowError) as e:
         raise bad_request(f"The body is not valid: {str(e)[:300]}") from None
-
-
-async def _read(receive: Any, limit: int) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while True:
-        message: Any = await receive()  # HTTPReceiveMessage
-        if message["type"] == "http.disconnect":
-            raise Refusal(CLIENT_LEFT)
-        piece: bytes = message["body"]
-        size += len(piece)
-        if size > limit:
-            raise _too_large(limit)
-        if not message["more_body"]:
-            return b"".join((*pieces, piece)) if pieces else piece
-        pieces.append(piece)
-
-
-def _too_large(limit: int) -> Refusal:
-    return Refusal(Problem(413, f"The body is larger than {limit} bytes."))
 
 
 def _is_json(content_type: bytes) -> bool:

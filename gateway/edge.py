@@ -6,6 +6,9 @@ as 200). Per request it mints the id, times, counts, writes one access line, and
 The event is in the spool BEFORE `http.response.start` leaves: an answer a client has seen is an answer we can
 bill, whatever dies afterwards. Every path ends in `_record` exactly once: at the start of the answer, or, when
 there never was one (the client left, the worker is being stopped), as status 499.
+
+A request that was passed on to another machine (`gateway.routing`) is that machine's request: there it is billed, timed
+and counted, here it is one access line and one count of what was passed on.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class Edge:
         self._counted: dict[tuple[str, str, int], Callable[[float], None]] = {}
         self._maintenance = {r: metrics.adder(metrics.maintenance_refused_total.labels(r)) for r in metrics.ROUTES}
         self._timed = {r: metrics.observer(metrics.request_duration_seconds.labels(r)) for r in metrics.ROUTES}
+        self._routed = {how: metrics.adder(metrics.requests_routed_total.labels(how)) for how in metrics.ROUTED}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,10 +128,13 @@ class Edge:
         if exchange.reached and tenant_id is not None:
             counters = usage.count(route, status, exchange.created, exchange.searches)
             self._spool.append(UsageEvent(exchange.key, tenant_id, route, status, *counters, exchange.ts_us))
-        self._count(route, exchange, status)
-        self._timed[route](elapsed)
-        if tenant_id is not None:
-            self._busy(tenant_id, elapsed, status)
+        if exchange.routed is not None:
+            self._routed[exchange.routed](1.0)
+        else:
+            self._count(route, exchange, status)
+            self._timed[route](elapsed)
+            if tenant_id is not None:
+                self._busy(tenant_id, elapsed, status)
         self._line(
             exchange.request_id,
             tenant_id,

@@ -35,6 +35,7 @@ class Exchange:
         "outcome",
         "reached",
         "request_id",
+        "routed",
         "scopes",
         "searches",
         "shed",
@@ -63,6 +64,7 @@ class Exchange:
         self.outcome = 0  # the status of a tool error's problem, which MCP sends as a 200
         self.shed = False
         self.maintenance = False
+        self.routed: str | None = None  # how it was passed on to another machine, which counts and bills it
         self.auth_failure: str | None = None
         self.status = 0
         self.whole = False  # the request was read to its end

@@ -4,7 +4,8 @@
                          there still is room for the events of reads (`shared.spool_limit`)
 2. A good token?         no → 401, one body for every cause; the reason goes to a metric and the access line.
                          Too many bad ones from an address → 429, and no signature is verified for them
-3. Its tenant active?    no → 403. From here on the request is a usage event, whatever becomes of it
+3. Its tenant active?    no → 403. On another machine → it goes there (`gateway.routing`), and all that follows with it.
+                         From here on the request is a usage event, whatever becomes of it
 4. Is its class of routes shed by an operator?  yes → 503
 5. Within its rate?      no → 429
 6. X-Engram-Tenant agrees, the scope is there?  no → 403
@@ -26,6 +27,7 @@ from gateway.problems import INACTIVE_TENANT, SPOOL_FULL, Problem, Refusal, forb
 from gateway.quota import WARNING_HEADER
 from gateway.ratelimit import too_many
 from gateway.services import Services, services_of
+from shared.registry import Elsewhere
 
 UNAUTHENTICATED = Problem(401, "A valid bearer token is required.", headers={"WWW-Authenticate": "Bearer"})
 NO_KEYS = Problem(503, "Tokens cannot be verified at the moment.", reason="jwks unavailable", retry_after=5)
@@ -47,13 +49,20 @@ async def admit(services: Services, scope: Any, needed_scope: str | None) -> Non
     """The eight steps for one ASGI scope. What was found out is in its exchange."""
     exchange = exchange_of(scope)
     cost = cost_of(scope["method"], scope.get("path_template", ""))
-    if not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes):
+    full = not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes)
+    if full and not services.routing:
         raise Refusal(SPOOL_FULL)
     headers = scope["headers"]
     caller = await caller_of(services, exchange, scope)
     tenant_id, scopes = caller.tenant_id, caller.scopes
-    if await services.tenants.state(tenant_id) != "active":
-        raise Refusal(INACTIVE_TENANT)
+    standing = await services.tenants.standing(tenant_id)
+    if standing != "active":
+        if isinstance(standing, Elsewhere):
+            standing = await services.routing.arrived(scope, tenant_id, standing, cost.rate)
+        if standing != "active":
+            raise Refusal(INACTIVE_TENANT)
+    if full:  # of what another machine would have recorded nothing had to be said
+        raise Refusal(SPOOL_FULL)
     exchange.reached = True
     services.gate.check(cost.route_class)
     decision = services.rates.tenant(tenant_id, cost.rate)

@@ -63,6 +63,25 @@ class Refusal(Exception):
         self.problem = problem
 
 
+class Detour(Exception):
+    """Not refused: answered by this ASGI application instead of the route's handler."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__("answered elsewhere")
+        self.app = app
+
+
+class _Detoured(Response[bytes]):
+    """The answer of a `Detour`, for whoever expects a response."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(b"")
+        self._app = app
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> Any:
+        return self._app
+
+
 def bad_request(detail: str) -> Refusal:
     return Refusal(Problem(400, detail))
 
@@ -118,6 +137,8 @@ def problem_of(e: BaseException) -> Problem:
 
 def answer(request: Request[Any, Any, Any], e: Exception) -> Response[bytes]:
     """Litestar's exception handler for everything; logs what an operator must see."""
+    if isinstance(e, Detour):
+        return _Detoured(e.app)
     problem = problem_of(e)
     exchange = exchange_of(request.scope)
     if problem is CLIENT_LEFT:  # counted as that; who is still there (its chunks were malformed) reads this

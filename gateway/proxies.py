@@ -31,6 +31,9 @@ _PROTO = b"x-forwarded-proto"
 _PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*)\s*([;,]|\Z)')
 
 
+PROXIED = "engram.proxied"  # in the scope of a request that a trusted proxy passed on
+
+
 class Proxies:
     """False when there are none."""
 
@@ -57,6 +60,7 @@ class Proxies:
                 proto = value
         address, scheme = self._read(client[0], b",".join(given), proto)
         scope["client"] = (address, 0)
+        scope[PROXIED] = True
         if scheme:
             scope["scheme"] = scheme
         return True

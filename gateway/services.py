@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.auth import Authenticator
@@ -11,6 +11,7 @@ from gateway.patience import Patience
 from gateway.pool import TenantPool
 from gateway.quota import Quotas
 from gateway.ratelimit import RateLimiter
+from gateway.routing import Routing
 from gateway.shed import Gate
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
@@ -28,13 +29,14 @@ class Services:
     jwks: Jwks
     authenticator: Authenticator
     tenants: Tenants
+    routing: Routing
     pool: TenantPool
     usage: UsageReport
     rates: RateLimiter
     quotas: Quotas
     gate: Gate
     operations: Operations
-    patience: Patience = field(default_factory=Patience)
+    patience: Patience
 
 
 class Operations(Protocol):

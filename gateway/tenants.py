@@ -1,9 +1,10 @@
-"""Which tenants are active, known to this worker without asking PostgreSQL in a request.
+"""Which tenants are active, here or on another machine, known to this worker without asking PostgreSQL in a request.
 
 The map is read every `tenant_refresh_seconds`; when the control plane does not answer the last one stands. A
 tenant the map does not hold (or holds half-made) triggers one read for everybody who waits for it, at most
 every `ON_DEMAND_SECONDS`: a tenant works the moment it was created, and a flood of tokens for tenants that do
 not exist costs two queries a second. A read that began before the question was asked does not answer it.
+`look_again` asks for such a read when somebody else says that the map is old (`gateway.routing`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import psycopg
 
 from shared.errors import ControlPlaneUnavailable
 from shared.log import get_logger
-from shared.registry import KnownTenants, State
+from shared.registry import KnownTenants, Standing
 
 ON_DEMAND_SECONDS = 0.5
 PATIENCE_SECONDS = 3.0
@@ -42,7 +43,7 @@ class Tenants:
 
     def knows(self, tenant_id: str) -> bool:
         """Whether there is such a tenant, as far as was read."""
-        return tenant_id in self._known.states
+        return tenant_id in self._known.standings
 
     def start(self) -> None:
         self._loop_task = asyncio.get_running_loop().create_task(self._refresh_for_ever())
@@ -54,15 +55,19 @@ class Tenants:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def state(self, tenant_id: str) -> State | None:
-        """The tenant's state, None if there is none. Raises `ControlPlaneUnavailable` before the first read."""
-        state = self._known.states.get(tenant_id)
-        if state is None or state == "creating":
-            await asyncio.wait({self._ask()}, timeout=PATIENCE_SECONDS)
-            state = self._known.states.get(tenant_id)
-            if state is None and not self._known.loaded:
+    async def standing(self, tenant_id: str) -> Standing | None:
+        """How the tenant stands, None if there is none. Raises `ControlPlaneUnavailable` before the first read."""
+        standing = self._known.standings.get(tenant_id)
+        if standing is None or standing == "creating":
+            standing = await self.look_again(tenant_id)
+            if standing is None and not self._known.loaded:
                 raise ControlPlaneUnavailable("the tenants were never read")
-        return state
+        return standing
+
+    async def look_again(self, tenant_id: str) -> Standing | None:
+        """As `standing`, by a read that begins now, or what was known when none ends in time."""
+        await asyncio.wait({self._ask()}, timeout=PATIENCE_SECONDS)
+        return self._known.standings.get(tenant_id)
 
     def _ask(self) -> asyncio.Task[None]:
         if self._asked is None:
@@ -87,9 +92,9 @@ class Tenants:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._known.refresh)
         except (ControlPlaneUnavailable, psycopg.Error) as e:
             if not self._failing:
-                log.error("tenants_unread", cause=str(e)[:300], tenants=len(self._known.states))
+                log.error("tenants_unread", cause=str(e)[:300], tenants=len(self._known.standings))
             self._failing = True
         else:
             if self._failing:
-                log.info("tenants_read_again", tenants=len(self._known.states))
+                log.info("tenants_read_again", tenants=len(self._known.standings))
             self._failing = False

@@ -51,11 +51,14 @@ _PROBLEMS = {
     403: "The token lacks the scope, or its tenant is suspended, unknown, or not the one in X-Engram-Tenant.",
     404: "There is no such memory.",
     408: "The body did not arrive in time.",
+    411: "The tenant's data is on another machine, and a body of unknown length cannot be passed on to it.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    421: "The tenant's data is on another machine, to which this one passes nothing on.",
     429: "The tenant's rate limit is reached, or too many bad tokens came from this address.",
     500: "The request failed.",
-    503: "Maintenance, overload, an unavailable database, control plane or usage spool; see `reason`.",
+    502: "The tenant's machine gave no whole answer; whether the request was carried out is not known.",
+    503: "Maintenance, overload, an unavailable machine, database, control plane or usage spool; see `reason`.",
     507: "There is no space left.",
 }
 
@@ -65,7 +68,8 @@ def _answers(status: int, view: type[msgspec.Struct] | None, *problems: int) -> 
     specs: dict[int, ResponseSpec] = {}
     if view is not None:
         specs[status] = ResponseSpec(view, generate_examples=False, description="Success.")
-    for problem in sorted({400, 401, 402, 403, 429, 500, 503, *problems}):
+    problems += (411,) if 413 in problems else ()
+    for problem in sorted({400, 401, 402, 403, 421, 429, 500, 502, 503, *problems}):
         specs[problem] = ResponseSpec(
             ProblemView, media_type=MEDIA_TYPE, generate_examples=False, description=_PROBLEMS[problem]
         )

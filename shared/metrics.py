@@ -49,6 +49,8 @@ AUTH_FAILURES = (
     "claims",
     "jwks_unavailable",
 )
+ROUTED = ("replay", "forward")  # how a request reached the machine of its tenant
+UNROUTED = ("off", "disagreement", "unreachable", "too_large", "no_length")  # why one did not
 # The SLO edges 0.25 and 0.5 are buckets; the rest is spaced for a service whose median is about a millisecond.
 DURATION_BUCKETS_SECONDS = (
     0.001,
@@ -106,6 +108,18 @@ quota_shadowed_total = Counter(
     "engram_quota_shadowed_total",
     "Requests served that enforcing quotas would have refused with 402.",
     ["counter"],
+    registry=_registry,
+)
+requests_routed_total = Counter(
+    "engram_requests_routed_total",
+    "Requests passed on to the machine of their tenant, which counts and bills them; in no other count here.",
+    ["how"],
+    registry=_registry,
+)
+requests_unrouted_total = Counter(
+    "engram_requests_unrouted_total",
+    "Requests for a tenant of another machine that were refused here.",
+    ["reason"],
     registry=_registry,
 )
 shed_total = Counter("engram_shed_total", "Requests shed with 503.", ["route"], registry=_registry)
@@ -263,6 +277,10 @@ def initialise() -> None:
     for scope in ("tenant", "unauthenticated"):
         rate_limited_total.labels(scope)
         rate_limit_shadowed_total.labels(scope)
+    for how in ROUTED:
+        requests_routed_total.labels(how)
+    for reason in UNROUTED:
+        requests_unrouted_total.labels(reason)
     for counter in ("api_calls", "search_queries", "memories_created", "storage_bytes"):
         quota_exceeded_total.labels(counter)
         quota_shadowed_total.labels(counter)

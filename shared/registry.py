@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from shared.control_plane import ControlPlane
 from shared.engine import database
@@ -19,6 +19,15 @@ from shared.settings import Settings
 from shared.tenant import TenantPaths, check_tenant_id
 
 State = Literal["creating", "active", "suspended", "deleting", "deleted"]
+
+
+class Elsewhere(NamedTuple):
+    """Where an active tenant lies, when that is not this machine."""
+
+    machine_id: str
+
+
+Standing = State | Elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,8 @@ def _set_state(control_plane: ControlPlane, tenant_id: str, state: State, from_s
 
 
 class KnownTenants:
-    """The last read of every tenant's state, for processes that must not ask PostgreSQL in a request.
+    """The last read of how every tenant stands, for processes that must not ask PostgreSQL in a request: its state, or
+    of an active one of another machine which that is. So whoever looks for "active" asks for both with one comparison.
 
     `refresh` replaces the whole map at once, so a reader never sees half of one; when the control plane does
     not answer the last map stands.
@@ -116,14 +126,22 @@ class KnownTenants:
 
     def __init__(self, read: Callable[[], list[dict[str, Any]]]) -> None:
         self._read = read
-        self.states: dict[str, State] = {}
+        self.standings: dict[str, Standing] = {}
         self.loaded = False
 
     @classmethod
-    def of(cls, control_plane: ControlPlane) -> KnownTenants:
-        return cls(lambda: control_plane.rows("tenant_states"))
+    def of(cls, control_plane: ControlPlane, machine_id: str) -> KnownTenants:
+        """As seen from that machine."""
+        return cls(lambda: control_plane.rows("tenant_standings", machine_id=machine_id))
 
     def refresh(self) -> None:
         """Raises `ControlPlaneUnavailable`; the map is unchanged then."""
-        self.states = {row["tenant_id"]: row["state"] for row in self._read()}
+        machines: dict[str, Elsewhere] = {}  # one for all tenants of a machine
+        standings: dict[str, Standing] = {}
+        for row in self._read():
+            state, elsewhere = row["state"], row["elsewhere"]
+            if elsewhere is not None and state == "active":
+                state = machines.setdefault(elsewhere, Elsewhere(elsewhere))
+            standings[row["tenant_id"]] = state
+        self.standings = standings
         self.loaded = True

@@ -141,6 +141,23 @@ class Settings(BaseSettings):
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
+    # Requests for tenants of other machines (gateway/routing.py). The second and third: a pattern with {machine_id} for
+    # all machines, or machine=value for one; comma-separated.
+    routing: Literal["off", "fly-replay", "forward"] = Field(
+        default="off", description="have Fly's proxy repeat them there, ask that machine's gateway, or refuse them"
+    )
+    routing_apps: str = Field(default="", description="a machine's Fly app, engram-{machine_id}; for fly-replay")
+    routing_urls: str = Field(
+        default="",
+        description="a machine's gateway, http://engram-{machine_id}.internal:8080; for forward, and for what Fly's"
+        " proxy cannot repeat",
+    )
+    routing_replay_bytes: int = Field(
+        default=950_000, ge=0, description="the largest body left to Fly's proxy, which repeats no request over 1 MB"
+    )
+    routing_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="for another machine's gateway to answer; it is reached within 5 s or not"
+    )
     tenant_pool_size: int = Field(default=1_024, ge=1, description="open tenant databases per gateway worker")
     sqlite_heap_bytes: int = Field(
         default=268_435_456, ge=16_777_216, description="page caches of a gateway worker recycle above this"
@@ -286,6 +303,12 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
+    @field_validator("routing_apps", "routing_urls")
+    @classmethod
+    def _are_by_machine(cls, value: str) -> str:
+        by_machine(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         set_by_person = set(self.model_fields_set)
@@ -298,6 +321,10 @@ class Settings(BaseSettings):
             raise ValueError("litestream cannot encrypt its copies: choose point_in_time or backup_encryption")
         if self.s3_checksum == "none" and not self.object_store_read_back:
             raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
+        if self.routing == "fly-replay" and not (self.routing_apps and words(self.trusted_proxies)):
+            raise ValueError("routing=fly-replay needs routing_apps, and Fly's proxy in trusted_proxies")
+        if self.routing == "forward" and not self.routing_urls:
+            raise ValueError("routing=forward needs routing_urls")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key belong together: set both or none")
         for role in ("read_", "delete_"):
@@ -368,6 +395,21 @@ def variable(name: str) -> str:
 def words(value: str) -> list[str]:
     """The parts of a comma-separated setting."""
     return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def by_machine(value: str) -> tuple[str, dict[str, str]]:
+    """A setting that names something of each machine: the pattern with `{machine_id}` (or ""), and what stands for
+    single machines. Raises `ValueError`."""
+    pattern, named = "", {}
+    for word in words(value):
+        machine_id, mark, of_machine = word.partition("=")
+        if mark and machine_id and of_machine and "{" not in word:
+            named[machine_id] = of_machine
+        elif not (mark or pattern) and word.count("{machine_id}") == word.count("{") == 1:
+            pattern = word
+        else:
+            raise ValueError("want one pattern with {machine_id}, or machine=value, or both, comma-separated")
+    return pattern, named
 
 
 class _ValueFile(PydanticBaseSettingsSource):

@@ -108,15 +108,15 @@ def test_a_half_made_tenant_cannot_be_suspended_or_resumed(world: World) -> None
 
 def test_the_gateways_map_survives_a_control_plane_that_is_away(world: World, tmp_path: Path) -> None:
     """The last known states stand; requests do not depend on PostgreSQL."""
-    known = KnownTenants.of(world.control_plane)
+    known = KnownTenants.of(world.control_plane, world.settings.machine_id)
     assert not known.loaded
     known.refresh()
     assert known.loaded
-    assert known.states[world.tenant_id] == "active"
+    assert known.standings[world.tenant_id] == "active"
     settings = settings_in(tmp_path, "postgresql://u:p@127.0.0.1:1/d", control_plane_connect_timeout_seconds=0.2)
     with ControlPlane(settings) as dead:
-        known._read = lambda: dead.rows("tenant_states")
+        known._read = lambda: dead.rows("tenant_standings", machine_id=world.settings.machine_id)
         with pytest.raises(ControlPlaneUnavailable):
             known.refresh()
-    assert known.states[world.tenant_id] == "active"
+    assert known.standings[world.tenant_id] == "active"
     assert world.tenant_id in {t.tenant_id for t in registry.list_all(world.control_plane)}

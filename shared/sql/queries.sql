@@ -31,8 +31,8 @@ FROM tenants ORDER BY tenant_id;
 -- name: tenants_of_machine
 SELECT tenant_id FROM tenants WHERE machine_id = %(machine_id)s AND state = 'active' ORDER BY tenant_id;
 
--- name: tenant_states
-SELECT tenant_id, state FROM tenants;
+-- name: tenant_standings
+SELECT tenant_id, state, NULLIF(machine_id, %(machine_id)s) AS elsewhere FROM tenants;
 
 -- name: backup_insert
 WITH done AS (DELETE FROM backup_uploads WHERE key = %(key)s)

@@ -1,0 +1,149 @@
+"""Asking another machine's gateway for its answer, over the private network (`gateway.routing` says when and whom).
+
+The body is read to its end first, under the limits of any other: a slow client waits here, not there. The answer is
+passed on as it comes, with that gateway's own fields and request id, the id under which it is billed there. The request
+goes out once: one that failed before it was sent says 503, one whose answer broke off says 502, because nobody here
+knows whether it was done.
+
+Of the head everything goes on but what belongs to the connection and what is Fly's. `x-engram-forwarded-by` marks the
+request as passed on. The client's address goes on in `ENGRAM_CLIENT_ADDRESS_HEADER`, which the other gateway believes
+if this machine is in its `ENGRAM_TRUSTED_PROXIES`.
+"""
+
+from __future__ import annotations
+
+import httpx
+
+from gateway import raw_body
+from gateway.edge import ASGIApp, Receive, Scope, Send
+from gateway.exchange import exchange_of
+from gateway.patience import Patience
+from gateway.problems import MEDIA_TYPE, Problem, Refusal, shed
+from shared import metrics
+from shared.log import get_logger
+from shared.settings import Settings
+
+FORWARDED_BY = b"x-engram-forwarded-by"
+AT_ONCE = 64  # of one worker; more are shed
+CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 5.0  # less than the other gateway keeps an idle connection: a write must not meet one that is closing
+_OF_THE_CONNECTION = frozenset(
+    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade host expect content-length".split()
+)
+_NOT_PASSED_BACK = _OF_THE_CONNECTION - {b"content-length"} | {b"date", b"server", b"x-request-id"}
+NOT_REACHED = Problem(
+    503, "The tenant's machine cannot be reached at the moment.", reason="machine unreachable", retry_after=5
+)
+BROKE_OFF = Problem(
+    502, "The tenant's machine gave no whole answer; whether the request was carried out is not known.",
+    reason="machine broke off",
+)  # fmt: skip
+log = get_logger("routing")
+
+
+class Forwarder:
+    """For one event loop."""
+
+    def __init__(self, settings: Settings, patience: Patience) -> None:
+        self._settings = settings
+        self._patience = patience
+        self._client: httpx.AsyncClient | None = None
+        self._under_way = 0
+        field = settings.client_address_header.lower().encode()
+        self._address_field = b"x-forwarded-for" if field == b"forwarded" else field
+        of_proxies = (b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", self._address_field)
+        self._dropped = {*_OF_THE_CONNECTION, *of_proxies, FORWARDED_BY}
+
+    def to(self, url: str) -> ASGIApp:
+        """An application that answers a request with what the gateway at `url` answers."""
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                if self._under_way >= AT_ONCE:
+                    raise shed("Too many requests wait for another machine.")
+                self._under_way += 1
+                try:
+                    await self._forward(url, scope, receive, send)
+                finally:
+                    self._under_way -= 1
+            except Refusal as e:
+                await _refuse(e.problem, scope, send)
+
+        return application
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _forward(self, url: str, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = self._settings
+        try:
+            reading = raw_body.read(receive, settings.body_limit_bytes)
+            body = await self._patience.wait(reading, settings.body_timeout_seconds)
+        except TimeoutError:
+            raise Refusal(raw_body.too_late(settings.body_timeout_seconds)) from None
+        client = self._connected()
+        request = httpx.Request(scope["method"], _target(url, scope), headers=self._head(scope, body), content=body)
+        try:
+            answer = await client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as e:
+            raise self._refusal("unreachable", NOT_REACHED, e) from e
+        except httpx.HTTPError as e:
+            raise self._refusal("unreachable", BROKE_OFF, e) from e
+        exchange = exchange_of(scope)
+        try:
+            exchange.routed = "forward"
+            exchange.headers.clear()  # the other gateway said them
+            exchange.request_id = answer.headers.get("x-request-id", exchange.request_id)
+            head = [(k.lower(), v) for k, v in answer.headers.raw]
+            head = [(k, v) for k, v in head if k not in _NOT_PASSED_BACK]
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
+            async for piece in answer.aiter_raw():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await answer.aclose()
+
+    def _connected(self) -> httpx.AsyncClient:
+        if self._client is None:  # most gateways never forward
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(self._settings.routing_timeout_seconds, connect=CONNECT_SECONDS),
+                limits=httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=IDLE_SECONDS),
+                trust_env=False,
+            )
+        return self._client
+
+    def _head(self, scope: Scope, body: bytes) -> list[tuple[bytes, bytes]]:
+        head = [(k, v) for k, v in scope["headers"] if k not in self._dropped and not k.startswith(b"fly-")]
+        client = scope.get("client")
+        if client is not None:
+            head.append((self._address_field, client[0].encode("ascii", "replace")))
+        head.append((b"x-forwarded-proto", scope["scheme"].encode("ascii")))
+        head += [(k, v) for k, v in scope["headers"] if k == b"host"]
+        head.append((FORWARDED_BY, self._settings.machine_id.encode("ascii", "replace")))
+        if body or scope["method"] in ("POST", "PUT", "PATCH"):
+            head.append((b"content-length", b"%d" % len(body)))
+        return head
+
+    @staticmethod
+    def _refusal(reason: str, problem: Problem, e: httpx.HTTPError) -> Refusal:
+        metrics.requests_unrouted_total.labels(reason).inc()
+        log.error("request_not_forwarded", error=type(e).__name__, cause=str(e)[:300])
+        return Refusal(problem)
+
+
+def _target(url: str, scope: Scope) -> httpx.URL:
+    """The base of the setting with the client's path: no part of that can name another host."""
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope["query_string"]
+    return httpx.URL(url).copy_with(raw_path=path + (b"?" + query if query else b""))
+
+
+async def _refuse(problem: Problem, scope: Scope, send: Send) -> None:
+    exchange = exchange_of(scope)
+    exchange.shed = problem.reason == "shed"
+    body = problem.body(exchange.request_id)
+    headers = [(k.lower().encode(), v.encode()) for k, v in problem.all_headers().items()]
+    headers += [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,379 @@
+"""Two machines, one control plane, and what stands for Fly's proxy in front of one of them.
+
+Each gateway is a real one with a data directory and a machine id of its own. `data-1` is where clients arrive. No
+gateway reads the control plane by itself after its start (an hour between reads): what a gateway knows, a test decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from shared import limits, metering, registry
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from tests.core_fixtures import settings_in
+from tests.fly_proxy import REPLAY_LIMIT_BYTES, FlyProxy
+from tests.gateway_stack import Gateway, Issuer, assert_problem, eventually, free_port, gateway
+from tests.test_gateway_mcp import within
+
+pytest_plugins = ("tests.core_fixtures",)
+BODY_LIMIT_BYTES = 3_000_000
+NEVER_SECONDS = 3_600
+MACHINES = ("data-1", "data-2", "data-9")
+_numbers = itertools.count(1)
+
+
+class Machine(NamedTuple):
+    settings: Settings
+    gateway: Gateway
+
+    def events(self, tenant_id: str) -> int:
+        return len(self.gateway.events(tenant_id))
+
+    def unrouted(self, reason: str) -> float:
+        return self.gateway.metric("engram_requests_unrouted_total", reason=reason)
+
+
+class Fleet(NamedTuple):
+    """`one` and `two` speak fly-replay; `one` alone knows the addresses of the others' gateways. `three` forwards."""
+
+    control_plane: ControlPlane
+    issuer: Issuer
+    one: Machine
+    two: Machine
+    three: Machine
+    proxy: FlyProxy
+
+    def tenant(self, machine: Machine) -> str:
+        """A new tenant of that machine, which each gateway hears of by its first request."""
+        tenant_id = f"tenant-{next(_numbers)}"
+        registry.create(self.control_plane, machine.settings, tenant_id)
+        return tenant_id
+
+    def route(self, tenant_id: str, machine_id: str) -> None:
+        with self.control_plane.transaction() as connection:
+            connection.execute("UPDATE tenants SET machine_id = %s WHERE tenant_id = %s", (machine_id, tenant_id))
+
+    def teach(self, machine: Machine) -> None:
+        """Let its gateway read the control plane: it does when it meets a tenant it does not know."""
+        assert_problem(self.client(f"nobody-{next(_numbers)}", machine.gateway.url).get("/v1/memories"), 403)
+
+    def client(self, tenant_id: str, url: str = "", **claims: Any) -> httpx.Client:
+        """Through the proxy, unless a URL says where."""
+        headers = {"Authorization": f"Bearer {self.issuer.token(tenant_id, **claims)}"}
+        return httpx.Client(base_url=url or self.proxy.url, headers=headers, timeout=30, trust_env=False)
+
+    def hops(self) -> list[tuple[str, int]]:
+        """To which apps requests were delivered since the last call, with their answers' status."""
+        hops, self.proxy.hops[:] = [(h.app, h.status) for h in self.proxy.hops], []
+        return hops
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, core_url: str, core_control_plane: ControlPlane) -> Iterator[Fleet]:
+    issuer, ports = Issuer(), [free_port() for _ in range(3)]
+    nobody = free_port()
+    replaying = {
+        "routing": "fly-replay",
+        "routing_apps": "engram-{machine_id}",
+        "trusted_proxies": "127.0.0.1/32",
+        "client_address_header": "fly-client-ip",
+    }
+    of_machine: list[dict[str, object]] = [
+        {**replaying, "routing_urls": f"data-2=http://127.0.0.1:{ports[1]},data-3=http://127.0.0.1:{nobody}"},
+        replaying,
+        {
+            "routing": "forward",
+            "routing_urls": f"http://127.0.0.1:{nobody}/{{machine_id}},data-2=http://127.0.0.1:{ports[1]}",
+        },
+    ]
+    with contextlib.ExitStack() as closing:
+        closing.callback(issuer.close)
+
+        def start(n: int) -> Machine:
+            machine_id = MACHINES[n]
+            settings = settings_in(tmp_path_factory.mktemp(machine_id), core_url, machine_id=machine_id)
+            running = gateway(
+                settings.data_dir,
+                core_url,
+                issuer,
+                machine_id=machine_id,
+                gateway_port=ports[n],
+                gateway_workers=1,
+                tenant_refresh_seconds=NEVER_SECONDS,
+                body_limit_bytes=BODY_LIMIT_BYTES,
+                **of_machine[n],
+            )
+            return Machine(settings, closing.enter_context(running))
+
+        with ThreadPoolExecutor(3) as threads:
+            machines = list(threads.map(start, range(3)))
+        apps = {f"engram-data-{n + 1}": ports[n] for n in range(2)}
+        proxy = FlyProxy("engram-data-1", apps)
+        closing.callback(proxy.close)
+        yield Fleet(core_control_plane, issuer, *machines, proxy)
+
+
+@pytest.fixture(autouse=True)
+def _forget_hops(fleet: Fleet) -> None:
+    fleet.hops()
+
+
+def padded(content: str, size: int) -> bytes:
+    """A good request whose body has that size."""
+    return f'{{"content": "{content}"}}'.encode().ljust(size)
+
+
+def test_a_tenant_of_another_machine_is_served_there_and_billed_there_once(fleet: Fleet) -> None:
+    """Reads, writes, deletions and the tenant's own usage; the machine they arrived at counts none of them."""
+    tenant = fleet.tenant(fleet.two)
+    one, two = (m.gateway.metric("engram_requests_total", route="/v1/memories") for m in (fleet.one, fleet.two))
+    routed = fleet.one.gateway.metric("engram_requests_routed_total", how="replay")
+    with fleet.client(tenant) as api:
+        made = api.post("/v1/memories", json={"content": "kept there"})
+        assert made.status_code == 201
+        path = f"/v1/memories/{made.json()['id']}"
+        assert api.get(path).json() == made.json()
+        assert api.get("/v1/memories", params={"limit": 5}).json()["memories"] == [made.json()]
+        assert api.post("/v1/search", json={"query": "kept"}).json()["count"] == 1
+        assert api.get("/v1/usage").status_code == 200
+        assert api.delete(path).status_code == 204
+    statuses = [201, 200, 200, 200, 200, 204]
+    assert fleet.hops() == [hop for s in statuses for hop in (("engram-data-1", 421), ("engram-data-2", s))]
+    assert (fleet.one.events(tenant), fleet.two.events(tenant)) == (0, 6)
+    assert fleet.one.gateway.metric("engram_requests_routed_total", how="replay") == routed + 6
+    assert fleet.one.gateway.metric("engram_requests_total", route="/v1/memories") == one
+    assert fleet.two.gateway.metric("engram_requests_total", route="/v1/memories") == two + 2
+    line = fleet.two.gateway.access_line(made.headers["x-request-id"])
+    assert line["status"] == 201 and line["tenant_id"] == tenant
+    assert "fly-replay" not in made.headers
+
+    eventually(lambda: all(_drained(fleet, m) for m in (fleet.one, fleet.two)) and len(_rows(fleet, tenant)) == 6)
+    assert _rows(fleet, tenant).count(made.headers["x-request-id"]) == 1
+
+
+def _drained(fleet: Fleet, machine: Machine) -> bool:
+    return all(d is not None for d in metering.drain_all(fleet.control_plane, machine.settings))
+
+
+def _rows(fleet: Fleet, tenant_id: str) -> list[str]:
+    with fleet.control_plane.transaction() as connection:
+        rows = connection.execute("SELECT request_id FROM usage_events WHERE tenant_id = %s", (tenant_id,)).fetchall()
+    return [str(row["request_id"]) for row in rows]
+
+
+def test_what_is_asked_of_the_proxy_is_in_its_documented_form(fleet: Fleet) -> None:
+    """App by machine, our own id as state, a time limit, and the way back when nobody is there."""
+    with fleet.client(fleet.tenant(fleet.two)) as api:
+        assert api.get("/v1/memories").status_code == 200
+    asked, done = fleet.proxy.hops
+    assert asked.replay == {"app": "engram-data-2", "state": "data-1", "timeout": "5s", "fallback": "force_self"}
+    assert "state=data-1" in done.head["fly-replay-src"]
+
+
+def test_mcp_tools_of_a_tenant_of_another_machine(fleet: Fleet) -> None:
+    """The official client through the proxy; both databases are asked afterwards."""
+    tenant = fleet.tenant(fleet.two)
+
+    async def work(mcp: Any) -> None:
+        made = await mcp.ok("memory_create", content="by a tool")
+        assert (await mcp.ok("memory_search", query="tool"))["results"][0]["memory"]["id"] == made["id"]
+
+    through_the_proxy = SimpleNamespace(
+        gateway=SimpleNamespace(url=fleet.proxy.url),
+        headers=lambda tenant_id: {"Authorization": f"Bearer {fleet.issuer.token(tenant_id)}"},
+    )
+    within(through_the_proxy, tenant, work)  # type: ignore[arg-type]
+    apps = {app for app, _ in fleet.hops()}
+    assert apps == {"engram-data-1", "engram-data-2"}
+    assert fleet.one.events(tenant) == 0
+    assert sum(e.memories_created for e in fleet.two.gateway.events(tenant)) == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_what_the_proxy_cannot_repeat_is_forwarded_over_the_private_network(fleet: Fleet, chunked: bool) -> None:
+    """Larger than 1 MB, or of a length nobody announced: asked for a replay, the proxy would only have an error."""
+    tenant = fleet.tenant(fleet.two)
+    body = padded("large", REPLAY_LIMIT_BYTES + 500_000)
+    with fleet.client(tenant) as api:
+        content = iter([body]) if chunked else body
+        made = api.post("/v1/memories", content=content, headers={"content-type": "application/json"})
+        assert made.status_code == 201, made.text
+        assert fleet.hops() == [("engram-data-1", 201)]
+        assert api.get(f"/v1/memories/{made.json()['id']}").json() == made.json()
+    assert (fleet.one.events(tenant), fleet.two.events(tenant)) == (0, 2)
+    assert made.headers.get_list("x-request-id") == [made.headers["x-request-id"]]
+    assert made.headers.get_list("content-security-policy") == ["default-src 'none'; frame-ancestors 'none'"]
+    there = fleet.two.gateway.access_line(made.headers["x-request-id"])
+    assert there["status"] == 201 and there["client"] == "192.0.2.7", "the client's address as the first gateway saw it"
+    assert fleet.one.gateway.metric("engram_requests_routed_total", how="forward") >= 1
+
+
+def test_without_an_address_what_cannot_be_repeated_is_refused_with_the_reason(fleet: Fleet) -> None:
+    """413 and 411 from us, not the proxy's 502; what is too large for any machine is 413 too."""
+    tenant = fleet.tenant(fleet.one)
+    fleet.route(tenant, "data-4")
+    fleet.teach(fleet.one)
+    json_type = {"content-type": "application/json"}
+    with fleet.client(tenant) as api:
+        large = assert_problem(api.post("/v1/memories", content=padded("x", 1_500_000), headers=json_type), 413)
+        assert "950000 bytes" in large["detail"]
+        assert_problem(api.post("/v1/memories", content=iter([b"{}"]), headers=json_type), 411)
+        huge = assert_problem(
+            api.post("/v1/memories", content=padded("x", BODY_LIMIT_BYTES + 1), headers=json_type), 413
+        )
+        assert f"{BODY_LIMIT_BYTES} bytes" in huge["detail"]
+    assert [status for _, status in fleet.hops()] == [413, 411, 413]
+    assert fleet.one.events(tenant) == 0
+
+
+def test_the_decision_is_taken_from_the_head(fleet: Fleet) -> None:
+    """A client that waits for leave to send its body hears where it belongs without having sent any of it."""
+    tenant = fleet.tenant(fleet.two)
+    fleet.teach(fleet.one)
+    head = (
+        f"POST /v1/memories HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {fleet.issuer.token(tenant)}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 900000\r\nExpect: 100-continue\r\n\r\n"
+    )
+    port = int(fleet.one.gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        answer = connection.recv(65_536).decode("latin-1").lower()
+    assert answer.startswith("http/1.1 421 ") and "fly-replay: app=engram-data-2;" in answer
+
+
+def test_a_target_that_knows_less_than_the_source_looks_again_and_serves(fleet: Fleet) -> None:
+    """After a move: no 503 for a client, though the new machine's gateway last read that the tenant was elsewhere."""
+    tenant = fleet.tenant(fleet.one)
+    fleet.teach(fleet.two)
+    here, there = (m.settings.tenants_dir / tenant for m in (fleet.one, fleet.two))
+    shutil.move(here, there)
+    fleet.route(tenant, "data-2")
+    fleet.teach(fleet.one)
+    with fleet.client(tenant) as api:
+        assert api.post("/v1/memories", json={"content": "moved"}).status_code == 201
+        assert fleet.hops() == [("engram-data-1", 421), ("engram-data-2", 201)]
+
+
+def test_machines_that_disagree_pass_a_request_on_once(fleet: Fleet) -> None:
+    """Each thinks that the other has the tenant: 503 with Retry-After from the second, by a replay and by a forward."""
+    tenant = fleet.tenant(fleet.two)
+    fleet.teach(fleet.one)
+    fleet.route(tenant, "data-1")
+    refused = fleet.two.unrouted("disagreement")
+    with fleet.client(tenant) as api:
+        told = assert_problem(api.get("/v1/memories"), 503)
+        assert told["reason"] == "machines disagree" and told["retry_after"] >= 1
+        assert fleet.hops() == [("engram-data-1", 421), ("engram-data-2", 503)]
+        headers = {"content-type": "application/json"}
+        large = api.post("/v1/memories", content=padded("x", 1_500_000), headers=headers)
+        assert assert_problem(large, 503)["reason"] == "machines disagree"
+        assert fleet.hops() == [("engram-data-1", 503)]
+    assert fleet.two.unrouted("disagreement") == refused + 2
+    assert (fleet.one.events(tenant), fleet.two.events(tenant)) == (0, 0)
+
+
+def test_a_machine_that_is_gone_is_a_503_and_not_the_proxys_error(fleet: Fleet) -> None:
+    """By a replay the request comes back, and is not sent out again; by a forward nobody answers."""
+    tenant = fleet.tenant(fleet.one)
+    fleet.route(tenant, "data-3")
+    fleet.teach(fleet.one)
+    with fleet.client(tenant) as api:
+        small = assert_problem(api.post("/v1/memories", json={"content": "x"}), 503)
+        assert small["reason"] == "machine unreachable"
+        assert fleet.hops() == [("engram-data-1", 421), ("engram-data-3", 0), ("engram-data-1", 503)]
+        headers = {"content-type": "application/json"}
+        large = api.post("/v1/memories", content=padded("x", 1_500_000), headers=headers)
+        assert assert_problem(large, 503)["reason"] == "machine unreachable"
+        assert fleet.hops() == [("engram-data-1", 503)]
+
+
+def test_a_request_without_a_good_token_is_answered_where_it_arrives(fleet: Fleet) -> None:
+    """A flood of them costs the other machines nothing, whatever tenant they name."""
+    tenant = fleet.tenant(fleet.two)
+    routed = fleet.one.gateway.metric("engram_requests_routed_total")
+    with fleet.client(tenant) as good, fleet.client(tenant, exp=1) as expired:
+        good.get("/v1/memories")
+        fleet.hops()
+        forged = good.headers["Authorization"][:-6] + "AAAAAA"
+        for headers in (
+            {"Authorization": forged},
+            {"Authorization": ""},
+            {"Authorization": forged, "fly-replay-src": "t=1"},
+        ):
+            assert_problem(good.get("/v1/memories", headers=headers), 401)
+        assert_problem(expired.post("/v1/memories", content=padded("x", 1_500_000)), 401)
+    assert fleet.hops() == [("engram-data-1", 401)] * 4
+    assert fleet.one.gateway.metric("engram_requests_routed_total") == routed + 1
+
+
+def test_fields_a_client_invents_choose_no_machine_and_open_nothing(fleet: Fleet) -> None:
+    """The machine is the control plane's. To say that a request was passed on already only has it refused."""
+    mine, other = fleet.tenant(fleet.one), fleet.tenant(fleet.two)
+    invented = {
+        "fly-replay": "app=engram-data-1",
+        "fly-prefer-region": "syd",
+        "fly-force-instance-id": "of-engram-data-1",
+        "x-engram-machine": "data-1",
+    }
+    marks = ("fly-replay-src", "fly-replay-failed", "x-engram-forwarded-by")
+    with fleet.client(mine) as api:
+        for name in marks:
+            assert api.get("/v1/memories", headers={name: "instance=x;state=data-2"}).status_code == 200
+        assert fleet.hops() == [("engram-data-1", 200)] * 3
+    with fleet.client(other) as api:
+        assert api.get("/v1/memories", headers=invented).status_code == 200
+        assert fleet.hops() == [("engram-data-1", 421), ("engram-data-2", 200)]
+        for name in marks:
+            assert_problem(api.get("/v1/memories", headers={name: "state=data-2"}), 503)
+        assert fleet.hops() == [("engram-data-1", 503)] * 3
+        limits.set_limit(
+            fleet.one.settings, f"rate_limit:{other}", {"rps": 0.01, "burst": 1}, ttl_seconds=60, reason="t"
+        )
+        try:
+            eventually(lambda: api.get("/v1/memories", headers={marks[0]: "x"}).status_code == 429)
+            assert api.get("/v1/memories").status_code == 200, "its rate is the other machine's"
+        finally:
+            limits.clear(fleet.one.settings, f"rate_limit:{other}")
+
+
+def test_who_came_around_the_proxy_is_forwarded_or_told_to_go_elsewhere(fleet: Fleet) -> None:
+    """Without a proxy that carries it out, `fly-replay` is an empty promise. Forwarding needs no Fly at all."""
+    tenant = fleet.tenant(fleet.two)
+    with fleet.client(tenant, fleet.three.gateway.url) as api:
+        made = api.post("/v1/memories", json={"content": "without Fly"})
+        assert made.status_code == 201 and "fly-replay" not in made.headers
+        assert api.get(f"/v1/memories/{made.json()['id']}?x=%41").json() == made.json()
+        missing = assert_problem(api.get("/v1/memories/00000000-0000-7000-8000-000000000000"), 404)
+        assert fleet.two.gateway.access_line(missing["request_id"])["status"] == 404
+        assert api.get("/v1/memories", headers={"X-Engram-Tenant": "another"}).status_code == 403
+    assert (fleet.three.events(tenant), fleet.two.events(tenant)) == (0, 4)
+    assert fleet.three.gateway.metric("engram_requests_routed_total", how="forward") == 4
+    fleet.route(tenant, "data-7")
+    fleet.teach(fleet.three)
+    with fleet.client(tenant, fleet.three.gateway.url) as api:
+        assert assert_problem(api.get("/v1/memories"), 503)["reason"] == "machine unreachable"
+
+
+def test_a_gateway_that_routes_nothing_says_so_and_touches_nothing(fleet: Fleet, core_url: str, tmp_path: Path) -> None:
+    """421: before, it was 503 for a missing database, or the data a tenant had here before it was moved."""
+    tenant = fleet.tenant(fleet.two)
+    shutil.copytree(fleet.two.settings.tenants_dir / tenant, tmp_path / "tenants" / tenant, symlinks=True)
+    with gateway(tmp_path, core_url, fleet.issuer, machine_id="data-8", gateway_workers=1) as alone:
+        with fleet.client(tenant, alone.url) as api:
+            for response in (api.get("/v1/memories"), api.post("/v1/memories", json={"content": "x"})):
+                assert assert_problem(response, 421)["reason"] == "other machine"
+            assert_problem(api.get("/v1/memories", headers={"fly-replay-src": "t=1"}), 503)
+        assert alone.events(tenant) == [] and alone.metric("engram_db_open_failures_total") == 0
+        assert alone.metric("engram_requests_unrouted_total", reason="off") == 2
