@@ -23,7 +23,7 @@ from flows.core import control_plane
 from flows.metering import heart, metering, stopping, watermark
 from shared import log as logs
 from shared import metering as core
-from shared import storage
+from shared import move_settle, storage
 from shared import sweep as core_sweep
 from shared.backoff import Backoff
 from shared.errors import ControlPlaneUnavailable, EngramError
@@ -83,6 +83,7 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
                 asked_at = float("-inf")
             if time.monotonic() - asked_at >= settings.lease_seconds:
                 core_sweep.sweep_records(settings, control_plane())
+                move_settle.sweep_moves(settings, control_plane())
                 asked_at = time.monotonic()
             if time.monotonic() - measured_at >= settings.usage_storage_seconds:
                 measured = storage.measure(control_plane(), settings)

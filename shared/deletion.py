@@ -30,7 +30,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared import generation, keys, lease, litestream, litestream_copies, registry
+from shared import generation, keys, lease, litestream, litestream_copies, moving, registry
 from shared.control_plane import ControlPlane, rows
 from shared.durable import fsync_path, remove_tree
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
@@ -78,10 +78,17 @@ def look(settings: Settings, control_plane: ControlPlane, objects: ObjectStore, 
 
 
 def check(settings: Settings, control_plane: ControlPlane, tenant_id: str, *, keep_backups: bool) -> None:
-    """Raises `Refused` when the tenant must not be deleted from here or now, `UnknownTenant`."""
+    """Raises `Refused` when the tenant must not be deleted from here or now, `LeaseHeld` while it moves,
+    `UnknownTenant`."""
     tenant = registry.get(control_plane, tenant_id)
     if tenant.machine_id != settings.machine_id:
         raise Refused(f"tenant {tenant_id} lies on machine {tenant.machine_id}, this is {settings.machine_id}")
+    moving.refuse(TenantPaths.of(settings.tenants_dir, tenant_id))
+    if left := sorted({row["source"] for row in control_plane.rows("moves_kept", tenant_id=tenant_id)}):
+        raise Refused(
+            f"machine {', '.join(left)} still keeps files of tenant {tenant_id} from before its move; deleting asks its"
+            f" sweep to remove them: try again in a minute"
+        )
     held = control_plane.row("tenant_holds", tenant_id=tenant_id)
     if held is not None and not keep_backups:
         raise Refused(f"backup {held['backup_id']} of tenant {tenant_id} is held: {held['hold_reason']}")
@@ -99,6 +106,7 @@ def delete(
 ) -> Deleted:
     """Delete the tenant, or finish what a dead run began. Raises `Refused` with nothing changed, and `Permanent`, the
     tenant still `deleting`, when something of it is left."""
+    control_plane.execute("moves_hurry", tenant_id=tenant_id)
     check(settings, control_plane, tenant_id, keep_backups=keep_backups)
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
     try:

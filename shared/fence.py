@@ -75,6 +75,8 @@ class RestoreMutex:
         try:
             if not _flock(self._fd, fcntl.LOCK_EX, 0):
                 raise LeaseHeld(f"another restore of tenant {paths.tenant_id} is running on this machine")
+            if os.fstat(self._fd).st_nlink == 0:
+                raise LeaseHeld(f"tenant {paths.tenant_id} was just removed from this machine")
             self.left_by_dead_run = os.fstat(self._fd).st_size > 0
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
             os.fsync(self._fd)  # after a power loss too, the sweep finds it and clears what the run left

@@ -22,13 +22,14 @@ def active(paths: TenantPaths) -> int:
         return 0
 
 
-def prepare(paths: TenantPaths, file: Path, *, previous: int) -> int:
-    """Move `file` (checked, closed, fsynced) into a new generation whose `.bak` names `previous`; its number.
+def prepare(paths: TenantPaths, file: Path, *, previous: int, after: int = 0) -> int:
+    """Move `file` (checked, closed, fsynced) into a new generation whose `.bak` names `previous`; its number, higher
+    than any here and than `after`.
 
     Invisible until `activate`. A crash leaves a directory that `collect` removes.
     """
     paths.generations.mkdir(parents=True, exist_ok=True, mode=0o700)
-    number = max([previous, *(_numbers(paths))]) + 1
+    number = max([previous, after, *(_numbers(paths))]) + 1
     directory = paths.generation_dir(number)
     directory.mkdir(mode=0o700)
     os.rename(file, directory / "engram.db")

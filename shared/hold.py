@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from shared import generation, lease
+from shared import generation, lease, moving
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, LeaseHeld, SchemaTooNew
 from shared.fence import Fence, RestoreMutex
@@ -71,12 +71,14 @@ class Hold:
 
 @contextmanager
 def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> Iterator[Hold]:
-    """The block inside which a restore runs. Raises `LeaseHeld` when another one runs on this machine.
+    """The block inside which a restore runs. Raises `LeaseHeld` when another one runs on this machine, or the tenant is
+    on its way to or from another one.
 
     On entry, what a dead run left on disk is finished or undone.
     """
     hold = Hold(settings, control_plane, tenant_id)
     try:
+        moving.refuse(hold.paths)
         try:
             repair(hold.paths)
         except CorruptDatabase as e:  # locked, and this restore may be the way out: the mark goes on standing

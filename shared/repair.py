@@ -96,10 +96,15 @@ def check_active(paths: TenantPaths, expected: int, manifest: Manifest | None) -
     """The checks of `verify`, by name. Raises `CorruptDatabase`."""
     if generation.active(paths) != expected:
         raise CorruptDatabase(f"generation {generation.active(paths)} is active, not {expected}")
+    return check_file(Path(os.path.realpath(paths.database)), paths.tenant_id, manifest)
+
+
+def check_file(file: Path, tenant_id: str, manifest: Manifest | None) -> tuple[str, ...]:
+    """The same of a database file that may not be active yet. Raises `CorruptDatabase`."""
     try:
-        connection = connect(Path(os.path.realpath(paths.database)))
+        connection = connect(file)
         try:
-            return _check_open(connection, paths.tenant_id, manifest)
+            return _check_open(connection, tenant_id, manifest)
         finally:
             connection.close()
     except (EngramError, sqlite3.DatabaseError) as e:

@@ -22,7 +22,7 @@ from shared import plan as planning
 from shared.backup import fetch
 from shared.engine import schema
 from shared.engine.database import connect
-from shared.errors import CorruptBackup, CorruptDatabase, LitestreamUnavailable, Permanent
+from shared.errors import CorruptBackup, CorruptDatabase, LitestreamUnavailable, Permanent, Refused
 from shared.fence import Fence, Mark, read_mark
 from shared.hold import Hold, finish, holding, running
 from shared.lease import Lease
@@ -33,6 +33,7 @@ from shared.receipt import Receipt
 from shared.repair import Outcome, check_active
 from shared.snapshot import Manifest
 from shared.streams import Progress
+from shared.tenant import TenantPaths
 
 __all__ = ["Hold", "holding", "running"]
 log = get_logger("restore")
@@ -91,7 +92,9 @@ def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progre
     staged = None
     if chosen.copy is not None:
         try:
-            litestream.restore(hold.settings, chosen.copy.prefix, chosen.copy.txid, _clear(hold.paths.restore_file))
+            litestream.restore(
+                hold.settings, chosen.copy.prefix, chosen.copy.txid, clear_staged(hold.paths.restore_file)
+            )
             staged = _stage(hold, chosen, chosen.source)
         except Permanent as e:
             log.error("copy_not_restored", tenant_id=chosen.tenant_id, source=chosen.source, cause=str(e))
@@ -99,7 +102,7 @@ def download(objects: ObjectStore, hold: Hold, chosen: Plan, *, progress: Progre
     if staged is None:
         if chosen.backup is None:
             raise Permanent("an undo has no backup to download")
-        fetch(objects, chosen.backup, _clear(hold.paths.restore_file), hold.control_plane, progress=progress)
+        fetch(objects, chosen.backup, clear_staged(hold.paths.restore_file), hold.control_plane, progress=progress)
         staged = _stage(hold, chosen, chosen.source)
     hold.control_plane.execute(
         "restore_source",
@@ -117,28 +120,36 @@ def copy_previous(hold: Hold, chosen: Plan) -> Staged:
 
     Raises `CorruptBackup` when it is not whole, `Permanent` when there is none or no room for the copy.
     """
-    previous.copy(hold.paths, _clear(hold.paths.restore_file))
+    previous.copy(hold.paths, clear_staged(hold.paths.restore_file))
     return _stage(hold, chosen, "the database from before")
 
 
-def _clear(file: Path) -> Path:
+def clear_staged(file: Path) -> Path:
     for leftover in (file, file.with_name("restore.sqlite-wal"), file.with_name("restore.sqlite-shm")):
         leftover.unlink(missing_ok=True)
     return file
 
 
 def _stage(hold: Hold, chosen: Plan, what: str) -> Staged:
-    file = hold.paths.restore_file
+    manifest, stored_schema_version = check_staged(hold.paths, what)
+    return Staged(chosen, hold.paths.restore_file, manifest, stored_schema_version, hold)
+
+
+def check_staged(paths: TenantPaths, what: str) -> tuple[Manifest, int]:
+    """Check `restore.sqlite` in full and bring it to this build's schema: what it holds, and the schema it came with.
+
+    Raises `CorruptBackup`, which says `what` it was, or `SchemaTooNew`; the file is gone then.
+    """
+    file = paths.restore_file
     try:
-        found = snapshot.inspect(file, chosen.tenant_id)
-        manifest = _bring_up_to_date(file, chosen.tenant_id, found)
+        found = snapshot.inspect(file, paths.tenant_id)
+        return _bring_up_to_date(file, paths.tenant_id, found), found.schema_version
     except CorruptDatabase as e:
         file.unlink(missing_ok=True)
         raise CorruptBackup(f"{what}: {e}") from e
     except BaseException:
         file.unlink(missing_ok=True)
         raise
-    return Staged(chosen, file, manifest, found.schema_version, hold)
 
 
 def _bring_up_to_date(file: Path, tenant_id: str, found: Manifest) -> Manifest:
@@ -169,7 +180,9 @@ def lock(staged: Staged, *, holder: str, reason: str) -> Lease:
         reason=reason,
         seconds=hold.settings.lease_seconds,
     )
-    registry.get_active(hold.control_plane, staged.plan.tenant_id)  # it may have been deleted since the plan
+    tenant = registry.get_active(hold.control_plane, staged.plan.tenant_id)  # it may have been deleted since the plan
+    if tenant.machine_id != hold.settings.machine_id:
+        raise Refused(f"tenant {tenant.tenant_id} was moved to machine {tenant.machine_id}; restore it there")
     hold.control_plane.execute("restore_fenced", restore_id=staged.plan.restore_id, epoch=taken.epoch)
     return taken
 

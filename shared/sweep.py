@@ -10,7 +10,7 @@ Two kinds of traces, looked at apart, so that the first needs no control plane:
 "Gone" is not a guess: a restore holds the tenant's `RestoreMutex` from its first step to its last, and the kernel
 drops that lock with the process. So a dead run is repaired at once, not when its lease expires, and a run that is
 only slow or stopped is never touched. A row without a lease may be just about to take the mutex: it is left alone
-until it is older than a lease.
+until it is older than a lease. A tenant with a marker of a move is left to `shared.move_settle`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from uuid import UUID
 
-from shared import generation, lease
+from shared import generation, lease, moving
 from shared.control_plane import ControlPlane
 from shared.errors import EngramError, LeaseHeld
 from shared.fence import RestoreMutex
@@ -53,8 +53,24 @@ def sweep_disk(settings: Settings) -> list[Swept]:
         done = f"{outcome or 'nothing to undo'}, generation {generation.active(paths)} is active"
         return Swept(paths.tenant_id, found, done)
 
-    attended = (_attend(settings, paths, found, partial(say, paths)) for paths in _suspects(settings))
+    attended = (
+        _attend(settings, paths, found, partial(say, paths)) if not _moves(paths) else _dead_move(paths)
+        for paths in _suspects(settings)
+    )
     return [swept for swept in attended if swept is not None]
+
+
+def _moves(paths: TenantPaths) -> bool:
+    """Then the journal of moves decides, not the generations: `shared.move_settle`."""
+    return paths.moving.exists()
+
+
+def _dead_move(paths: TenantPaths) -> Swept | None:
+    if (mutex := moving.locked(paths)) is None:
+        return None
+    with suppress(OSError):
+        mutex.release()
+    return Swept(paths.tenant_id, "traces of a dead move", "left to the journal of moves")
 
 
 def _attend(
@@ -106,6 +122,8 @@ def sweep_records(settings: Settings, control_plane: ControlPlane) -> list[Swept
     )
     for row in left:
         paths = TenantPaths.of(settings.tenants_dir, row["tenant_id"])
+        if _moves(paths):
+            continue
         close = partial(_close, control_plane, paths, row["restore_id"], row["to_generation"])
         if (closed := _attend(settings, paths, "restore of a dead run", close)) is not None:
             swept.append(closed)

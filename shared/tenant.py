@@ -11,6 +11,8 @@
         lock                                        flock: shared = in use, exclusive = being swapped
         restore.lock                                flock: one restore at a time on this machine
         maintenance                                 mark: writes answer 503 while it exists
+        moving                                      on its way to or from another machine (`shared.moving`)
+        departed        -> generations/000002       what `current` is called once the tenant has left this machine
 
 Because `engram.db` and `engram.db.bak` both go through `current`, one atomic rename moves the pair: there is
 no instant, and no crash, at which they disagree. A generation is a directory, so a left-over `-wal` can never
@@ -90,6 +92,14 @@ class TenantPaths:
     @property
     def mark(self) -> Path:
         return self.root / "maintenance"
+
+    @property
+    def moving(self) -> Path:
+        return self.root / "moving"
+
+    @property
+    def departed(self) -> Path:
+        return self.root / "departed"
 
     def generation_dir(self, generation: int) -> Path:
         return self.generations / f"{generation:06d}"

@@ -42,13 +42,17 @@ def of_spool(settings: Settings) -> datetime:
 
 
 def of_tenant(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> datetime | None:
-    """None when nothing is known. For a tenant of this machine the spool is asked, first."""
+    """None when nothing is known. For a tenant of this machine the spool is asked, first. One that was moved here is
+    complete when the machine it came from has brought in the last of its events, too."""
     here = of_spool(settings) if settings.spool_dir.is_dir() else None
     row = control_plane.row("usage_watermark_of_tenant", tenant_id=tenant_id)
-    if row is not None and row["machine_id"] == settings.machine_id and here is not None:
-        return here
-    found: datetime | None = row["complete_until"] if row is not None else None
-    return found
+    if row is None or row["unknown"]:
+        return None
+    found: datetime | None = row["complete_until"]
+    if row["machine_id"] == settings.machine_id and here is not None:
+        found = here
+    bound: datetime | None = row["bound"]
+    return min(found, bound) if found is not None and bound is not None else found
 
 
 class Watermark:

@@ -26,6 +26,7 @@ pytest_plugins = ("tests.core_fixtures",)
 EXAMPLES = {
     "backup_id": uuid4(),
     "restore_id": uuid4(),
+    **{name: uuid4() for name in ("move_id", "first_backup_id", "final_backup_id")},
     "test_id": uuid4(),
     "key_id": uuid4(),
     "after": uuid4(),
@@ -42,9 +43,11 @@ EXAMPLES = {
     "checks": Jsonb([]),
     "event": Jsonb({}),
     **dict.fromkeys(("epoch", "limit", "generation", "schema_version", "size_bytes", "stored_bytes"), 1),
-    **dict.fromkeys(("from_generation", "to_generation", "events", "inserted", "duplicates"), 1),
+    **dict.fromkeys(("from_generation", "to_generation", "events", "inserted", "duplicates", "memories"), 1),
     **dict.fromkeys(("quarantined", "corrupt_bytes", "days"), 1),
-    **dict.fromkeys(("lease_seconds", "older_than_seconds", "locked_ms", "rto_ms", "rpo_seconds", "seconds"), 1.5),
+    **dict.fromkeys(
+        ("lease_seconds", "older_than_seconds", "locked_ms", "held_ms", "rto_ms", "rpo_seconds", "seconds"), 1.5
+    ),
 }
 SUMS = {
     "tenant_id": ["acme"],

@@ -26,6 +26,7 @@ COMMANDS = (
     "retention",
     "keys",
     "restore",
+    "move",
     "usage",
     "act",
     "config",
@@ -38,7 +39,7 @@ COMMANDS = (
 # How `engram --help` groups the commands: what a person is about to do.
 PANELS = {
     "This machine": ("up", "down", "status", "demo", "config"),
-    "Tenants": ("tenant", "token", "export", "usage"),
+    "Tenants": ("tenant", "token", "export", "usage", "move"),
     "Backups and restores": (
         *("backup", "backups", "restore", "restore-undo", "restore-test", "verify", "retention", "keys", "sweep"),
     ),

@@ -118,7 +118,7 @@ def _run(
     machine_id = registry.get_active(control_plane, tenant_id).machine_id
     run = api.start(deployment, parameters, machine_id=machine_id)
     note(f"{what}{'' if machine_id == settings.machine_id else f', on machine {machine_id}'}: {run.url}")
-    ended = _follow(api, run, settings.prefect_pick_up_seconds)
+    ended = follow(api, run, settings.prefect_pick_up_seconds)
     row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
     if ended.state != "COMPLETED":
         raise (Refused if row.get("state") == "refused" else Permanent)(row.get("error") or ended.message)
@@ -144,7 +144,7 @@ def _run(
         note(f"done; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
 
 
-def _follow(api: PrefectApi, run: Run, pick_up_seconds: float) -> Run:
+def follow(api: PrefectApi, run: Run, pick_up_seconds: float) -> Run:
     from rich.console import Console
 
     seen = run

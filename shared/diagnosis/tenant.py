@@ -97,6 +97,8 @@ def _tenants(sight: Sight) -> list[str]:
 def _wrong(settings: Settings, tenant_id: str, *, whole: bool) -> tuple[Symptom, str] | None:
     """What is wrong with a database, or None."""
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
+    if not paths.database.exists() and paths.moving.exists():
+        return None  # as above: it is between two machines
     if not paths.database.exists():
         return "database_missing", f"no file behind {paths.database}"
     try:

@@ -275,6 +275,8 @@ class TenantDatabase:
             return self._reopen(link)
         except BaseException as e:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
+            if isinstance(e, FileNotFoundError) and self._paths.moving.exists():
+                raise InMaintenance(f"tenant {self.tenant_id} is moving to or from another machine") from e
             if isinstance(e, OSError):
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e.strerror}") from e
             raise

@@ -503,8 +503,14 @@ INSERT INTO usage_watermarks (machine_id, complete_until) VALUES (%(machine_id)s
 ON CONFLICT (machine_id) DO UPDATE SET complete_until = EXCLUDED.complete_until, updated_at = clock_timestamp();
 
 -- name: usage_watermark_of_tenant
-SELECT t.machine_id, w.complete_until
+-- `bound`: what machines that had the tenant before have of it, while that is less; `unknown`: one never said.
+SELECT t.machine_id, w.complete_until, b.bound, b.unknown
 FROM tenants t LEFT JOIN usage_watermarks w USING (machine_id)
+CROSS JOIN LATERAL (
+    SELECT min(s.complete_until) AS bound, coalesce(bool_or(s.machine_id IS NULL), false) AS unknown
+    FROM moves m LEFT JOIN usage_watermarks s ON s.machine_id = m.source
+    WHERE m.tenant_id = t.tenant_id AND m.source <> t.machine_id AND m.routed_at >= coalesce(s.complete_until, 'epoch')
+) b
 WHERE t.tenant_id = %(tenant_id)s;
 
 -- name: usage_books_of_day
@@ -984,3 +990,122 @@ FROM actions
 WHERE (%(tenant_id)s::text IS NULL OR tenant_id = %(tenant_id)s)
   AND (%(action)s::text IS NULL OR action = %(action)s)
 ORDER BY begun_at DESC, action_id DESC LIMIT %(limit)s;
+
+-- Moves of a tenant between machines (shared/move.py).
+
+-- name: move_begin
+-- Nothing is returned when another move of the tenant is open, or it is not on `source` any more.
+INSERT INTO moves (move_id, tenant_id, source, target, state, requested_by, reason, flow_run_id)
+SELECT %(move_id)s, tenant_id, %(source)s, %(target)s, 'copying', %(requested_by)s, %(reason)s, %(flow_run_id)s
+FROM tenants
+WHERE tenant_id = %(tenant_id)s AND machine_id = %(source)s AND state IN ('active', 'suspended')
+ON CONFLICT (tenant_id) WHERE state NOT IN ('done', 'undone')
+DO UPDATE SET state = moves.state WHERE moves.move_id = EXCLUDED.move_id  -- our own insert, whose reply was lost
+RETURNING move_id;
+
+-- name: move_get
+SELECT move_id, tenant_id, source, target, state, first_backup_id, final_backup_id, fence_epoch, from_generation,
+       to_generation, memories, size_bytes, held_ms, error, created_at, held_at, routed_at, finished_at, remove_after,
+       removed_at
+FROM moves WHERE move_id = %(move_id)s;
+
+-- name: move_by_flow_run
+SELECT move_id, tenant_id, source, target, state, first_backup_id, final_backup_id, fence_epoch, from_generation,
+       to_generation, memories, size_bytes, held_ms, error, created_at, held_at, routed_at, finished_at, remove_after,
+       removed_at
+FROM moves WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
+
+-- name: move_of_tenant
+-- The tenant's newest move that is over or open.
+SELECT move_id, source, target, state, routed_at, remove_after, removed_at FROM moves
+WHERE tenant_id = %(tenant_id)s AND state <> 'undone' ORDER BY created_at DESC LIMIT 1;
+
+-- name: move_window
+-- The median of how long the last moves of this fleet held writes, in ms; null before the first.
+SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY held_ms) AS held_ms
+FROM (SELECT held_ms FROM moves WHERE held_ms IS NOT NULL ORDER BY created_at DESC LIMIT 50) AS last_ones;
+
+-- name: move_step
+-- One state further; twice is once, for a reply may be lost.
+UPDATE moves
+SET state = %(state)s,
+    first_backup_id = coalesce(%(first_backup_id)s, first_backup_id),
+    final_backup_id = coalesce(%(final_backup_id)s, final_backup_id),
+    fence_epoch = coalesce(%(epoch)s, fence_epoch),
+    from_generation = coalesce(%(from_generation)s, from_generation),
+    to_generation = coalesce(%(to_generation)s, to_generation),
+    memories = coalesce(%(memories)s, memories),
+    size_bytes = coalesce(%(size_bytes)s, size_bytes),
+    held_at = CASE WHEN %(state)s = 'held' THEN coalesce(held_at, clock_timestamp()) ELSE held_at END
+WHERE move_id = %(move_id)s AND state IN (%(from_state)s, %(state)s)
+RETURNING state;
+
+-- name: move_lease
+-- Whether the run that would route still has the lease, and keeps it until this transaction ends.
+SELECT epoch FROM maintenance_locks
+WHERE tenant_id = %(tenant_id)s AND epoch = %(epoch)s AND holder = %(holder)s AND expires_at > clock_timestamp()
+FOR SHARE;
+
+-- name: move_routed
+UPDATE moves SET state = 'routed', routed_at = clock_timestamp() WHERE move_id = %(move_id)s AND state = 'ready'
+RETURNING target, to_generation;
+
+-- name: move_tenant
+-- The one statement that changes who serves a tenant.
+UPDATE tenants
+SET machine_id = %(target)s, generation = %(generation)s, updated_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND machine_id = %(source)s AND state IN ('active', 'suspended')
+RETURNING tenant_id;
+
+-- name: move_undo
+-- Only of one that is not routed: who gets the row's lock first, this or `move_routed`, decides.
+UPDATE moves SET state = 'undone', error = %(error)s, finished_at = clock_timestamp()
+WHERE move_id = %(move_id)s AND state NOT IN ('routed', 'done', 'undone');
+
+-- name: move_done
+UPDATE moves
+SET state = 'done', finished_at = clock_timestamp(),
+    remove_after = clock_timestamp() + make_interval(secs => %(seconds)s)
+WHERE move_id = %(move_id)s AND state = 'routed'
+RETURNING move_id;
+
+-- name: move_held
+UPDATE moves SET held_ms = %(held_ms)s WHERE move_id = %(move_id)s AND held_ms IS NULL;
+
+-- name: moves_open_on
+-- Open moves that this machine has a part in. A target that has not begun its own has nothing to give up.
+SELECT move_id, tenant_id FROM moves
+WHERE state NOT IN ('done', 'undone')
+  AND (source = %(machine_id)s OR (target = %(machine_id)s AND state NOT IN ('copying', 'copied')))
+ORDER BY tenant_id;
+
+-- name: moves_to_remove
+-- Files of moved tenants that this machine kept for long enough, none of a tenant that is here or on its way.
+SELECT m.move_id, m.tenant_id FROM moves m JOIN tenants t USING (tenant_id)
+WHERE m.source = %(machine_id)s AND m.state = 'done' AND m.removed_at IS NULL AND m.remove_after < clock_timestamp()
+  AND t.machine_id <> %(machine_id)s
+  AND NOT EXISTS (SELECT 1 FROM moves o WHERE o.tenant_id = m.tenant_id AND o.target = %(machine_id)s
+                                          AND o.state NOT IN ('done', 'undone'))
+  AND (%(tenant_id)s::text IS NULL OR m.tenant_id = %(tenant_id)s::text)
+ORDER BY m.tenant_id;
+
+-- name: moves_removed
+-- What a machine kept of a tenant from moves away from it is gone.
+UPDATE moves SET removed_at = clock_timestamp()
+WHERE tenant_id = %(tenant_id)s AND source = %(machine_id)s AND state = 'done' AND removed_at IS NULL;
+
+-- name: moves_kept
+-- Machines that keep files of a tenant that was moved away from them.
+SELECT source, remove_after FROM moves
+WHERE tenant_id = %(tenant_id)s AND state = 'done' AND removed_at IS NULL;
+
+-- name: moves_hurry
+-- What they keep is to go at the next sweep there.
+UPDATE moves SET remove_after = least(remove_after, clock_timestamp())
+WHERE tenant_id = %(tenant_id)s AND state = 'done' AND removed_at IS NULL;
+
+-- name: moves_unsettled_books
+-- The oldest move away from this machine whose last requests its watermark does not yet cover.
+SELECT min(m.routed_at) AS routed_at
+FROM moves m LEFT JOIN usage_watermarks w ON w.machine_id = m.source
+WHERE m.source = %(machine_id)s AND m.routed_at > coalesce(w.complete_until, 'epoch');

@@ -1,0 +1,91 @@
+"""`engram move`. Starts the Prefect deployment and follows it, so a move survives this terminal."""
+
+from __future__ import annotations
+
+import getpass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deployments.cli import beside
+from deployments.cli.output import Json, note, print_json, print_table
+from shared.errors import Permanent
+
+if TYPE_CHECKING:
+    from shared.move import MovePlan
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(move)
+
+
+def move(
+    tenant_id: Annotated[str, typer.Argument(metavar="TENANT")],
+    machine_id: Annotated[str, typer.Argument(metavar="MACHINE", help="Its ENGRAM_MACHINE_ID.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
+    reason: Annotated[str, typer.Option(help="Written into the lease and the moves table.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Move a tenant to another machine without losing a write."""
+    from deployments.cli.restore import follow
+    from deployments.prefect_api import PrefectApi
+    from shared import move as core
+    from shared import registry
+
+    with beside.control_plane() as (settings, control_plane):
+        if dry_run:
+            _show_plan(core.plan(settings, control_plane, tenant_id, machine_id), as_json)
+            return
+        tenant = registry.get_active(control_plane, tenant_id)
+        core.check_route(tenant, machine_id)
+        api = PrefectApi(settings)
+        parameters = {
+            "tenant_id": tenant_id,
+            "machine_id": machine_id,
+            "reason": reason,
+            "requested_by": f"cli {getpass.getuser()}",
+        }
+        run = api.start("move/move", parameters, machine_id=tenant.machine_id)
+        note(f"move of {tenant_id} from {tenant.machine_id} to {machine_id}: {run.url}")
+        ended = follow(api, run, settings.prefect_pick_up_seconds)
+        row = control_plane.row("move_by_flow_run", flow_run_id=ended.id) or {}
+    if ended.state != "COMPLETED":
+        raise Permanent(row.get("error") or ended.message)
+    result: dict[str, Any] = {
+        "move_id": row["move_id"],
+        "tenant_id": tenant_id,
+        "source": row["source"],
+        "target": row["target"],
+        "outcome": "moved" if row["state"] == "done" else row["state"],
+        "held_ms": row["held_ms"],
+        "memories": row["memories"],
+        "size_bytes": row["size_bytes"],
+        "backup_id": row["final_backup_id"],
+        "flow_run_id": ended.id,
+        "flow_run_url": ended.url,
+        "kept_until": row["remove_after"],
+    }
+    if as_json:
+        print_json(result)
+    else:
+        note(
+            f"done; writes were held for {row['held_ms']:.0f} ms; {row['source']} keeps its files until"
+            f" {row['remove_after']:%F %T} UTC"
+        )
+
+
+def _show_plan(chosen: MovePlan, as_json: bool) -> None:
+    plan = {
+        "tenant_id": chosen.tenant_id,
+        "outcome": "dry_run",
+        "source": chosen.source,
+        "target": chosen.target,
+        "target_tenants": chosen.target_tenants,
+        "memories": chosen.memories,
+        "size_bytes": chosen.size_bytes,
+        "window_ms": chosen.window_ms,
+    }
+    if as_json:
+        print_json(plan)
+    else:
+        print_table(("", ""), plan.items())

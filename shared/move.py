@@ -1,0 +1,369 @@
+"""Moving a tenant to another machine, read aloud; each step takes the receipt of the one before.
+
+    source                                                        target (`shared.move_arrive`)
+    plan         how much, how long; changes nothing
+    copy         a backup while writes go on → journal            arrive, stage: fetch it, check all of it
+    lock         the lease in the control plane
+    final_copy   writes held (503, reads go on); a backup again,  receive: fetch it unless it is the same, check,
+                 unless nothing was written since the first       compare the counts, prepare a generation beside
+    fence        `current` is renamed away under the exclusive
+                 lock: nobody can write here any more, whatever
+                 a stale snapshot of the routes says
+    route        ONE transaction: lease, journal, machine_id      serve: `current` names the generation
+    release      wait until the target serves; free the lease
+
+The order is fence, route, serve: at no instant can two machines acknowledge a write, and a crash leaves the tenant with
+the one that `tenants.machine_id` names. Each machine has a run of its own, because each step must run where the file
+is, and the two share nothing but the journal's row (`shared.move_journal`): no run waits for another's process, only
+for a state, so either may die at any point and its machine's sweep finishes or undoes its half (`shared.move_settle`).
+Polling PostgreSQL every 30 ms while writes are held is cheaper than a second way for machines to reach each other.
+
+Writes are held for as long as a snapshot, an upload, a download and SQLite's checks of the whole database take, or only
+for the snapshot when nothing was written since the first copy. Longer than `move_hold_seconds` is given up.
+
+The source's files stay for `move_keep_hours` as they were, without `current`; then its sweep removes them. What was in
+`engram.db.bak` stays behind: a restore is not undone across a move. Usage spooled at the source is drained there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+from shared import backup, generation, lease, move_journal, move_settle, moving, registry
+from shared.catalogue import Backup
+from shared.control_plane import ControlPlane
+from shared.engine.database import TenantDatabase
+from shared.errors import ControlPlaneUnavailable, EngramError, LeaseHeld, Permanent, Refused
+from shared.fence import Fence, Mark, RestoreMutex
+from shared.ids import new_id
+from shared.lease import Lease
+from shared.log import get_logger
+from shared.move_journal import Row
+from shared.move_settle import holder_of
+from shared.moving import Moving
+from shared.objects import ObjectStore
+from shared.receipt import Receipt
+from shared.registry import Tenant
+from shared.settings import Settings
+from shared.storage import storage_bytes
+from shared.tenant import TenantPaths
+
+log = get_logger("move")
+
+
+class MovePlan(Receipt, frozen=True):
+    """What a move would do. `window_ms`: the median of what the last moves held writes for, None before the first."""
+
+    move_id: UUID
+    tenant_id: str
+    source: str
+    target: str
+    generation: int
+    memories: int
+    size_bytes: int
+    target_tenants: int
+    window_ms: float | None
+
+
+class Copied(Receipt, frozen=True):
+    """A backup of what the tenant was while writes went on."""
+
+    backup: Backup
+
+
+class Held(Receipt, frozen=True):
+    """Writes are refused since `since` (monotonic seconds); `backup` holds every write that was acknowledged."""
+
+    plan: MovePlan
+    lease: Lease
+    backup: Backup
+    same_as_first: bool
+    since: float
+
+
+class Fenced(Receipt, frozen=True):
+    """The tenant has left this machine's disk; `row` says what the target prepared."""
+
+    held: Held
+    row: Row
+
+
+class Routed(Receipt, frozen=True):
+    """The control plane names the target."""
+
+    fenced: Fenced
+
+
+class Moved(Receipt, frozen=True):
+    """The end of a move. `held_ms`: from the first write refused to the target serving."""
+
+    move_id: UUID
+    tenant_id: str
+    source: str
+    target: str
+    held_ms: float
+    copy_ms: float
+    memories: int
+    size_bytes: int
+    final_backup_id: UUID
+    generation: int
+    kept_hours: float
+
+
+class Departure:
+    """What a move's run holds on the source and must give back."""
+
+    def __init__(self, settings: Settings, control_plane: ControlPlane, plan: MovePlan) -> None:
+        self.settings = settings
+        self.control_plane = control_plane
+        self.plan = plan
+        self.paths = TenantPaths.of(settings.tenants_dir, plan.tenant_id)
+        self.mutex = RestoreMutex(self.paths)
+        self.fence: Fence | None = None
+        self.holder = ""  # set before the lease is asked for: the reply may be lost, the grant not
+        self.began = False
+        self.over = False
+
+
+def plan(settings: Settings, control_plane: ControlPlane, tenant_id: str, target: str) -> MovePlan:
+    """Weigh the move; changes nothing. Raises `Refused` (not on this machine, already there), `LeaseHeld`."""
+    tenant = registry.get_active(control_plane, tenant_id)
+    check_route(tenant, target)
+    if tenant.machine_id != settings.machine_id:
+        raise Refused(f"tenant {tenant_id} is on machine {tenant.machine_id}, this is {settings.machine_id}")
+    last = control_plane.row("move_of_tenant", tenant_id=tenant_id)
+    if last is not None and last["state"] != "done":
+        raise LeaseHeld(f"tenant {tenant_id} is being moved from machine {last['source']} to {last['target']}")
+    paths = TenantPaths.of(settings.tenants_dir, tenant_id)
+    database = TenantDatabase(paths)
+    try:
+        with database.read() as connection:
+            memories = int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
+    finally:
+        database.close()
+    window = control_plane.row("move_window")
+    machines = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
+    return MovePlan(
+        move_id=new_id(),
+        tenant_id=tenant_id,
+        source=settings.machine_id,
+        target=target,
+        generation=generation.active(paths),
+        memories=memories,
+        size_bytes=storage_bytes(paths),
+        target_tenants=machines.get(target, 0),
+        window_ms=window["held_ms"] if window else None,
+    )
+
+
+def check_route(tenant: Tenant, target: str) -> None:
+    """Raises `Refused` when the tenant is there already."""
+    if tenant.machine_id == target:
+        raise Refused(f"tenant {tenant.tenant_id} is on machine {target} already")
+
+
+@contextmanager
+def leaving(
+    settings: Settings,
+    control_plane: ControlPlane,
+    chosen: MovePlan,
+    *,
+    requested_by: str = "",
+    reason: str = "",
+    flow_run_id: str | None = None,
+) -> Iterator[Departure]:
+    """The block inside which the source's half of a move happens. However it is left, the tenant is served by exactly
+    one machine afterwards, or by none until a control plane that is away answers again. Raises `LeaseHeld`."""
+    departure = Departure(settings, control_plane, chosen)
+    try:
+        moving.refuse(departure.paths)
+        move_journal.begin(
+            control_plane,
+            chosen.move_id,
+            chosen.tenant_id,
+            chosen.source,
+            chosen.target,
+            requested_by=requested_by,
+            reason=reason,
+            flow_run_id=flow_run_id,
+        )
+        departure.began = True
+        yield departure
+    except BaseException as e:
+        _give_up(departure, e)
+        raise
+    finally:
+        try:
+            _free_lease(departure)
+        finally:
+            departure.mutex.release()
+
+
+def _give_up(departure: Departure, error: BaseException) -> None:
+    """What cannot be settled now (a control plane that is away, a full disk) is left to the sweep, and must not hide
+    the cause."""
+    chosen = departure.plan
+    said = f"{type(error).__name__}: {error}"
+    log.error("move_failed", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), cause=said)
+    if not departure.began or departure.over:
+        return
+    fence, departure.fence = departure.fence, None
+    try:
+        row = move_settle.settle_source(
+            departure.settings, departure.control_plane, departure.paths, chosen.move_id, fence, said
+        )
+        if row.state in ("routed", "done"):
+            log.warning("move_goes_on", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), state=row.state)
+    except (EngramError, OSError) as e:
+        log.error("move_left_to_the_sweep", tenant_id=chosen.tenant_id, cause=str(e))
+
+
+def _free_lease(departure: Departure) -> None:
+    if departure.holder:
+        try:
+            lease.release(departure.control_plane, departure.plan.tenant_id, departure.holder)
+        except ControlPlaneUnavailable as e:
+            log.error("lease_left_to_the_sweep", tenant_id=departure.plan.tenant_id, cause=str(e))
+
+
+def copy(departure: Departure, objects: ObjectStore, *, flow_run_id: str | None = None) -> Copied:
+    """The slow part, while writes go on: a backup that the target fetches and checks before anything is held."""
+    chosen = departure.plan
+    made = _back_up(departure, objects, None, flow_run_id)
+    _step(departure, "copied", first_backup_id=made.backup_id, size_bytes=made.size_bytes)
+    log.info("move_copied", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), size_bytes=made.size_bytes)
+    return Copied(made)
+
+
+def wait_staged(departure: Departure, copied: Copied) -> Copied:
+    """Until the target has the first copy, whole and checked. Nothing is held meanwhile."""
+    seconds = departure.settings.move_wait_seconds
+    move_journal.wait(departure.control_plane, departure.plan.move_id, seconds, "staged")
+    return copied
+
+
+def lock(departure: Departure, *, reason: str) -> Lease:
+    """Take the tenant's lease for as long as writes may be held; they still flow. Raises `LeaseHeld`."""
+    chosen, settings = departure.plan, departure.settings
+    departure.holder = holder_of(chosen.move_id)
+    taken = lease.acquire(
+        departure.control_plane,
+        chosen.tenant_id,
+        holder=departure.holder,
+        reason=reason,
+        seconds=max(settings.lease_seconds, settings.move_hold_seconds + settings.restore_drain_timeout_seconds),
+    )
+    check_route(registry.get_active(departure.control_plane, chosen.tenant_id), chosen.target)
+    return taken
+
+
+def final_copy(
+    departure: Departure, objects: ObjectStore, copied: Copied, taken: Lease, *, flow_run_id: str | None = None
+) -> Held:
+    """Hold writes and back up what is there then: all that was ever acknowledged here. Reads go on.
+
+    Raises `DrainTimeout`, and what a backup raises.
+    """
+    chosen, paths = departure.plan, departure.paths
+    number = generation.active(paths)
+    moving.write(paths, Moving(str(chosen.move_id), chosen.tenant_id, chosen.source, chosen.target, number))
+    since = time.monotonic()
+    fence = departure.fence = Fence(paths, _mark(departure, taken, number))
+    fence.raise_(departure.settings.restore_drain_timeout_seconds)
+    departure.fence = None
+    fence.leave_locked()  # the mark goes on refusing writes; a snapshot and reads need the lock
+    _step(departure, "held", epoch=taken.epoch, from_generation=number)
+    made = _back_up(departure, objects, copied.backup, flow_run_id)
+    manifest = made.manifest
+    _step(
+        departure,
+        "final",
+        final_backup_id=made.backup_id,
+        memories=int(manifest["memories"]),
+        size_bytes=made.size_bytes,
+    )
+    return Held(chosen, taken, made, made.backup_id == copied.backup.backup_id, since)
+
+
+def fence(departure: Departure, held: Held) -> Fenced:
+    """Once the target has all of it: leave this machine's disk, under the exclusive lock.
+
+    Raises `Permanent` when the target does not have it `move_hold_seconds` after the first refused write.
+    """
+    settings, chosen = departure.settings, held.plan
+    left_seconds = held.since + settings.move_hold_seconds - time.monotonic()
+    row = move_journal.wait(departure.control_plane, chosen.move_id, max(0.0, left_seconds), "ready", fast=True)
+    mark = _mark(departure, held.lease, row.from_generation or 0)
+    own = Fence(departure.paths, mark)
+    try:
+        own.raise_(settings.restore_drain_timeout_seconds, keep_mark=True)
+    except BaseException:
+        own.leave_locked()  # the mark stands: what gives the move up lowers it
+        raise
+    departure.fence = own
+    moving.leave(departure.paths)
+    return Fenced(held, row)
+
+
+def route(departure: Departure, fenced: Fenced) -> Routed:
+    """The decision. When its reply is lost it is asked for: until it is known the tenant stays away from this disk."""
+    try:
+        move_journal.route(departure.control_plane, fenced.row, fenced.held.lease)
+    except ControlPlaneUnavailable as e:
+        log.error("route_reply_lost", tenant_id=fenced.row.tenant_id, cause=str(e))
+        if move_journal.get(departure.control_plane, fenced.row.move_id).state not in ("routed", "done"):
+            raise
+    return Routed(fenced)
+
+
+def release(departure: Departure, routed: Routed, copy_ms: float = 0.0) -> Moved:
+    """Close this machine's part, wait until the target serves, write how long that was. May be repeated."""
+    row, held, settings = routed.fenced.row, routed.fenced.held, departure.settings
+    fence_, departure.fence = departure.fence, None
+    move_settle.left_for_good(settings, departure.paths, fence_)
+    departure.over = True
+    try:
+        move_journal.wait(departure.control_plane, row.move_id, settings.move_wait_seconds, "done", fast=True)
+    except Permanent as e:
+        raise Permanent(
+            f"tenant {row.tenant_id} is routed to machine {row.target}, which does not serve it yet ({e});"
+            f" its sweep will"
+        ) from e
+    held_ms = (time.monotonic() - held.since) * 1000
+    departure.control_plane.execute("move_held", move_id=row.move_id, held_ms=held_ms)
+    return Moved(
+        move_id=row.move_id,
+        tenant_id=row.tenant_id,
+        source=row.source,
+        target=row.target,
+        held_ms=round(held_ms, 1),
+        copy_ms=round(copy_ms, 1),
+        memories=row.memories or 0,
+        size_bytes=row.size_bytes or 0,
+        final_backup_id=held.backup.backup_id,
+        generation=row.to_generation or 0,
+        kept_hours=settings.move_keep_hours,
+    )
+
+
+def _mark(departure: Departure, taken: Lease, number: int) -> Mark:
+    return Mark(taken.tenant_id, taken.holder, taken.epoch, number, number, time.time())
+
+
+def _step(departure: Departure, state: move_journal.State, **facts: Any) -> None:
+    move_journal.step(departure.control_plane, departure.plan.move_id, state, **facts)
+
+
+def _back_up(departure: Departure, objects: ObjectStore, before: Backup | None, flow_run_id: str | None) -> Backup:
+    """A backup like any other, entered in the catalogue; `before` when the tenant is still what that holds."""
+    settings, tenant_id = departure.settings, departure.plan.tenant_id
+    with backup.work(settings.data_dir / "tmp", "move") as directory:
+        taken = backup.take(settings, tenant_id, directory)
+        if before is not None and taken.sha256 == before.sha256:
+            return before
+        stored = backup.store(objects, taken, departure.control_plane)
+    return backup.register(departure.control_plane, stored, flow_run_id=flow_run_id)

@@ -1,0 +1,474 @@
+"""Moving a tenant between two machines: what it keeps, what it refuses, and who serves whatever dies."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from shared import deletion, lease, move, move_journal, moving, registry, watermark
+from shared import plan as planning
+from shared.control_plane import ControlPlane
+from shared.errors import (
+    ControlPlaneUnavailable,
+    CorruptBackup,
+    EngramError,
+    LeaseHeld,
+    LeaseLost,
+    Permanent,
+    Refused,
+    TenantDatabaseUnavailable,
+)
+from shared.move import Departure
+from tests import restore_fixtures
+from tests.core_fixtures import World, contents_of, sampled, wait_until
+from tests.move_fixtures import (
+    A,
+    B,
+    Half,
+    Pair,
+    arrive,
+    check_one_serves,
+    depart,
+    new_pair,
+    perform,
+    quick_looks,
+    stubborn,
+    sweep,
+)
+
+pytest_plugins = ("tests.core_fixtures",)
+__all__ = ["quick_looks"]
+
+
+@pytest.fixture
+def pair(tmp_path: Path, core_url: str, core_control_plane: ControlPlane) -> Pair:
+    made = new_pair(tmp_path, core_url, core_control_plane, f"t{secrets.token_hex(6)}")
+    made.a.write("one", "two")
+    return made
+
+
+def rows_of(pair: Pair, sql: str) -> list[dict[str, object]]:
+    with pair.control_plane.transaction() as connection:
+        return connection.execute(sql, (pair.tenant_id,)).fetchall()  # type: ignore[arg-type]
+
+
+def test_a_move_and_a_move_back_keep_every_acknowledged_write_and_one_machine_serves(pair: Pair) -> None:
+    """Writers on both machines that never look at the routes: gateways with the stalest snapshots there can be."""
+    with stubborn(pair) as writers:
+        for target in (pair.b, pair.a, pair.b):
+            wait_until(lambda: len(writers[0].acknowledged) + len(writers[1].acknowledged) > 20)
+            moved = perform(pair)
+            assert pair.serving() is target
+            assert pair.state(moved.move_id) == "done"
+            count = len(writers[pair.serving() is pair.b].acknowledged)
+            wait_until(lambda: len(writers[pair.serving() is pair.b].acknowledged) > count)  # noqa: B023
+            check_one_serves(pair, writers)
+    assert {"one", "two"} <= set(pair.b.rows())
+    assert min(len(w.acknowledged) for w in writers) > 0
+    assert pair.a.lease_holder() is None
+    tenant = registry.get(pair.control_plane, pair.tenant_id)
+    assert tenant.generation == pair.b.paths.generation() == 4, "higher at each stop: no generation is named twice"
+
+
+def test_a_tenant_nobody_writes_to_is_copied_once(pair: Pair) -> None:
+    """Then writes are held for a look, not for an upload and a download."""
+    moved = perform(pair)
+    row = move_journal.get(pair.control_plane, moved.move_id)
+    assert row.final_backup_id == row.first_backup_id == moved.final_backup_id
+    assert (row.memories, moved.memories) == (2, 2)
+    assert row.held_ms == pytest.approx(moved.held_ms, abs=0.1)
+
+
+def test_what_is_written_after_the_first_copy_moves_too(pair: Pair) -> None:
+    """The second copy is the one that counts."""
+    moved = perform(pair, lambda _: pair.a.write("late"))
+    assert pair.b.rows() == ["one", "two", "late"]
+    row = move_journal.get(pair.control_plane, moved.move_id)
+    assert row.final_backup_id != row.first_backup_id
+
+
+def test_reads_go_on_at_the_source_while_writes_are_held(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A move holds writes for longer than a restore does."""
+    seen: list[object] = []
+    real = move._back_up
+
+    def look(departure: Departure, *more: object) -> object:
+        if pair.a.paths.mark.exists():
+            seen.append(pair.can_use(pair.a))
+        return real(departure, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(move, "_back_up", look)
+    perform(pair)
+    assert seen == [True]
+
+
+def test_after_a_move_the_source_can_no_longer_back_up_restore_or_undo_and_says_where_to(pair: Pair) -> None:
+    """A run of the source that was late must not make a second truth."""
+    pair.a.back_up()
+    restore_fixtures.perform(pair.a)
+    chosen = planning.plan(pair.a.settings, pair.control_plane, pair.tenant_id)
+    perform(pair)
+    with pytest.raises(TenantDatabaseUnavailable):
+        pair.a.back_up()
+    with pytest.raises(LeaseHeld, match=f"from machine {A} to {B}"):
+        restore_fixtures.run(pair.a, chosen)
+    pair.a.paths.moving.unlink()  # the marker is one guard, the control plane's word is another
+    with pytest.raises(Refused, match=f"moved to machine {B}"):
+        restore_fixtures.run(pair.a, chosen)
+    assert pair.a.lease_holder() is None
+    with pytest.raises(Permanent, match="no database from before"):
+        planning.plan_undo(pair.b.settings, pair.control_plane, pair.tenant_id)
+    assert pair.b.back_up().manifest["memories"] == 2
+    assert restore_fixtures.perform(pair.b).outcome == "restored"
+
+
+def test_a_deletion_waits_until_the_source_kept_nothing(pair: Pair) -> None:
+    """A receipt that says "gone" must be true of the machine the tenant left, too."""
+    perform(pair)
+    arguments = (pair.b.settings, pair.control_plane, pair.b.objects, pair.tenant_id)
+    with pytest.raises(Refused, match=f"machine {A} still keeps files"):
+        deletion.delete(*arguments, reason="asked", requested_by="test")
+    assert [s.done for s in sweep(pair.a)] == ["removed"]
+    assert not pair.a.paths.root.exists()
+    assert deletion.delete(*arguments, reason="asked", requested_by="test").erased
+
+
+def test_the_source_keeps_its_files_for_their_time_and_never_removes_a_tenant_that_came_back(pair: Pair) -> None:
+    """The one thing worse than keeping too long."""
+    first = perform(pair)
+    assert sweep(pair.a) == []
+    assert moving.has_left(pair.a.paths)
+    perform(pair)
+    with pair.control_plane.transaction() as connection:
+        connection.execute("UPDATE moves SET remove_after = '2000-01-01' WHERE tenant_id = %s", (pair.tenant_id,))
+    assert move_journal.get(pair.control_plane, first.move_id).removed_at is not None
+    assert sweep(pair.a) == []
+    assert [s.done for s in sweep(pair.b)] == ["removed"]
+    assert pair.a.rows() == ["one", "two"]
+    with pytest.raises(Permanent, match="active database"):
+        moving.remove(pair.a.settings, pair.a.paths)
+
+
+def test_a_handle_that_was_open_through_it_all_writes_where_the_tenant_is(pair: Pair) -> None:
+    """Away, removed, and back: the lock file and the first generation's number are others then."""
+    from shared.engine.database import TenantDatabase
+    from shared.engine.memories import NewMemory, create
+
+    handle = TenantDatabase(pair.a.paths)
+    with handle.read():
+        pass
+    perform(pair)
+    with pair.control_plane.transaction() as connection:
+        connection.execute("UPDATE moves SET remove_after = '2000-01-01' WHERE tenant_id = %s", (pair.tenant_id,))
+    sweep(pair.a)
+    with pytest.raises(TenantDatabaseUnavailable), handle.write():
+        pass
+    perform(pair)
+    with handle.write() as connection:
+        create(connection, NewMemory("three"))
+    handle.close()
+    assert pair.a.rows() == ["one", "two", "three"]
+
+
+def test_usage_is_complete_only_when_the_source_brought_in_the_last_of_it(pair: Pair) -> None:
+    """What is spooled at the source is drained there, perhaps later."""
+    for world in (pair.a, pair.b):
+        world.settings.spool_dir.mkdir(parents=True)
+    until = datetime.now(UTC) - timedelta(hours=1)
+    with pair.control_plane.transaction() as connection:
+        connection.execute("DELETE FROM usage_watermarks WHERE machine_id = ANY (%s)", ([A, B],))
+
+    def complete() -> datetime | None:
+        return watermark.of_tenant(pair.control_plane, pair.b.settings, pair.tenant_id)
+
+    perform(pair)
+    assert complete() is None, "the source never said anything"
+    pair.control_plane.execute("usage_watermark_set", machine_id=A, complete_until=until)
+    assert complete() == until
+    sweep(pair.a)
+    assert complete() == until, "requests of just before the move may still be in the air"
+    with pair.control_plane.transaction() as connection:
+        connection.execute(
+            "UPDATE moves SET routed_at = routed_at - interval '1 hour' WHERE tenant_id = %s", (pair.tenant_id,)
+        )
+    sweep(pair.a)  # an idle machine has nothing to drain, and says so
+    said = complete()
+    assert said is not None and said > until
+
+
+def test_two_moves_of_a_tenant_at_once_are_one(pair: Pair) -> None:
+    """The second is refused by the mutex on the same machine, and by the journal from anywhere."""
+    chosen = pair.plan()
+
+    def again(_: Departure) -> None:
+        with pytest.raises(LeaseHeld):
+            pair.plan()
+        with pytest.raises(LeaseHeld):
+            depart(pair.a, chosen)
+        with pytest.raises(LeaseHeld, match="moved already"):
+            begin = {"requested_by": "", "reason": "", "flow_run_id": None}
+            move_journal.begin(pair.control_plane, uuid4(), pair.tenant_id, A, "machine-c", **begin)  # type: ignore[arg-type]
+
+    perform(pair, again)
+    assert pair.serving() is pair.b
+
+
+@pytest.mark.parametrize("target", [A, "nowhere"])
+def test_a_move_to_nowhere_changes_nothing(pair: Pair, target: str) -> None:
+    """To itself it is refused at once; where nobody takes it up it is given up before anything is held."""
+    if target == A:
+        with pytest.raises(Refused, match="already"):
+            move.plan(pair.a.settings, pair.control_plane, pair.tenant_id, A)
+        return
+    chosen = move.plan(pair.a.settings, pair.control_plane, pair.tenant_id, target)
+    settings = pair.a.settings.model_copy(update={"move_wait_seconds": 0.1})
+    world = World(settings, pair.control_plane, pair.a.objects, pair.tenant_id)
+    with pytest.raises(Permanent, match="still copied"):
+        depart(world, chosen)
+    check_undone(pair, chosen.move_id)
+
+
+def check_undone(pair: Pair, move_id: object) -> None:
+    assert pair.serving() is pair.a and pair.state(move_id) == "undone"  # type: ignore[arg-type]
+    pair.a.write("after")
+    assert pair.a.rows()[-1] == "after"
+    assert pair.a.lease_holder() is None
+    assert not pair.a.paths.mark.exists() and not pair.a.paths.moving.exists()
+    assert not pair.b.paths.root.exists()
+
+
+def test_a_damaged_copy_is_refused_by_the_target_and_the_source_serves_on(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts are compared with the manifest even when the bytes are whole."""
+    chosen, failed = pair.plan(), []
+
+    def damage(departure: Departure) -> None:
+        row = move_journal.get(pair.control_plane, departure.plan.move_id)
+        with pair.control_plane.transaction() as connection:
+            connection.execute(
+                "UPDATE backups SET manifest = manifest || '{\"memories\": 3}' WHERE backup_id = %s",
+                (row.first_backup_id,),
+            )
+        with pytest.raises(CorruptBackup, match="its manifest says") as raised:
+            arrive(pair.b, departure.plan.move_id)
+        failed.append(raised.value)
+
+    with pytest.raises(Permanent, match="its manifest says"):
+        depart(pair.a, chosen, damage)
+    assert failed
+    check_undone(pair, chosen.move_id)
+
+
+def test_a_route_needs_the_lease_and_a_move_nobody_gave_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two proofs in its transaction; each alone stops it, and the tenant comes back."""
+    real = move_journal.route
+
+    def without_lease(control_plane: ControlPlane, *more: object) -> None:
+        with control_plane.transaction() as connection:
+            connection.execute("UPDATE maintenance_locks SET holder = 'x' WHERE tenant_id = %s", (pair.tenant_id,))
+        try:
+            real(control_plane, *more)  # type: ignore[arg-type]
+        finally:
+            lease.release(control_plane, pair.tenant_id, "x")
+
+    def given_up(control_plane: ControlPlane, row: move_journal.Row, *more: object) -> None:
+        move_journal.undo(control_plane, row.move_id, "by the target")
+        real(control_plane, row, *more)  # type: ignore[arg-type]
+
+    for broken, error in ((without_lease, LeaseLost), (given_up, Permanent)):
+        monkeypatch.setattr(move_journal, "route", broken)
+        with pytest.raises(AssertionError):  # the target's half says that it was given up
+            with pytest.raises(error):
+                perform(pair)
+            raise AssertionError
+        assert pair.serving() is pair.a
+        assert not pair.b.paths.root.exists()
+    pair.a.write("after")
+
+
+def test_when_the_reply_to_the_route_is_lost_nobody_writes_until_it_is_known(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been decided: letting writes in again at the source would be a guess."""
+    real, undo = move_journal.route, move_journal.undo
+    away = [True]
+
+    def lost(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        raise ControlPlaneUnavailable("the connection broke")
+
+    def get(control_plane: ControlPlane, move_id: object) -> move_journal.Row:
+        import threading
+
+        if away[0] and threading.current_thread() is threading.main_thread() and moving.has_left(pair.a.paths):
+            raise ControlPlaneUnavailable("still away")
+        return get_(control_plane, move_id)  # type: ignore[arg-type]
+
+    get_ = move_journal.get
+    monkeypatch.setattr(move_journal, "route", lost)
+    monkeypatch.setattr(move_journal, "get", get)
+    with stubborn(pair) as writers:
+        wait_until(lambda: len(writers[0].acknowledged) > 3)
+        with pytest.raises(ControlPlaneUnavailable):
+            perform(pair)
+        assert moving.has_left(pair.a.paths)
+        away[0] = False
+        assert all(s.ok for s in sweep(pair.a))
+        check_one_serves(pair, writers)
+    assert pair.serving() is pair.b and undo is move_journal.undo
+    assert sweep(pair.a) == sweep(pair.b) == []
+
+
+# Where a half of a move can die and leave something else behind: which half, step, before or after, its nth call.
+DEATHS = [
+    "source begin after 1",
+    "source copy after 1",
+    "source step after 1",
+    "source lock after 1",
+    "source mark after 1",
+    "source raise after 1",
+    "source step after 2",
+    "source step after 3",
+    "source raise after 2",
+    "source leave after 1",
+    "source route after 1",
+    "source forget after 1",
+    "target room after 1",
+    "target mark after 1",
+    "target step after 1",
+    "target fetch after 1",
+    "target step after 2",
+    "target prepare after 1",
+    "target mark after 2",
+    "target step after 3",
+    "target arrive before 1",
+    "target arrive after 1",
+    "target done after 1",
+]
+IN_CI = (
+    "source copy after 1",
+    "source raise after 1",
+    "source step after 3",
+    "source leave after 1",
+    "source route after 1",
+    "target step after 1",
+    "target prepare after 1",
+    "target step after 3",
+    "target arrive before 1",
+    "target arrive after 1",
+)
+ALONE = DEATHS[:2]  # before there is anything for the target to fetch
+DECIDED = {"source route", "source forget", "target arrive", "target done"}
+EITHER = "target step after 3"  # it is ready, and the source may route before a sweep gives up: both are whole
+
+
+@pytest.fixture
+def halves(pair: Pair) -> Iterator[tuple[Half, Half]]:
+    with Half(pair) as source, Half(pair) as target:
+        yield source, target
+
+
+def test_killed_at_any_step_a_move_is_finished_or_undone_by_the_sweeps_and_no_write_is_lost(
+    pair: Pair, halves: tuple[Half, Half]
+) -> None:
+    """SIGKILL of either half at each step, with writers on both machines that go on regardless. Before a sweep at most
+    one machine can be used; after it exactly the one the control plane names."""
+    ended = {"done": 0, "undone": 0}
+    with stubborn(pair) as writers:
+        for death in sampled(DEATHS, *IN_CI):
+            role, *point = death.split()
+            source, target, move_id = pair.serving(), pair.other(), uuid4()
+            from_, to = source.settings.machine_id, target.settings.machine_id
+            halves[0].start("source", f"{from_},{to},{move_id}", point if role == "source" else ())
+            wait_until(lambda: row_is_there(pair, move_id))  # noqa: B023
+            if death not in ALONE:
+                halves[1].start("target", f"{to},{move_id}", point if role == "target" else ())
+            dead, other = halves if role == "source" else halves[::-1]
+            assert dead.end() == "exit -9", death
+            assert not (pair.can_use(pair.a) and pair.can_use(pair.b)), death
+            assert all(s.ok for world in (source, target) for s in sweep(world)), death
+            if death not in ALONE:
+                other.end()
+            assert all(s.ok for world in (source, target) for s in sweep(world)), (
+                death
+            )  # what the other half left to it
+            state = pair.state(move_id)
+            if death != EITHER:
+                assert state == ("done" if " ".join((role, point[0])) in DECIDED else "undone"), death
+            assert pair.serving() is (target if state == "done" else source), death
+            check_one_serves(pair, writers)
+            count = len(writers[pair.serving() is pair.b].acknowledged)
+            wait_until(lambda: len(writers[pair.serving() is pair.b].acknowledged) > count)  # noqa: B023
+            assert source.lease_holder() is None, death
+            assert sweep(source) == sweep(target) == [], death
+            ended[state] += 1
+        check_one_serves(pair, writers)
+    print(f"\n{ended}; {sum(len(w.acknowledged) for w in writers)} writes acknowledged, 0 lost")
+    perform(pair)
+
+
+def row_is_there(pair: Pair, move_id: object) -> bool:
+    return pair.control_plane.row("move_get", move_id=move_id) is not None
+
+
+@pytest.mark.parametrize("step", ["copy", "lock", "raise", "leave", "route", "prepare"])
+def test_a_step_that_fails_gives_everything_back_by_itself(
+    pair: Pair, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sweep is needed for a run that lives; a full disk at any step is no reason to refuse writes for long."""
+    from tests.move_fixtures import STEPS
+
+    owner, name = STEPS[step]
+    monkeypatch.setattr(owner, name, failing_once(getattr(owner, name)))
+    chosen = pair.plan()
+    try:
+        if step == "copy":
+            with pytest.raises(OSError, match="no space"):
+                depart(pair.a, chosen)
+        else:
+            with pytest.raises((OSError, EngramError, AssertionError)):
+                perform(pair)
+    finally:
+        monkeypatch.undo()
+    assert pair.serving() is pair.a
+    pair.a.write("after")
+    assert contents_of(pair.a.paths.database)[-1] == "after"
+    assert pair.a.lease_holder() is None and not pair.b.paths.root.exists()
+    assert sweep(pair.a) == sweep(pair.b) == []
+    perform(pair)
+    assert pair.b.rows() == ["one", "two", "after"]
+
+
+def failing_once(real: Callable[..., object]) -> Callable[..., object]:
+    calls: list[None] = []
+
+    def fail(*arguments: object, **more: object) -> object:
+        calls.append(None)
+        if len(calls) == 1:
+            raise OSError(28, "no space left")
+        return real(*arguments, **more)
+
+    return fail
+
+
+def test_the_target_does_not_serve_before_the_control_plane_says_so(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ready is not routed: nobody can use what was prepared."""
+    seen: list[bool] = []
+    real = moving.leave
+
+    def look(paths: object) -> None:
+        seen.append(pair.can_use(pair.b))
+        real(paths)  # type: ignore[arg-type]
+        seen.extend((pair.can_use(pair.a), pair.can_use(pair.b)))
+
+    monkeypatch.setattr(moving, "leave", look)
+    perform(pair)
+    assert seen == [False, False, False]
