@@ -74,7 +74,7 @@ def _machine_of(tenant_id: str) -> str:
 def start(name: str, machine_id: str, parameters: Mapping[str, Any]) -> Elsewhere:
     """Start deployment `name` on a machine's queue. A retry of this run finds the run it had started."""
     mine = configuration().machine_id
-    if _FORWARDED in (runtime.get_tags() or []):
+    if name == str(runtime.get_flow_name()) and _FORWARDED in (runtime.get_tags() or []):
         raise Refused(
             f"machine {mine} was given a run that belongs on machine {machine_id}; does its worker poll that queue,"
             f" or is ENGRAM_MACHINE_ID wrong?"
@@ -105,6 +105,15 @@ def wait(elsewhere: Elsewhere) -> str | None:
             if (state is None or state.is_scheduled() or state.is_pending()) and time.monotonic() > deadline:
                 return f"no worker of machine {elsewhere.machine_id} took up {elsewhere.url}; it stays scheduled"
             time.sleep(_POLL_SECONDS)
+
+
+def ended(elsewhere: Elsewhere) -> str | None:
+    """How the run has ended, in words; None while it has not."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(elsewhere.flow_run_id).state
+    if state is None or not state.is_final():
+        return None
+    return f"machine {elsewhere.machine_id}, {elsewhere.url}: {state.type.value.lower()}: {state.message}"
 
 
 def _end(elsewhere: Elsewhere) -> None:

@@ -21,6 +21,7 @@ from prefect.states import Cancelled, Crashed
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane
+from shared import move_settle
 from shared import sweep as core
 from shared.errors import Permanent
 from shared.sweep import Swept
@@ -35,7 +36,9 @@ def disk() -> list[Swept]:
 
 @task(name="records", **policy.READ)
 def records(found: list[Swept]) -> list[Swept]:
-    return [*found, *core.sweep_records(configuration(), control_plane())]
+    """Of restores, then of moves."""
+    found = [*found, *core.sweep_records(configuration(), control_plane())]
+    return [*found, *move_settle.sweep_moves(configuration(), control_plane())]
 
 
 @task(name="runs", **policy.READ)

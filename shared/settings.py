@@ -252,6 +252,11 @@ class Settings(BaseSettings):
     restore_generations_kept: int = Field(default=1, ge=1, description="databases from before, engram.db.bak included")
     sweep_seconds: float = Field(default=2.0, gt=0, description="how often the resident drain looks for dead restores")
 
+    # Moving a tenant to another machine: shared/move.py
+    move_hold_seconds: float = Field(default=60.0, gt=0, description="longest that writes are refused; then given up")
+    move_wait_seconds: float = Field(default=900.0, gt=0, description="for the other machine's part, nothing held")
+    move_keep_hours: float = Field(default=24.0, ge=0, description="what the source keeps of a moved tenant")
+
     # Prometheus, asked by reports and diagnoses; empty: they say so and go on with what they have
     prometheus_url: str = ""
     prometheus_timeout_seconds: float = Field(default=10.0, gt=0)
