@@ -26,7 +26,7 @@ ASYNC = """
     from gateway.periodic import Periodic
     from shared.spool import Spool
     from tests.core_fixtures import event, settings_in
-    settings = settings_in(Path(sys.argv[1]), "", usage_fsync_seconds=0.1, usage_flush_events=700)
+    settings = settings_in(Path(sys.argv[1]), "", usage_flush_events=700)
     producer, numbers = Spool(settings), 0
 
     def tick():
@@ -123,16 +123,18 @@ def lose_power(disk: Disk, code: str, log_path: Path, seconds: float) -> Outcome
 
 
 def test_async_loses_at_most_what_came_after_the_last_tick_began(disk: Disk, tmp_path: Path) -> None:
-    """Ticks begin every half of `usage_fsync_seconds`; what was appended before one that succeeded is on the disk."""
+    """Ticks begin every half of `usage_fsync_seconds` (0.5 s); what was appended before one that succeeded is on the
+    disk. So README's bound holds while a tick takes less than the other half, and twice that is never reached."""
     for round_number in range(ROUNDS):
-        found = lose_power(disk, ASYNC, tmp_path / "log", 0.8 + 0.23 * round_number)
+        found = lose_power(disk, ASYNC, tmp_path / "log", 0.9 + 0.03 * round_number)
         assert found.synced > 0
         assert set(range(found.synced)) <= found.read
         ages = [found.cut_at - found.acknowledged[n] for n in found.lost]
         print(
             f"async: {len(found.acknowledged)} acknowledged, {found.synced} before the last tick, {len(found.lost)}"
-            f" lost, the oldest {max(ages, default=0) * 1000:.0f} ms old (fsync every 100 ms)"
+            f" lost, the oldest {max(ages, default=0) * 1000:.0f} ms old (a tick every 250 ms)"
         )
+        assert max(ages, default=0.0) < 1.0
 
 
 def test_sync_loses_nothing_that_was_acknowledged_and_refuses_what_it_cannot_make_durable(
