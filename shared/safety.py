@@ -20,7 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from shared.errors import Refused
-from shared.settings import Settings, redact_url, variable, words
+from shared.settings import Settings, by_machine, redact_url, variable, words
 
 HSTS_LEAST_SECONDS = 15_552_000  # half a year, below which preload lists and audits call it none
 LEEWAY_MOST_SECONDS = 120.0
@@ -137,16 +137,18 @@ def _not_https(name: str, allowed: Callable[[str], bool] = lambda _: False) -> C
 
     def judge(settings: Settings) -> bool:
         value = getattr(settings, name)
-        if not value:
-            return False
-        try:
-            url = urlsplit(value)
-            host = url.hostname or ""
-        except ValueError:
-            return True
-        return not host or not (url.scheme == "https" or (url.scheme == "http" and allowed(host)))
+        return bool(value) and _is_open(value, allowed)
 
     return judge
+
+
+def _is_open(address: str, allowed: Callable[[str], bool]) -> bool:
+    try:
+        url = urlsplit(address)
+        host = url.hostname or ""
+    except ValueError:
+        return True
+    return not host or not (url.scheme == "https" or (url.scheme == "http" and allowed(host)))
 
 
 def _dev_issuer(settings: Settings) -> bool:
@@ -160,6 +162,12 @@ def _wide_proxies(settings: Settings) -> bool:
     """More of the public internet than any proxy has addresses."""
     networks = [ipaddress.ip_network(network) for network in words(settings.trusted_proxies)]
     return any(not n.is_private and n.prefixlen < (8 if n.version == 4 else 16) for n in networks)
+
+
+def _open_routing(settings: Settings) -> bool:
+    pattern, named = by_machine(settings.routing_urls)
+    addresses = [*named.values(), *([pattern.replace("{machine_id}", "m")] if pattern else [])]
+    return any(_is_open(address, _is_inside) for address in addresses)
 
 
 def _loose_origins(settings: Settings) -> bool:
@@ -198,6 +206,8 @@ RULES = (
          "a certificate and ENGRAM_TLS_KEY, or in ENGRAM_TRUSTED_PROXIES the proxies that end TLS"),
     Rule("trusted_proxies", _STAGING_AND_PROD, _wide_proxies,
          "anybody could claim any address", "the networks of your own proxies"),
+    Rule("routing_urls", _STAGING_AND_PROD, _open_routing,
+         "tokens and memories would travel in plain text", "https://…, or addresses of a private network"),
     Rule("cors_allowed_origins", _STAGING_AND_PROD, _loose_origins,
          "other people's pages could call in a user's browser", "https origins, each in full"),
     Rule("cors_localhost", _PROD, _is("cors_localhost", True),

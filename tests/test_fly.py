@@ -99,8 +99,21 @@ def test_a_machine_is_never_stopped_for_want_of_requests_nor_limited_below_the_g
     assert MACHINE["http_service"]["concurrency"]["soft_limit"] > most
 
 
+def test_a_request_for_a_tenant_of_another_machine_finds_its_app_and_its_gateway() -> None:
+    """The setting derives both from a machine's id; the comment tells which id belongs to which app."""
+    env = MACHINE["env"]
+    assert env["ENGRAM_ROUTING"] == "fly-replay"
+    apps, urls = env["ENGRAM_ROUTING_APPS"], env["ENGRAM_ROUTING_URLS"]
+    assert apps.format(machine_id="data-1") == MACHINE["app"] and "Set ENGRAM_MACHINE_ID (data-1)" in MACHINE_TEXT
+    assert "-a engram-data-2 and ENGRAM_MACHINE_ID=data-2" in MACHINE_TEXT
+    port = MACHINE["http_service"]["internal_port"]
+    assert urls == f"http://{apps}.internal:{port}"
+    # .internal is IPv6 and comes around the proxy, which asks over IPv4 (fly.io/docs/networking/app-services).
+    assert env["ENGRAM_GATEWAY_HOST"] == "::"
+
+
 def test_the_machine_finds_the_prefect_server_in_the_private_network() -> None:
-    """Two files that must agree; the server has no authentication and no public address."""
+    """Two files that must agree; the server has no public address, and asks for a credential all the same."""
     assert MACHINE["env"]["PREFECT_API_URL"] == f"http://{PREFECT['app']}.flycast/api"
     service = PREFECT["services"][0]
     assert service["ports"] == [{"port": 80, "handlers": ["http"]}]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from shared import limits, metering, registry
 from shared.control_plane import ControlPlane
@@ -370,10 +371,45 @@ def test_a_gateway_that_routes_nothing_says_so_and_touches_nothing(fleet: Fleet,
     """421: before, it was 503 for a missing database, or the data a tenant had here before it was moved."""
     tenant = fleet.tenant(fleet.two)
     shutil.copytree(fleet.two.settings.tenants_dir / tenant, tmp_path / "tenants" / tenant, symlinks=True)
-    with gateway(tmp_path, core_url, fleet.issuer, machine_id="data-8", gateway_workers=1) as alone:
+    wildcard = {"gateway_host": "::", "trusted_proxies": "127.0.0.1/32"}  # as on Fly: IPv4 and IPv6 by one socket
+    with gateway(tmp_path, core_url, fleet.issuer, machine_id="data-8", gateway_workers=1, **wildcard) as alone:
         with fleet.client(tenant, alone.url) as api:
             for response in (api.get("/v1/memories"), api.post("/v1/memories", json={"content": "x"})):
                 assert assert_problem(response, 421)["reason"] == "other machine"
             assert_problem(api.get("/v1/memories", headers={"fly-replay-src": "t=1"}), 503)
         assert alone.events(tenant) == [] and alone.metric("engram_db_open_failures_total") == 0
         assert alone.metric("engram_requests_unrouted_total", reason="off") == 2
+        answer = alone.client.get("/v1/memories", headers={"x-forwarded-for": "192.0.2.9"})
+        assert alone.access_line(answer.headers["x-request-id"])["client"] == "192.0.2.9", "IPv4 seen through IPv6"
+        assert httpx.get(alone.url.replace("127.0.0.1", "[::1]") + "/health", trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"routing": "fly-replay", "routing_apps": "engram-{machine_id}"},
+        {"routing": "fly-replay", "trusted_proxies": "127.0.0.1/32"},
+        {"routing": "forward"},
+        {"routing_apps": "engram"},
+        {"routing_apps": "engram-{machine_id}, other-{machine_id}"},
+        {"routing_apps": "engram-{machine}"},
+        {"routing_urls": "data-1=http://{machine_id}"},
+    ],
+)
+def test_routing_that_cannot_work_is_refused_at_the_start(wrong: dict[str, Any]) -> None:
+    """Better than a 421 for every tenant of another machine."""
+    with pytest.raises(ValidationError):
+        Settings(**wrong)
+    assert Settings(routing="forward", routing_urls="{machine_id}, data-1=http://x:1").routing == "forward"
+
+
+def test_only_names_fit_for_a_header_and_a_host_lead_anywhere(fleet: Fleet) -> None:
+    """The control plane is trusted, and all the same no row of it splits a header or names a path."""
+    for machine_id in ("data-1\r\nx: y", "data 1", "../x", "data-1@evil.test", ""):
+        tenant = fleet.tenant(fleet.one)
+        fleet.route(tenant, machine_id)
+        fleet.teach(fleet.one)
+        fleet.teach(fleet.three)
+        for url in (fleet.one.gateway.url, fleet.three.gateway.url):
+            with fleet.client(tenant, url) as api:
+                assert_problem(api.get("/v1/memories"), 421)

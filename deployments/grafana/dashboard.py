@@ -217,6 +217,15 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             "402, 503 under load, and requests let through because quotas were stale.",
             "reqps",
         ),
+        Panel(
+            "For tenants of other machines",
+            {
+                "by {{how}}": f"sum by (how) (rate(engram_requests_routed_total{_RATE}))",
+                "refused, {{reason}}": f"sum by (reason) (rate(engram_requests_unrouted_total{_RATE})) > 0",
+            },
+            "Passed on, and so counted there and not here; and refused. Machines disagree for seconds after a move.",
+            "reqps",
+        ),
     ),
     "Tenants' databases and workers": (
         Panel(
