@@ -5,6 +5,8 @@
 | backup       | daily, all tenants        | choose → back-up (one run a machine and shard)             |
 | restore      | on demand (form in the UI) | plan → download → safety-backup → lock → swap → verify → release |
 | restore-undo | on demand                 | plan → copy → lock → swap → verify → release               |
+| move         | on demand                 | plan → copy → arrive → lock → final-copy → fence → route → release |
+| move-arrive  | by `move`, on the target  | stage → receive → serve                                    |
 | sweep        | every minute              | disk → records → runs                                      |
 | restore-test | weekly, a share of the tenants | pick → download → smoke → record                           |
 | metering     | resident drain, on demand | collect → drain → report                                   |

@@ -71,7 +71,7 @@ def _drain_until_stopped(settings: Settings) -> None:
 
 
 def _sweep(settings: Settings, stop: threading.Event) -> None:
-    """Look for dead restores from the start on, in a thread: a long drain must not keep a tenant waiting.
+    """Look for dead restores and moves from the start on, in a thread: a long drain must not keep a tenant waiting.
 
     The control plane is asked when the disk shows a trace, and once in a lease time: a restore that could not
     reach it at its end leaves a lease and no trace. How many bytes the tenants keep is measured here too.

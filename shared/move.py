@@ -48,6 +48,7 @@ from shared.moving import Moving
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
 from shared.registry import Tenant
+from shared.repair import repair
 from shared.settings import Settings
 from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
@@ -177,10 +178,12 @@ def leaving(
     flow_run_id: str | None = None,
 ) -> Iterator[Departure]:
     """The block inside which the source's half of a move happens. However it is left, the tenant is served by exactly
-    one machine afterwards, or by none until a control plane that is away answers again. Raises `LeaseHeld`."""
+    one machine afterwards, or by none until a control plane that is away answers again. Raises `LeaseHeld`,
+    `CorruptDatabase`."""
     departure = Departure(settings, control_plane, chosen)
     try:
         moving.refuse(departure.paths)
+        repair(departure.paths)  # what a dead restore left; a database that does not verify is not moved
         move_journal.begin(
             control_plane,
             chosen.move_id,

@@ -21,17 +21,17 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from shared import move, move_arrive, move_journal, move_settle, moving, registry
+from shared import backup, generation, lease, move, move_arrive, move_journal, move_settle, moving, registry
 from shared.control_plane import ControlPlane
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.errors import EngramError, InMaintenance, TenantDatabaseUnavailable
+from shared.fence import Fence
 from shared.move import Departure, Moved, MovePlan
 from shared.move_arrive import Arrived
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.sweep import Swept, sweep_disk, sweep_records
-from shared.tenant import TenantPaths
 from tests.core_fixtures import World, contents_of, settings_in, start_child, wait_until
 
 A, B = "machine-a", "machine-b"
@@ -137,7 +137,7 @@ def perform(pair: Pair, between: Callable[[Departure], None] = lambda _: None) -
     def half() -> None:
         try:
             arrive(target, chosen.move_id)
-        except EngramError as e:
+        except (EngramError, OSError) as e:
             failed.append(e)
 
     thread = threading.Thread(target=half)
@@ -219,15 +219,15 @@ STEPS: dict[str, tuple[Any, str]] = {
     "begin": (move_journal, "begin"),
     "copy": (move, "_back_up"),
     "step": (move_journal, "step"),
-    "lock": (move.lease, "acquire"),
+    "lock": (lease, "acquire"),
     "mark": (moving, "write"),
-    "raise": (move.Fence, "raise_"),
+    "raise": (Fence, "raise_"),
     "leave": (moving, "leave"),
     "route": (move_journal, "route"),
     "forget": (move_settle, "left_for_good"),
     "room": (moving, "make_room"),
-    "fetch": (move_arrive.backup, "fetch"),
-    "prepare": (move_arrive.generation, "prepare"),
+    "fetch": (backup, "fetch"),
+    "prepare": (generation, "prepare"),
     "arrive": (moving, "arrive"),
     "done": (move_journal, "done"),
 }
@@ -318,7 +318,3 @@ class Half:
         with suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
-
-
-def moved_away(paths: TenantPaths) -> bool:
-    return moving.has_left(paths)

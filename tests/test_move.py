@@ -54,7 +54,7 @@ def pair(tmp_path: Path, core_url: str, core_control_plane: ControlPlane) -> Pai
 
 def rows_of(pair: Pair, sql: str) -> list[dict[str, object]]:
     with pair.control_plane.transaction() as connection:
-        return connection.execute(sql, (pair.tenant_id,)).fetchall()  # type: ignore[arg-type]
+        return connection.execute(sql, (pair.tenant_id,)).fetchall()
 
 
 def test_a_move_and_a_move_back_keep_every_acknowledged_write_and_one_machine_serves(pair: Pair) -> None:
@@ -472,3 +472,25 @@ def test_the_target_does_not_serve_before_the_control_plane_says_so(
     monkeypatch.setattr(moving, "leave", look)
     perform(pair)
     assert seen == [False, False, False]
+
+
+def test_a_move_takes_a_tenant_up_after_a_dead_restore_was_settled(pair: Pair) -> None:
+    """The mark of a restore that died says more than that of a move: it must be acted on, not written over."""
+    made = pair.a.back_up()
+    pair.a.write("three")
+    chosen = restore_fixtures.begun(pair.a, made)
+    with pytest.raises(KeyboardInterrupt), restore_fixtures.running(pair.a, chosen) as hold:
+        restore_fixtures.swap(pair.a, hold, chosen)
+        assert hold.fence is not None
+        hold.fence.leave_locked()  # as a process leaves it that is killed here
+        hold.fence = None
+        hold.mutex.release()
+        perform_after_death(pair)
+        raise KeyboardInterrupt
+    assert pair.serving() is pair.b
+    assert pair.b.rows() == ["one", "two"]
+
+
+def perform_after_death(pair: Pair) -> None:
+    lease.release_dead(pair.control_plane, pair.tenant_id)
+    perform(pair)

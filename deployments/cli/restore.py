@@ -78,7 +78,7 @@ def restore_undo(
 
 
 def sweep(as_json: Json = False) -> None:
-    """Finish or undo whatever dead restores left on this machine, now."""
+    """Finish or undo whatever dead restores and moves left on this machine, now."""
 
     def load() -> Any:
         from flows.sweep import sweep as flow

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from shared import catalogue, registry
+from shared import catalogue, moving, registry
 from shared.diagnosis import played
 from shared.diagnosis.finding import Finding, Symptom, bad, good, unseen
 from shared.diagnosis.sight import Sight
@@ -98,7 +98,7 @@ def _wrong(settings: Settings, tenant_id: str, *, whole: bool) -> tuple[Symptom,
     """What is wrong with a database, or None."""
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
     if not paths.database.exists() and paths.moving.exists():
-        return None  # as above: it is between two machines
+        return None  # between two machines: the check of maintenance has it
     if not paths.database.exists():
         return "database_missing", f"no file behind {paths.database}"
     try:
@@ -146,6 +146,8 @@ def _backup(sight: Sight, tenant_id: str) -> dict[str, str]:
 
 def _held(sight: Sight, paths: TenantPaths) -> str | None:
     """Who holds the tenant, in words; None when nobody does."""
+    if (marker := moving.read(paths)) is not None and not marker.settled:
+        return f"move {marker.move_id} from {marker.source} to {marker.target}"
     if (mark := read_mark(paths)) is not None:
         return mark.holder
     try:
