@@ -31,6 +31,7 @@ import httpx
 import msgspec
 from msgspec import Meta
 
+from deployments.orchestration import basic_auth
 from shared import durable
 from shared.diagnosis.finding import SUBJECTS
 from shared.errors import Permanent, Transient
@@ -107,11 +108,11 @@ def event_of(alert: Alert) -> Event:
 
 def to_prefect(settings: Settings, client: httpx.AsyncClient) -> PassOn:
     """Raises `Transient` unless Prefect has taken all of the events."""
-    url = f"{settings.prefect_api_url.rstrip('/')}/events"
+    url, headers = f"{settings.prefect_api_url.rstrip('/')}/events", basic_auth(settings)
 
     async def pass_on(events: Sequence[Event]) -> None:
         try:
-            answer = await client.post(url, json=list(events))
+            answer = await client.post(url, json=list(events), headers=headers)
         except httpx.HTTPError as e:
             raise Transient(f"Prefect does not answer: {e or type(e).__name__}") from e
         if not answer.is_success:

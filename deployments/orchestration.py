@@ -1,4 +1,4 @@
-"""Prefect as this stack runs it: the environment of its server, worker and clients, the pool, the deployments.
+"""Prefect as this stack runs it: the environment of its server, workers and clients, pool, queues, deployments.
 
 `prefect.yaml` is the one source of deployments. Its `pull: []` and module entrypoints make a process worker
 import the flow from the installed project: nothing is cloned or copied.
@@ -10,6 +10,7 @@ diagnoses, then exits: a process of its own, so that the supervisor never carrie
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.client
 import json
 import runpy
@@ -17,11 +18,13 @@ import ssl
 import sys
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from shared import queues
 from shared.settings import Settings
 
 # Flow runs send heartbeats this often; an automation that watches them needs a window of at least three.
@@ -29,14 +32,17 @@ _HEARTBEAT_SECONDS = 30
 # How soon a worker sees a run that was just asked for. Idle, server and worker together take 3% of a core.
 _WORKER_QUERY_SECONDS = 2
 _HTTP_TIMEOUT_SECONDS = 5.0
+_DAY_SECONDS = 86_400
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
 
 
 def client_environment(settings: Settings) -> dict[str, str]:
     """For every process that talks to the Prefect API: worker, flow runs, drain, command line."""
     home = settings.data_dir / "prefect"
+    auth = settings.prefect_api_auth_string.get_secret_value()
     return {
         "PREFECT_API_URL": settings.prefect_api_url,
+        **({"PREFECT_API_AUTH_STRING": auth} if auth else {}),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
@@ -55,9 +61,13 @@ def server_environment(settings: Settings, database_url: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_API_URL": settings.prefect_api_url,
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # at / the same UI as behind every link of ours, not the other one
-        # Without this, runs are kept for ever (~55 KB each).
+        # Without these two, runs are kept for ever. An hourly pass deletes them with all that hangs on them; events are
+        # kept 7 days by Prefect's own default.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs,orphans",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(settings.prefect_retention_days * _DAY_SECONDS),
     }
+    if auth := settings.prefect_api_auth_string.get_secret_value():
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = auth
     if database_url:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url.replace(
             "postgresql://", "postgresql+asyncpg://", 1
@@ -65,41 +75,60 @@ def server_environment(settings: Settings, database_url: str) -> dict[str, str]:
     return environment
 
 
+# What several replicas of the server need beside `server_environment`, and PREFECT_REDIS_MESSAGING_URL and
+# PREFECT_SERVER_DOCKET_URL, which hold a password: what one of them is told must reach all. The migrations are run
+# before them (`prefect server database upgrade`): of two that start on an empty database one dies.
+REPLICATED = {
+    "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
+    "PREFECT_SERVER_EVENTS_MESSAGING_BROKER": "prefect_redis.messaging",
+    "PREFECT_SERVER_EVENTS_MESSAGING_CACHE": "prefect_redis.messaging",
+    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
+    "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
+}
+
+
 def server_argv(port: int) -> list[str]:
     return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
 
-def worker_argv(settings: Settings) -> list[str]:
-    return [
-        *(sys.executable, "-m", "prefect", "worker", "start", "--type", "process"),
-        *("--pool", settings.prefect_work_pool, "--name", worker_name(settings)),
-        *("--work-queue", settings.machine_id, "--work-queue", "default"),
-        *("--limit", str(settings.prefect_worker_limit), "--install-policy", "never"),
-    ]
+def worker_argv() -> list[str]:
+    return [sys.executable, "-m", "deployments.worker"]
 
 
 def deploy_argv(settings: Settings) -> list[str]:
     return [sys.executable, "-m", "deployments.orchestration", settings.prefect_work_pool]
 
 
-def worker_name(settings: Settings) -> str:
-    return f"engram-{settings.machine_id}"
-
-
-def ensure_queue(settings: Settings) -> bool:
-    """Make this machine's work queue, where the runs of its tenants go; whether it is there."""
-    queues = f"{settings.prefect_api_url.rstrip('/')}/work_pools/{settings.prefect_work_pool}/queues"
-    wanted = {"name": settings.machine_id, "description": f"Runs that need the volume of machine {settings.machine_id}"}
-    return _post(queues, wanted) is not None or http_ok(f"{queues}/{quote(settings.machine_id, safe='')}")
+def ensure_queues(settings: Settings) -> bool:
+    """Make this machine's work queues, where the runs of its tenants go; whether they are there."""
+    machine_id, url = settings.machine_id, f"{_pool_url(settings)}/queues"
+    described = f"Runs that need the volume of machine {machine_id}"
+    wanted = (
+        {"name": machine_id, "description": described},
+        # Before the shared one: its places are taken by what only this machine can do.
+        {"name": queues.urgent(machine_id), "description": f"{described} and wait for nothing else", "priority": 1},
+    )
+    return all(
+        _post(settings, url, queue) is not None or _get(settings, f"{url}/{quote(str(queue['name']), safe='')}")
+        for queue in wanted
+    )
 
 
 def worker_online(settings: Settings, since: float) -> bool:
-    """Whether this machine's worker has sent a heartbeat since `since` (its predecessor's may be younger)."""
-    url = f"{settings.prefect_api_url.rstrip('/')}/work_pools/{settings.prefect_work_pool}/workers/filter"
-    for worker in _post(url) or []:
-        if worker["name"] == worker_name(settings) and worker["status"] == "ONLINE":
-            return bool(datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= since)
-    return False
+    """Whether both of this machine's workers sent a heartbeat since `since` (their predecessors' may be younger)."""
+    online = {
+        worker["name"]
+        for worker in _post(settings, f"{_pool_url(settings)}/workers/filter") or []
+        if worker["status"] == "ONLINE" and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= since
+    }
+    return online >= set(queues.worker_names(settings))
+
+
+def basic_auth(settings: Settings) -> dict[str, str]:
+    """The header of a request to the Prefect API; none where nobody is asked."""
+    auth = settings.prefect_api_auth_string.get_secret_value()
+    return {"Authorization": f"Basic {base64.b64encode(auth.encode()).decode()}"} if auth else {}
 
 
 def http_ok(url: str, *, own: bool = False) -> bool:
@@ -125,9 +154,21 @@ def prefect_file() -> Path:
     return in_checkout if in_checkout.exists() else here / "prefect.yaml"
 
 
-def _post(url: str, body: Mapping[str, str] | None = None) -> Any:
-    data = json.dumps(body or {}).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def _pool_url(settings: Settings) -> str:
+    return f"{settings.prefect_api_url.rstrip('/')}/work_pools/{settings.prefect_work_pool}"
+
+
+def _post(settings: Settings, url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """What is answered; None when that is an error."""
+    return _answer(settings, url, json.dumps(body or {}).encode())
+
+
+def _get(settings: Settings, url: str) -> bool:
+    return _answer(settings, url, None) is not None
+
+
+def _answer(settings: Settings, url: str, data: bytes | None) -> Any:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **basic_auth(settings)})
     try:
         with _direct.open(request, timeout=_HTTP_TIMEOUT_SECONDS) as answer:
             return json.load(answer)
@@ -143,10 +184,12 @@ async def _ensure_pool(name: str) -> None:
 
     template = ProcessWorker.get_default_base_job_template()
     async with get_client() as client:
-        try:
+        # What is there is left as it is: limits and priorities may have been changed in the UI.
+        with suppress(ObjectAlreadyExists):
             await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
-        except ObjectAlreadyExists:
-            return  # left as it is: its limits may have been changed in the UI
+        for priority, queue in enumerate((queues.SHARED_URGENT, queues.UPKEEP), 1):
+            with suppress(ObjectAlreadyExists):
+                await client.create_work_queue(name=queue, work_pool_name=name, priority=priority)
 
 
 def main() -> None:

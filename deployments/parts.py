@@ -26,9 +26,10 @@ from deployments.process import STACK_MARK, Child, catches_sigterm
 from deployments.running import resolved_values
 from shared import litestream
 from shared.errors import Permanent
-from shared.settings import Settings
+from shared.settings import Settings, variable
 
 _LOOPBACK = "127.0.0.1"
+_NOT_A_GATEWAYS = ("ENGRAM_BACKUP_MASTER_KEY", "PREFECT_API_AUTH_STRING")  # what it has no use for
 _ENGRAM = (sys.executable, "-m", "deployments.cli")
 
 
@@ -106,7 +107,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
         gateway=Child(
             "gateway",
             [*_ENGRAM, "serve"],
-            env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
+            env={k: v for k, v in environment.items() if not k.startswith(_NOT_A_GATEWAYS)},
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{resolved.gateway_url}/ready", own=True),
         ),
@@ -116,11 +117,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """This process's environment completed with everything resolved, so that a child never guesses."""
-    ours = {
-        f"ENGRAM_{name.upper()}": str(value)
-        for name, value in resolved_values(settings).items()
-        if name != "prefect_api_url"  # the one setting without the prefix
-    }
+    ours = {variable(name): str(value) for name, value in resolved_values(settings).items()}
     ours |= {"ENGRAM_ENV": settings.env, "ENGRAM_DATA_DIR": str(settings.data_dir)}
     ours |= {STACK_MARK: str(settings.data_dir), "PYTHONUNBUFFERED": "1"}
     ours["PYTHONSAFEPATH"] = "1"  # a folder called `gateway` or `flows` where `up` was typed is not ours
@@ -162,11 +159,11 @@ def _worker(settings: Settings, environment: dict[str, str]) -> Child:
     def note_start() -> None:
         nonlocal started_at
         started_at = time.time()
-        orchestration.ensure_queue(settings)  # a worker whose queue is missing does not start, and is started again
+        orchestration.ensure_queues(settings)  # a worker whose queue is missing does not start, and is started again
 
     return Child(
         "worker",
-        orchestration.worker_argv(settings),
+        orchestration.worker_argv(),
         env=environment,
         log_path=settings.data_dir / "logs" / "worker.log",
         ready=lambda: orchestration.worker_online(settings, started_at),

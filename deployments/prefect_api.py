@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 
+from deployments.orchestration import basic_auth
+from shared import queues
 from shared.errors import Permanent, Transient
 from shared.settings import Settings
 
@@ -47,7 +49,9 @@ class PrefectApi:
     def __init__(self, settings: Settings) -> None:
         settings.require("prefect_api_url")
         self._ui_url = settings.prefect_ui_url
-        self._http = httpx.Client(base_url=settings.prefect_api_url.rstrip("/") + "/", timeout=30.0)
+        self._http = httpx.Client(
+            base_url=settings.prefect_api_url.rstrip("/") + "/", headers=basic_auth(settings), timeout=30.0
+        )
 
     def start(self, deployment: str, parameters: dict[str, Any], *, machine_id: str | None = None) -> Run:
         """Start a run of `flow/deployment`, on a machine's queue or on the one that any worker polls.
@@ -60,7 +64,7 @@ class PrefectApi:
             "state": {"type": "SCHEDULED", "message": "Started from the command line"},
         }
         if machine_id is not None:
-            body["work_queue_name"] = machine_id
+            body["work_queue_name"] = queues.queue(machine_id, deployment.rpartition("/")[2])
         return self._run(self._call("POST", f"deployments/{found['id']}/create_flow_run", body))
 
     def run(self, run_id: str) -> Run:
@@ -128,6 +132,8 @@ class PrefectApi:
             response = self._http.request(method, path, json=body)
         except httpx.HTTPError as e:
             raise Transient(f"Prefect does not answer at {self._http.base_url}: {e}") from e
+        if response.status_code == 401:
+            raise Permanent("Prefect does not take PREFECT_API_AUTH_STRING, or wants one")
         if response.status_code == 404:
             raise Permanent(f"Prefect does not know {path}")
         if response.status_code >= 500:

@@ -30,6 +30,7 @@ RESOLVED = (
     "control_plane_url",
     "object_store_url",
     "prefect_api_url",
+    "prefect_api_auth_string",
     "jwks_url",
     "jwt_issuer",
     "gateway_host",
@@ -45,7 +46,7 @@ RESOLVED = (
     "alertmanager_url",
     "point_in_time",
 )
-
+_SECRET = ("control_plane_url", "prefect_api_auth_string")
 
 _LOOK_SECONDS = 1.0
 
@@ -147,8 +148,7 @@ def running_settings(*needed: str) -> Settings:
     state = StackState.read(settings.data_dir) if UpLock(settings.data_dir).holder() else None
     if state is not None:
         found = {n: v for n, v in state.settings.items() if n in RESOLVED and not settings.is_set(n)}
-        if "control_plane_url" in found:
-            found["control_plane_url"] = SecretStr(found["control_plane_url"])
+        found |= {n: SecretStr(found[n]) for n in _SECRET if n in found}
         settings = settings.model_copy(update=found)
     elif settings.env == "dev" and any(not _given(settings, name) for name in needed):
         raise Permanent(f"no stack runs in {settings.data_dir}: start one with `engram up`")
@@ -159,7 +159,7 @@ def running_settings(*needed: str) -> Settings:
 def resolved_values(settings: Settings) -> dict[str, Any]:
     """`RESOLVED` as plain values, passwords included: only for the 0600 state file."""
     values = {name: getattr(settings, name) for name in RESOLVED}
-    return values | {"control_plane_url": settings.control_plane_url.get_secret_value()}
+    return values | {name: values[name].get_secret_value() for name in _SECRET}
 
 
 def status(settings: Settings) -> dict[str, Any]:

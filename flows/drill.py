@@ -11,6 +11,7 @@ from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
+from flows.missed import superseded
 from shared import drill as core
 from shared import litestream, litestream_drill
 from shared.drill import Drilled, Fetched, Picked, Trend
@@ -58,6 +59,8 @@ def restore_test(
         backup_id: With a tenant, which of its backups. None takes the newest.
         count: Without a tenant, how many are drilled. None takes the share of the settings.
     """
+    if (missed := superseded()) is not None:
+        return missed
     picked = pick(tenant_id or None, backup_id or None, count)
     names = [one.tenant_id for one in picked]
     artifact.rename_run(f"restore-test-{names[0]}" + (f"-and-{len(names) - 1}-more" if len(names) > 1 else ""))

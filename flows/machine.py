@@ -1,8 +1,9 @@
-"""The right machine: a tenant's files are on the volume of one, so its runs belong on that machine's work queue.
+"""The right machine: a tenant's files are on the volume of one, so its runs belong on one of that machine's work queues
+(`shared.queues`).
 
-Each machine's worker polls the queue named like the machine, and `default` beside it. A run for a tenant of another
-machine, as the form in the UI may start it, is started again on the right queue; the run that was in the wrong place
-waits for it and ends as it does, so nobody who follows the first run is told that something happened that did not.
+A run for a tenant of another machine, as the form in the UI may start it, is started again on the right queue; the run
+that was in the wrong place waits for it and ends as it does, so nobody who follows the first run is told that something
+happened that did not.
 """
 
 import time
@@ -19,7 +20,7 @@ from prefect.runtime import flow_run as runtime
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane
-from shared import registry
+from shared import queues, registry
 from shared.errors import ControlPlaneUnavailable, Permanent, Refused
 from shared.receipt import Receipt
 
@@ -72,7 +73,7 @@ def _machine_of(tenant_id: str) -> str:
 
 
 def start(name: str, machine_id: str, parameters: Mapping[str, Any]) -> Elsewhere:
-    """Start deployment `name` on a machine's queue. A retry of this run finds the run it had started."""
+    """Start deployment `name` on its queue of a machine. A retry of this run finds the run it had started."""
     mine = configuration().machine_id
     if name == str(runtime.get_flow_name()) and _FORWARDED in (runtime.get_tags() or []):
         raise Refused(
@@ -83,7 +84,7 @@ def start(name: str, machine_id: str, parameters: Mapping[str, Any]) -> Elsewher
     run: FlowRun = run_deployment(  # type: ignore[assignment]  # sync outside of an event loop
         f"{name}/{name}",
         parameters=dict(parameters),
-        work_queue_name=machine_id,
+        work_queue_name=queues.queue(machine_id, name),
         timeout=0,
         tags=[_FORWARDED],
         idempotency_key=f"{own_id} {machine_id}" if own_id else None,

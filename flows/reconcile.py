@@ -4,10 +4,12 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
+from prefect.client.schemas.objects import State
 from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane
+from flows.missed import superseded
 from shared import reconcile as core
 from shared.errors import Permanent
 from shared.reconcile import Books
@@ -61,7 +63,7 @@ def report(books: Books) -> dict[str, Any]:
 
 
 @flow(name="reconcile", flow_run_name="reconcile", **policy.FLOW)
-def reconcile(days: Annotated[int, Field(ge=1, le=400)] = 3) -> dict[str, Any]:
+def reconcile(days: Annotated[int, Field(ge=1, le=400)] = 3) -> dict[str, Any] | State[Any]:
     """Compare what the gateway counted, the spool holds, and events and rollups say, per tenant and day.
 
     It changes nothing. `engram reconcile --repair` makes rollups anew, with a reason.
@@ -69,6 +71,8 @@ def reconcile(days: Annotated[int, Field(ge=1, le=400)] = 3) -> dict[str, Any]:
     Args:
         days: How many days back, today included.
     """
+    if (missed := superseded()) is not None:
+        return missed
     today = datetime.now(UTC).date()
     found = report(compare(today - timedelta(days=days - 1), today))
     if found["where"]:

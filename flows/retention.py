@@ -19,6 +19,7 @@ from prefect.states import Failed
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
+from flows.missed import superseded
 from shared import expiry, strays, uploads
 from shared import partitions as core
 from shared.errors import EngramError
@@ -185,6 +186,8 @@ def retention(dry_run: bool = False) -> dict[str, Any] | State[dict[str, Any]]:
     Args:
         dry_run: Report what would go and change nothing.
     """
+    if (missed := superseded()) is not None:
+        return missed
     facts, days, problems = usage(dry_run)
     lines, removed = backups(dry_run)
     stray = find_strays(dry_run)

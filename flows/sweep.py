@@ -21,7 +21,8 @@ from prefect.states import Cancelled, Crashed
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane
-from shared import move_settle
+from flows.missed import superseded
+from shared import move_settle, queues
 from shared import sweep as core
 from shared.errors import Permanent
 from shared.sweep import Swept
@@ -66,7 +67,7 @@ def _end(client: SyncPrefectClient, run: FlowRun) -> State[Any] | None:
 
 def _process_is_gone(run: FlowRun) -> bool:
     """Only for a process this one can see: a pid says nothing about another machine's or container's."""
-    if run.labels.get("prefect.worker.name") == f"engram-{configuration().machine_id}":
+    if run.labels.get("prefect.worker.name") in queues.worker_names(configuration()):
         pid = run.infrastructure_pid or ""
     elif run.labels.get(policy.PROCESSES_LABEL) == policy.visible_processes():
         pid = str(run.labels.get(policy.PID_LABEL))
@@ -84,8 +85,10 @@ def _process_is_gone(run: FlowRun) -> bool:
 
 
 @flow(name="sweep", flow_run_name="sweep", **policy.FLOW)
-def sweep() -> dict[str, Any]:
+def sweep() -> dict[str, Any] | State[Any]:
     """Finish or undo whatever dead restores left on this machine; mark runs whose process is gone."""
+    if (missed := superseded()) is not None:
+        return missed
     found = runs(records(disk()))
     if found:
         artifact.report(

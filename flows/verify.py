@@ -9,6 +9,7 @@ from pydantic import Field
 
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
+from flows.missed import superseded
 from shared import verify as core
 from shared.receipt import Receipt
 from shared.verify import Examined, Share
@@ -51,6 +52,8 @@ def verify(
     Args:
         limit: How many. None takes the share of a day, so that all are read within ENGRAM_VERIFY_CYCLE_DAYS.
     """
+    if (missed := superseded()) is not None:
+        return missed
     share = choose(limit)
     examined = record(read(share)).examined
     bad = [e for e in examined if e.outcome in ("corrupt", "missing") and e.backup.status == "available"]

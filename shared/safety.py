@@ -28,8 +28,8 @@ LEASE_LEAST_SECONDS = 10.0
 _STAGING_AND_PROD = frozenset({"staging", "prod"})
 _PROD = frozenset({"prod"})
 _HIDDEN = "***"
-# What only those who make or open backups hold: a gateway needs none of it.
-OF_BACKUPS = frozenset({"s3_access_key_id", "s3_secret_access_key", "backup_master_key"})
+# What only those hold who make or open backups, or start runs: a gateway needs none of it.
+OF_BACKUPS = frozenset({"s3_access_key_id", "s3_secret_access_key", "backup_master_key", "prefect_api_auth_string"})
 
 
 class Finding(NamedTuple):
@@ -201,6 +201,9 @@ RULES = (
          "there is no embedded Prefect server here", "the API of this environment's Prefect server"),
     Rule("prefect_api_url", _STAGING_AND_PROD, _not_https("prefect_api_url", _is_inside),
          "who is on the way could start restores", "https://…, or an address of a private network"),
+    Rule("prefect_api_auth_string", _STAGING_AND_PROD, _empty("prefect_api_auth_string"),
+         "a Prefect server that asks nobody lets everybody near it start restores",
+         "user:password, as in the server's PREFECT_SERVER_API_AUTH_STRING"),
     Rule("tls_certificate", _STAGING_AND_PROD, lambda s: not s.tls_certificate and not words(s.trusted_proxies),
          "tokens and memories would travel in plain text",
          "a certificate and ENGRAM_TLS_KEY, or in ENGRAM_TRUSTED_PROXIES the proxies that end TLS"),

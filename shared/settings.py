@@ -280,9 +280,18 @@ class Settings(BaseSettings):
 
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))
+    prefect_api_auth_string: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices("PREFECT_API_AUTH_STRING", "prefect_api_auth_string"),
+        description="user:password; an own server of `engram up` asks for it too",
+    )
     prefect_port: int = Field(default=4200, ge=0, le=65535)
     prefect_work_pool: str = "engram"
-    prefect_worker_limit: int = Field(default=4, ge=1)
+    prefect_worker_limit: int = Field(default=4, ge=1, description="runs at a time on a machine, but for urgent ones")
+    prefect_urgent_limit: int = Field(default=4, ge=1, description="restores and what repairs, beside them")
+    prefect_retention_days: int = Field(
+        default=14, ge=1, description="of ended runs, with an own server of `engram up`"
+    )
     prefect_pick_up_seconds: float = Field(default=120.0, gt=0, description="for a worker to take up a run")
     machine_id: str = "local"
 
@@ -388,13 +397,17 @@ class Settings(BaseSettings):
         return self.prefect_api_url.removesuffix("/").removesuffix("/api")
 
 
+# Read by Prefect's own clients under these names, so they have no prefix.
+_PREFECTS_OWN = frozenset({"prefect_api_url", "prefect_api_auth_string"})
+
+
 def _plain(value: object) -> str:
     return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def variable(name: str) -> str:
     """What a setting is called outside."""
-    return "PREFECT_API_URL" if name == "prefect_api_url" else f"{environment.PREFIX}{name.upper()}"
+    return name.upper() if name in _PREFECTS_OWN else f"{environment.PREFIX}{name.upper()}"
 
 
 def words(value: str) -> list[str]:

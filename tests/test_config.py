@@ -29,13 +29,13 @@ KEY_IDS = {name for name in Settings.model_fields if name.endswith("access_key_i
 
 
 def _variable(name: str) -> str:
-    return "PREFECT_API_URL" if name == "prefect_api_url" else f"ENGRAM_{name.upper()}"
+    return name.upper() if name.startswith("prefect_api_") else f"ENGRAM_{name.upper()}"
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("ENGRAM_") or name == "PREFECT_API_URL":
+        if name.startswith(("ENGRAM_", "PREFECT_API_")):
             monkeypatch.delenv(name)
 
 
@@ -178,7 +178,8 @@ def test_a_refusal_names_everything_at_once_with_why_and_what_instead() -> None:
 
 def test_a_gateway_needs_no_key_of_the_backups() -> None:
     """Least privilege: `engram serve` starts where the others would not."""
-    lacking = settings("prod", s3_access_key_id="", s3_secret_access_key="", backup_encryption="age")
+    held = {"s3_access_key_id": "", "s3_secret_access_key": "", "prefect_api_auth_string": ""}
+    lacking = settings("prod", **held, backup_encryption="age")
     assert {f.name for f in unsafe(lacking)} == {_variable(name) for name in OF_BACKUPS}
     refuse_unsafe(lacking, OF_BACKUPS)
 

@@ -108,7 +108,8 @@ def constraints() -> str:
 def image_requirements() -> list[str]:
     """What the Dockerfile hands to pip."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["litestream"]]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *extras["litestream"], *extras["redis"]]
 
 
 def closure(requirements: list[str]) -> set[str]:
@@ -291,7 +292,7 @@ def test_no_secret_is_written_down_and_no_port_leaves_the_machine() -> None:
     for name, service in COMPOSE["services"].items():
         assert all(str(p).startswith("127.0.0.1:") for p in service.get("ports", [])), name
         for key, value in service.get("environment", {}).items():
-            if re.search(r"PASSWORD|SECRET|TOKEN|CONTROL_PLANE_URL|CONNECTION_URL", key):
+            if re.search(r"PASSWORD|SECRET|TOKEN|CONTROL_PLANE_URL|CONNECTION_URL|AUTH|MESSAGING_URL|DOCKET", key):
                 assert re.search(r"\$\{\w+:\?\}", value), f"{name}: {key}"
 
 
@@ -316,23 +317,42 @@ def test_prometheus_finds_what_its_production_files_name() -> None:
         a for s in COMPOSE["services"].values() for a in s.get("networks", {}).get("default", {}).get("aliases", [])
     }
     files = [(ROOT / "deployments/prometheus" / f"{name}.yml").read_text() for name in ("prometheus", "alertmanager")]
-    assert {host for text in files for host in re.findall(r"([a-z]+\.internal)", text)} == aliases
+    named = {host for text in files for host in re.findall(r"([a-z]+\.internal)", text)}
+    assert named == {alias for alias in aliases if alias.endswith(".internal")}
     for service in ("prometheus", "alertmanager", "prober"):
         source, _, _ = COMPOSE["services"][service]["volumes"][0].partition(":")
         inside = COMPOSE["services"][service]["command"][0].rpartition("/")[2]
         assert (ROOT / "deployments" / source / inside).is_file()
 
 
-def test_the_prefect_server_is_told_what_ours_is() -> None:
-    """Without it runs are kept for ever, and it reports home."""
+def test_each_prefect_server_is_told_what_ours_is() -> None:
+    """Without it runs are kept for ever, it reports home, and what one replica is told the others never hear."""
     ours = orchestration.server_environment(Settings(prefect_api_url="http://x/api"), "postgresql://x")
-    told = {k: v for k, v in ours.items() if k.startswith("PREFECT_SERVER_")}
-    compose = OURS["prefect"]["environment"]
-    fly = tomllib.loads((ROOT / "deployments/fly/prefect.toml").read_text())["env"]
     by_place = ("PREFECT_SERVER_UI_API_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
-    for given in (compose, fly):
-        assert {k: given[k] for k in told if k not in by_place} == {k: told[k] for k in told if k not in by_place}
-    assert compose["PREFECT_SERVER_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
+    told = {k: v for k, v in ours.items() if k.startswith("PREFECT_SERVER_") and k not in by_place}
+    told |= orchestration.REPLICATED
+    servers = [s["environment"] for s in OURS.values() if s.get("entrypoint") == ["prefect"]]
+    assert len(servers) == 4  # the upgrade, two replicas, the services
+    fly = tomllib.loads((ROOT / "deployments/fly/prefect.toml").read_text())["env"]
+    for given in (*servers, fly):
+        assert {k: given.get(k) for k in told} == told
+    for given in servers:
+        assert given["PREFECT_SERVER_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
+        assert given["PREFECT_SERVER_DOCKET_URL"] == given["PREFECT_REDIS_MESSAGING_URL"]
+        assert given["PREFECT_SERVER_API_AUTH_STRING"] == OURS["worker"]["environment"]["PREFECT_API_AUTH_STRING"]
+
+
+def test_replicas_of_the_prefect_server_run_no_services_and_one_process_runs_them() -> None:
+    """Nobody would schedule; or each replica would, and they would answer for each other's events."""
+    commands = {n: s["command"] for n, s in OURS.items() if s.get("entrypoint") == ["prefect"]}
+    replicas = [n for n, words in commands.items() if words[:3] == ["server", "start", "--no-services"]]
+    assert len(replicas) == 2
+    assert [n for n, words in commands.items() if words == ["server", "services", "start"]] == ["prefect-services"]
+    names = [{n, *OURS[n].get("networks", {}).get("default", {}).get("aliases", [])} for n in replicas]
+    host = OURS["worker"]["environment"]["PREFECT_API_URL"].split("/")[2].partition(":")[0]
+    assert all(host in known for known in names), "clients reach either"
+    upgraded = OURS["prefect"]["depends_on"]["prefect-upgrade"]["condition"]
+    assert upgraded == "service_completed_successfully" and "prefect" in OURS["prefect-2"]["depends_on"]
 
 
 def test_the_object_store_is_the_version_that_is_tested() -> None:

@@ -23,6 +23,7 @@ MACHINE_TEXT = (DIRECTORY / "engram.toml").read_text()
 MACHINE = tomllib.loads(MACHINE_TEXT)
 PREFECT_TEXT = (DIRECTORY / "prefect.toml").read_text()
 PREFECT = tomllib.loads(PREFECT_TEXT)
+PREFECT_SECRETS = set(re.findall(r"([A-Z][A-Z0-9_]+)=…", PREFECT_TEXT))
 FLY_KILL_TIMEOUT_MOST_SECONDS = 300
 SECRETS = re.findall(r"([A-Z][A-Z0-9_]+)=…", MACHINE_TEXT)
 
@@ -51,7 +52,7 @@ def test_no_secret_has_a_value_in_the_files() -> None:
         f"ENGRAM_{name.upper()}" for name, field in Settings.model_fields.items() if field.annotation is SecretStr
     }
     for text, file in ((MACHINE_TEXT, MACHINE), (PREFECT_TEXT, PREFECT)):
-        assert not (secret | {"PREFECT_SERVER_DATABASE_CONNECTION_URL"}) & set(file["env"])
+        assert not (secret | PREFECT_SECRETS) & set(file["env"])
         assert not re.search(r"://[^/\s]*:[^/\s]*@", text)
 
 
@@ -117,5 +118,18 @@ def test_the_machine_finds_the_prefect_server_in_the_private_network() -> None:
     assert MACHINE["env"]["PREFECT_API_URL"] == f"http://{PREFECT['app']}.flycast/api"
     service = PREFECT["services"][0]
     assert service["ports"] == [{"port": 80, "handlers": ["http"]}]
-    assert service["internal_port"] == int(PREFECT["experimental"]["cmd"][-1])
+    assert service["internal_port"] == int(PREFECT["processes"]["api"].split()[-1])
+    assert service["processes"] == ["api"]
     assert "--no-public-ips" in PREFECT_TEXT and "http_service" not in PREFECT
+    assert {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"} <= PREFECT_SECRETS
+
+
+def test_the_prefect_server_has_replicas_one_process_for_the_services_and_its_migrations_before_them() -> None:
+    """Of two replicas that migrate an empty database one dies; without the services nothing is scheduled."""
+    processes = {name: words.split() for name, words in PREFECT["processes"].items()}
+    assert processes["api"][:3] == ["server", "start", "--no-services"]
+    assert processes["services"] == ["server", "services", "start"]
+    assert PREFECT["deploy"]["release_command"] == "server database upgrade --yes"
+    assert PREFECT["experimental"]["entrypoint"] == ["prefect"], "all three are arguments of it"
+    assert {"PREFECT_REDIS_MESSAGING_URL", "PREFECT_SERVER_DOCKET_URL"} <= PREFECT_SECRETS
+    assert f"api={PREFECT['services'][0]['min_machines_running']} services=1" in PREFECT_TEXT

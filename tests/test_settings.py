@@ -35,6 +35,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "inflight_requests",
     "inflight_tenant_requests",
     "prefect_worker_limit",
+    "prefect_urgent_limit",
     "restore_generations_kept",
     "backup_compression_level",
     "backup_parallel",
@@ -49,7 +50,7 @@ COUNTS = {  # a bare number whose noun is the unit
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("ENGRAM_") or name == "PREFECT_API_URL":
+        if name.startswith(("ENGRAM_", "PREFECT_API_")):
             monkeypatch.delenv(name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated
@@ -83,19 +82,17 @@ def serve() -> None:
 
 
 def worker() -> None:
-    """The Prefect worker of this machine alone, as production runs it."""
+    """The Prefect workers of this machine alone, as production runs them: one, and one for what cannot wait."""
     from deployments import orchestration
     from shared.errors import Transient
     from shared.sweep import sweep_disk
 
     settings = _of_process("prefect_api_url")
     _log(settings)
-    if not orchestration.ensure_queue(settings):
+    if not orchestration.ensure_queues(settings):
         raise Transient(f"no work pool {settings.prefect_work_pool} at {settings.prefect_api_url}: is it deployed?")
     sweep_disk(settings)  # a worker that comes back after a crash finds its tenants in order
-    argv = orchestration.worker_argv(settings)
-    # Prefect's worker turns SIGTERM into SIGINT, and would never stop where that is inherited as ignored (`… &`).
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    argv = orchestration.worker_argv()
     os.execve(argv[0], argv, {**os.environ, **orchestration.client_environment(settings)})
 
 

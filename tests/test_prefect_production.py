@@ -1,0 +1,224 @@
+"""Prefect as production runs it: who may ask, what replicas tell each other, what waits for what, what is kept, and
+what becomes of what was missed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from pydantic import SecretStr
+
+from deployments import orchestration
+from deployments.bridge import Alert, event_of, to_prefect
+from deployments.prefect_api import PrefectApi
+from deployments.process import Child
+from shared import queues
+from shared.errors import Permanent, Transient
+from shared.settings import Settings
+from tests.prefect_fixtures import MACHINE, READY_SECONDS, ROOT, WORKER_LIMIT, Production, deploy_busy, wait_for
+
+pytest_plugins = ("tests.prefect_fixtures",)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+def test_the_queues_of_the_file_are_those_of_the_code() -> None:
+    """A restore that the file puts beside the backups would wait behind them; nothing else would say so."""
+    named = {d["name"]: d["work_pool"].get("work_queue_name", queues.SHARED) for d in DEPLOYMENTS}
+    assert {name: queue for name, queue in named.items() if queue != queues.SHARED} == queues.URGENT
+    limited = {d["name"]: d["concurrency_limit"]["limit"] for d in DEPLOYMENTS if "concurrency_limit" in d}
+    upkeep = [name for name, queue in queues.URGENT.items() if queue == queues.UPKEEP]
+    assert sum(limited[name] for name in upkeep) < Settings().prefect_urgent_limit, "a place is left for a restore"
+
+
+def alert(name: str) -> dict[str, object]:
+    labels = {"alertname": name, "diagnosis": "metering"}
+    return event_of(Alert("firing", labels, datetime(2026, 1, 1, tzinfo=UTC), name.encode().hex()))
+
+
+async def pass_on(production: Production, replica: int, auth: str, *events: dict[str, object]) -> None:
+    settings = production.settings(replica, prefect_api_auth_string=SecretStr(auth))
+    async with httpx.AsyncClient() as client:
+        await to_prefect(settings, client)(events)
+
+
+def test_without_the_credential_nobody_is_answered_and_each_client_of_ours_has_it(production: Production) -> None:
+    """Whoever may ask can start restores. Every replica asks, our clients answer, none tells the credential."""
+    for replica in (0, 1):
+        for given in ({}, {"authorization": "Basic " + base64.b64encode(b"engram:guessed").decode()}):
+            for method, path in (("POST", "deployments/filter"), ("GET", "admin/version"), ("POST", "events")):
+                answer = httpx.request(method, f"{production.api(replica)}/{path}", headers=given)
+                assert answer.status_code == 401, path
+        assert orchestration.http_ok(f"{production.api(replica)}/health"), "a platform's probe has no credential"
+    stranger = production.settings(prefect_api_auth_string=SecretStr(""))
+    with pytest.raises(Permanent, match="PREFECT_API_AUTH_STRING"):
+        PrefectApi(stranger).newest_run_url("restore")
+    assert not orchestration.ensure_queues(stranger)
+    with pytest.raises(Transient, match="401"):
+        asyncio.run(pass_on(production, 0, "engram:guessed", alert("Stranger")))
+
+    assert PrefectApi(production.settings()).newest_run_url("restore") == ""
+    assert orchestration.ensure_queues(production.settings()) and orchestration.ensure_queues(production.settings())
+    secret = production.auth.partition(":")[2]
+    argv = [" ".join(psutil.Process(child.pid).cmdline()) for child in production.children.values() if child.alive()]
+    logs = [file.read_text(errors="replace") for file in production.directory.glob("*.log")]
+    assert len(argv) >= 3 and len(logs) >= 4
+    assert not [text for text in argv + logs if secret in text]
+
+
+def test_what_one_replica_is_told_starts_a_run_that_the_other_shows(production: Production) -> None:
+    """Events go through Redis to the services, which neither replica runs; each alert starts one run, however often it
+    comes and through whichever replica."""
+    event = alert("ToldToTheSecond")
+    asyncio.run(pass_on(production, 1, production.auth, event))
+    asyncio.run(pass_on(production, 0, production.auth, event))
+
+    def diagnoses() -> list[str]:
+        body = {"flows": {"name": {"any_": ["diagnose"]}}}
+        found = production.call("POST", "flow_runs/filter", body, replica=0)
+        return [run["work_queue_name"] for run in found if run["parameters"]["alert"] == "ToldToTheSecond"]
+
+    wait_for(diagnoses)
+    asyncio.run(pass_on(production, 0, production.auth, event, alert("Another")))
+    wait_for(lambda: len(production.runs(flows={"name": {"any_": ["diagnose"]}})) == 2)
+    assert diagnoses() == [queues.UPKEEP]
+
+
+def scheduled(production: Production, *flows: str) -> set[str]:
+    """Ids of the runs that are yet to come, of these flows or of all."""
+    of = {"flows": {"name": {"any_": list(flows)}}} if flows else {}
+    return {run["id"] for run in production.runs(flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}, **of)}
+
+
+def make_late(production: Production, flow: str, keep: int) -> list[str]:
+    """The first `keep` runs of a schedule as they are after an outage: due long ago, an hour apart. Oldest first."""
+    found = production.runs(
+        flows={"name": {"any_": [flow]}},
+        flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}},
+        sort="EXPECTED_START_TIME_ASC",
+    )
+    ids = [run["id"] for run in found if run["auto_scheduled"]][:keep]
+    assert len(ids) == keep
+    due = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=keep)
+    for n, run_id in enumerate(ids):
+        at = due + timedelta(hours=n)
+        production.rows(
+            "UPDATE flow_run SET expected_start_time = %s, next_scheduled_start_time = %s WHERE id = %s", at, at, run_id
+        )
+    return ids
+
+
+def test_schedules_outlive_the_services(production: Production) -> None:
+    """They are in PostgreSQL: what was scheduled stays, and services that come back go on making runs."""
+    before = scheduled(production)
+    services = production.children["services"]
+    os.kill(services.pid, signal.SIGKILL)
+    services.stop(5.0)
+    gone = make_late(production, "slo-report", 3)
+    for run_id in gone:
+        production.call("DELETE", f"flow_runs/{run_id}")
+    services = production.services()
+    services.start()
+    services.wait_ready(READY_SECONDS)
+
+    wait_for(lambda: len(scheduled(production, "slo-report")) >= 3)
+    assert before - set(gone) <= scheduled(production)
+
+
+def test_what_was_missed_without_a_worker_is_run_once(production: Production, missed: list[str], worker: Child) -> None:
+    """Three nights without a worker are one backup when it comes back, not three at the same time; each of the others
+    says which run stands for it."""
+    *older, newest = missed
+    for run_id in older:
+        run = production.call("GET", f"flow_runs/{run_id}")
+        assert run["state_type"] == "CANCELLED" and run["state"]["message"].startswith("missed; the run due "), run
+        assert run["run_count"] == 0, "no process was started for it"
+    wait_for(lambda: production.state(newest) in ENDED)
+    assert production.state(newest) == "COMPLETED"
+    assert "runs_missed" in (production.directory / "worker.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def missed(production: Production) -> list[str]:
+    """Runs that are late before the worker starts."""
+    return make_late(production, "backup", 3)
+
+
+def test_what_was_missed_under_a_worker_that_stayed_is_run_once(production: Production, worker: Child) -> None:
+    """The server was away and comes back: the worker takes all that is due at once, so each run looks for itself."""
+    older, newest = make_late(production, "restore-test", 2)
+    wait_for(lambda: {production.state(older), production.state(newest)} <= ENDED)
+    assert production.call("GET", f"flow_runs/{older}")["state"]["message"].startswith("missed; the run due ")
+    assert production.state(newest) == "FAILED", "it did its work: there is no backup to test"
+
+
+@pytest.fixture
+def places(production: Production, worker: Child, tmp_path: Path) -> Iterator[list[str]]:
+    """Runs that hold every place of the ordinary worker, and one more that waits."""
+    file, deployment = tmp_path / "busy", deploy_busy(production)
+    file.touch()
+    own_queue = {"work_queue_name": MACHINE}
+    held = [production.start_run(deployment, {"file": str(file)}) for _ in range(WORKER_LIMIT)]
+    wait_for(lambda: [production.state(run_id) for run_id in held] == ["RUNNING"] * WORKER_LIMIT)
+    yield [*held, production.start_run(deployment, {"file": str(file)}, **own_queue)]
+    file.unlink()
+
+
+def test_a_restore_never_waits_behind_backups(production: Production, places: list[str]) -> None:
+    """A worker's limit counts over all of its queues: the machine's own queue gets no place either while the shared one
+    has them all. A restore has a worker of its own, whether a form started it or the command line."""
+    *held, waiting = places
+    form = production.start_run("restore/restore", {"tenant_id": "nobody"})
+    command = PrefectApi(production.settings()).start("restore/restore", {"tenant_id": "no-one"}, machine_id=MACHINE)
+    wait_for(lambda: {production.state(form), production.state(command.id)} == {"FAILED"})
+    queue = production.call("GET", f"flow_runs/{command.id}")["work_queue_name"]
+    assert queue == queues.urgent(MACHINE)
+    assert [production.state(run_id) for run_id in held] == ["RUNNING"] * WORKER_LIMIT
+    assert production.state(waiting) == "SCHEDULED"
+
+
+def test_runs_go_on_when_a_replica_is_killed(production: Production, worker: Child, tmp_path: Path) -> None:
+    """Worker and run were talking to the one that dies; the other knows what it knew."""
+    file, deployment = tmp_path / "busy", deploy_busy(production)
+    file.touch()
+    run_id = production.start_run(deployment, {"file": str(file)})
+    wait_for(lambda: production.state(run_id) == "RUNNING")
+    os.kill(production.children["api-0"].pid, signal.SIGKILL)
+    later = production.start_run("restore/restore", {"tenant_id": "nobody"})
+    file.unlink()
+    wait_for(lambda: (production.state(run_id), production.state(later)) == ("COMPLETED", "FAILED"))
+    assert worker.alive()
+
+
+def test_ended_runs_go_after_their_time_with_all_that_hangs_on_them(production: Production, worker: Child) -> None:
+    """Otherwise the database grows for ever: runs, their tasks, states, logs and artifacts. What is younger, or has not
+    ended, stays."""
+    days = production.settings().prefect_retention_days
+    ended = [run["id"] for run in production.runs(flow_runs={"state": {"type": {"any_": sorted(ENDED)}}})]
+    old, young = ended[0], ended[1]
+    assert counts(production, old)["log"] > 0
+    age = "UPDATE flow_run SET end_time = now() - make_interval(days => %s) + make_interval(hours => %s) WHERE id = %s"
+    production.rows(age, days, 1, young)
+    production.rows(age, days, -1, old)
+    wait_for(lambda: not any(counts(production, old).values()))
+    assert counts(production, young)["flow_run"] == 1
+    assert production.rows("SELECT count(*) FROM flow_run WHERE state_type = 'SCHEDULED'")[0][0] > 0
+
+
+def counts(production: Production, run_id: str) -> dict[str, int]:
+    """Rows of a run, by table."""
+    where = dict.fromkeys(("task_run", "flow_run_state", "log", "artifact"), "flow_run_id") | {"flow_run": "id"}
+    return {
+        table: production.rows(f"SELECT count(*) FROM {table} WHERE {column} = %s", run_id)[0][0]
+        for table, column in where.items()
+    }
