@@ -24,9 +24,9 @@ from pydantic import SecretStr
 
 from gateway.body import JsonRequest
 from gateway.exchange import Exchange, exchange_of
-from gateway.guard import TOO_MANY_REQUESTS, caller_of
+from gateway.guard import caller_of
 from gateway.problems import MEDIA_TYPE, Problem, Refusal, bad_request, forbidden, shed
-from gateway.ratelimit import too_many
+from gateway.ratelimit import TOO_MANY_REQUESTS, too_many
 from gateway.schemas import ProblemView
 from gateway.services import Services, services_of
 from gateway.v1 import Encoded

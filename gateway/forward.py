@@ -12,6 +12,10 @@ if this machine is in its `ENGRAM_TRUSTED_PROXIES`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import quote
+
 import httpx
 
 from gateway import raw_body
@@ -25,13 +29,15 @@ from shared.settings import Settings
 
 FORWARDED_BY = b"x-engram-forwarded-by"
 AT_ONCE = 64  # of one worker; more are shed
+OF_A_MACHINE = 32  # of these: one that hangs must not keep the others' requests out
+OF_A_TENANT = 16
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 5.0  # less than the other gateway keeps an idle connection: a write must not meet one that is closing
 _OF_THE_CONNECTION = frozenset(
     b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade host expect content-length".split()
 )
 _NOT_PASSED_BACK = _OF_THE_CONNECTION - {b"content-length"} | {b"date", b"server", b"x-request-id"}
-NOT_REACHED = Problem(
+UNREACHABLE = Problem(
     503, "The tenant's machine cannot be reached at the moment.", reason="machine unreachable", retry_after=5
 )
 BROKE_OFF = Problem(
@@ -48,7 +54,7 @@ class Forwarder:
         self._settings = settings
         self._patience = patience
         self._client: httpx.AsyncClient | None = None
-        self._under_way = 0
+        self._under_way: dict[str, int] = {}
         field = settings.client_address_header.lower().encode()
         self._address_field = b"x-forwarded-for" if field == b"forwarded" else field
         of_proxies = (b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", self._address_field)
@@ -59,13 +65,8 @@ class Forwarder:
 
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                if self._under_way >= AT_ONCE:
-                    raise shed("Too many requests wait for another machine.")
-                self._under_way += 1
-                try:
+                with self._place(url, exchange_of(scope).tenant_id):
                     await self._forward(url, scope, receive, send)
-                finally:
-                    self._under_way -= 1
             except Refusal as e:
                 await _refuse(e.problem, scope, send)
 
@@ -74,6 +75,23 @@ class Forwarder:
     async def close(self) -> None:
         if self._client is not None:
             await self._client.aclose()
+
+    @contextmanager
+    def _place(self, url: str, tenant_id: str | None) -> Iterator[None]:
+        """Apart from the places of what is served here (`gateway.shed`). Raises a `Refusal` when all are taken."""
+        bounds = {"all": AT_ONCE, f"at {url}": OF_A_MACHINE, f"of {tenant_id}": OF_A_TENANT}
+        under_way = self._under_way
+        if any(under_way.get(who, 0) >= bound for who, bound in bounds.items()):
+            raise shed("Too many requests wait for another machine.")
+        for who in bounds:
+            under_way[who] = under_way.get(who, 0) + 1
+        try:
+            yield
+        finally:
+            for who in bounds:
+                under_way[who] -= 1
+                if not under_way[who]:
+                    del under_way[who]
 
     async def _forward(self, url: str, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._settings
@@ -87,9 +105,9 @@ class Forwarder:
         try:
             answer = await client.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as e:
-            raise self._refusal("unreachable", NOT_REACHED, e) from e
+            raise self._refusal(UNREACHABLE, e) from e
         except httpx.HTTPError as e:
-            raise self._refusal("unreachable", BROKE_OFF, e) from e
+            raise self._refusal(BROKE_OFF, e) from e
         exchange = exchange_of(scope)
         try:
             exchange.routed = "forward"
@@ -126,15 +144,15 @@ class Forwarder:
         return head
 
     @staticmethod
-    def _refusal(reason: str, problem: Problem, e: httpx.HTTPError) -> Refusal:
-        metrics.requests_unrouted_total.labels(reason).inc()
+    def _refusal(problem: Problem, e: httpx.HTTPError) -> Refusal:
+        metrics.requests_unrouted_total.labels("unreachable").inc()
         log.error("request_not_forwarded", error=type(e).__name__, cause=str(e)[:300])
         return Refusal(problem)
 
 
 def _target(url: str, scope: Scope) -> httpx.URL:
     """The base of the setting with the client's path: no part of that can name another host."""
-    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     query: bytes = scope["query_string"]
     return httpx.URL(url).copy_with(raw_path=path + (b"?" + query if query else b""))
 

@@ -25,14 +25,13 @@ from gateway.jwks import JwksUnavailable
 from gateway.limits import cost_of
 from gateway.problems import INACTIVE_TENANT, SPOOL_FULL, Problem, Refusal, forbidden
 from gateway.quota import WARNING_HEADER
-from gateway.ratelimit import too_many
+from gateway.ratelimit import TOO_MANY_REQUESTS, too_many
 from gateway.services import Services, services_of
 from shared.registry import Elsewhere
 
 UNAUTHENTICATED = Problem(401, "A valid bearer token is required.", headers={"WWW-Authenticate": "Bearer"})
 NO_KEYS = Problem(503, "Tokens cannot be verified at the moment.", reason="jwks unavailable", retry_after=5)
 TOO_MANY_FAILURES = "Too many requests without a valid token came from this address."
-TOO_MANY_REQUESTS = "The tenant's rate limit is reached."
 
 
 async def guard(request: Request[Any, Any, Any]) -> None:

@@ -48,6 +48,7 @@ LOCK_TRIES = 8
 STOPPED_SECONDS = 1.0  # a holder that keeps the lock for longer is not running
 UNLOCKED_SECONDS = 0.002  # how long the lock is not tried again after it could not be had
 SHADOW_LOG_SECONDS = 60.0
+TOO_MANY_REQUESTS = "The tenant's rate limit is reached."
 _HEAD_BYTES = 64
 _MAX_PLANS = 100_000
 _MAX_DEBTS = 10_000

@@ -33,11 +33,11 @@ import re
 from typing import Any
 
 from gateway.exchange import exchange_of
-from gateway.forward import FORWARDED_BY, Forwarder
+from gateway.forward import FORWARDED_BY, UNREACHABLE, Forwarder
 from gateway.limits import RateClass
 from gateway.problems import Detour, Problem, Refusal
 from gateway.proxies import PROXIED
-from gateway.ratelimit import RateLimiter, too_many
+from gateway.ratelimit import TOO_MANY_REQUESTS, RateLimiter, too_many
 from gateway.raw_body import too_large
 from gateway.tenants import Tenants
 from shared import metrics
@@ -51,11 +51,7 @@ PASSED_ON = frozenset({b"fly-replay-src", _REPLAY_FAILED, FORWARDED_BY})
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")  # fit for a header and for a host
 _APP = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
 OTHER_MACHINE = "The tenant's data is on another machine, to which this one passes nothing on."
-TOO_MANY_REQUESTS = "The tenant's rate limit is reached."
 DISAGREEMENT = Problem(503, "The tenant is being moved between machines.", reason="machines disagree", retry_after=1)
-UNREACHABLE = Problem(
-    503, "The tenant's machine cannot be reached at the moment.", reason="machine unreachable", retry_after=5
-)
 NO_LENGTH = Problem(411, "For this tenant a request needs a Content-Length.", reason="length required")
 log = get_logger("routing")
 

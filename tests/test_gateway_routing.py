@@ -6,8 +6,10 @@ gateway reads the control plane by itself after its start (an hour between reads
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
+import json
 import shutil
 import socket
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from gateway.exchange import SCOPE_KEY, Exchange
+from gateway.forward import OF_A_TENANT, Forwarder
+from gateway.patience import Patience
 from shared import limits, metering, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
@@ -359,8 +364,13 @@ def test_who_came_around_the_proxy_is_forwarded_or_told_to_go_elsewhere(fleet: F
         missing = assert_problem(api.get("/v1/memories/00000000-0000-7000-8000-000000000000"), 404)
         assert fleet.two.gateway.access_line(missing["request_id"])["status"] == 404
         assert api.get("/v1/memories", headers={"X-Engram-Tenant": "another"}).status_code == 403
-    assert (fleet.three.events(tenant), fleet.two.events(tenant)) == (0, 4)
-    assert fleet.three.gateway.metric("engram_requests_routed_total", how="forward") == 4
+        with fleet.client(tenant, fleet.two.gateway.url) as directly:
+            for path in ("/v1/memories/a%20b%3f", "/v1/memories/\u00e4", "/v1/memories?limit=0&x=%2f+y"):
+                answers = [client.get(path) for client in (api, directly)]
+                assert answers[0].status_code == answers[1].status_code in (400, 404)
+                assert answers[0].json()["detail"] == answers[1].json()["detail"]
+    assert (fleet.three.events(tenant), fleet.two.events(tenant)) == (0, 4 + 6)
+    assert fleet.three.gateway.metric("engram_requests_routed_total", how="forward") == 4 + 3
     fleet.route(tenant, "data-7")
     fleet.teach(fleet.three)
     with fleet.client(tenant, fleet.three.gateway.url) as api:
@@ -382,6 +392,52 @@ def test_a_gateway_that_routes_nothing_says_so_and_touches_nothing(fleet: Fleet,
         answer = alone.client.get("/v1/memories", headers={"x-forwarded-for": "192.0.2.9"})
         assert alone.access_line(answer.headers["x-request-id"])["client"] == "192.0.2.9", "IPv4 seen through IPv6"
         assert httpx.get(alone.url.replace("127.0.0.1", "[::1]") + "/health", trust_env=False).status_code == 200
+
+
+def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off_is_502() -> None:
+    """The sixteenth request of a tenant waits, the next is shed; nobody claims to know what a silent machine did."""
+
+    async def run() -> None:
+        hangs = asyncio.Event()
+
+        async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await hangs.wait()
+            writer.close()
+
+        server = await asyncio.start_server(hang, "127.0.0.1", 0)
+        forwarder = Forwarder(Settings(), Patience())
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        waiting = [asyncio.create_task(_asked(forwarder, url, "acme")) for _ in range(OF_A_TENANT)]
+        await asyncio.sleep(0)
+        assert await _asked(forwarder, url, "acme") == (503, "shed")
+        another = asyncio.create_task(_asked(forwarder, url, "another"))
+        await asyncio.sleep(0)
+        hangs.set()
+        assert {await task for task in (*waiting, another)} == {(502, "machine broke off")}
+        server.close()
+        await server.wait_closed()
+        assert await _asked(forwarder, url, "acme") == (503, "machine unreachable"), "and the places were given back"
+        await forwarder.close()
+
+    asyncio.run(run())
+
+
+async def _asked(forwarder: Forwarder, url: str, tenant_id: str) -> tuple[int, str]:
+    """Status and reason of a GET that is forwarded."""
+    exchange = Exchange("GET", None)
+    exchange.tenant_id = tenant_id
+    scope = {"method": "GET", "path": "/v1/memories", "query_string": b"", "scheme": "http", "headers": []}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await forwarder.to(url)({**scope, SCOPE_KEY: exchange}, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])["reason"]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from msgspec import Meta
 
 from gateway import v1
 from gateway.exchange import Exchange
-from gateway.guard import TOO_MANY_REQUESTS
 from gateway.limits import Cost, cost_of
 from gateway.problems import CLIENT_LEFT, SPOOL_FULL, Problem, Refusal, bad_request, forbidden
 from gateway.quota import WARNING_HEADER
-from gateway.ratelimit import too_many
+from gateway.ratelimit import TOO_MANY_REQUESTS, too_many
 from gateway.schemas import (
     CreateMemory,
     MemoryPage,
