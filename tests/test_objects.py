@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import local_objects
 from shared.errors import CorruptBackup, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.objects import ObjectStore
 from shared.settings import Settings
@@ -229,3 +231,48 @@ def test_a_half_written_object_of_a_dead_process_is_never_listed_and_cleared_in_
     os.utime(left, (1, 1))
     store.put_file(KEY.replace("05", "07"), path, digest)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_local_object_gets_its_name_when_its_bytes_and_the_way_to_it_are_on_the_disk(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """A power loss must leave neither half an object under its name, nor a row whose object's directory is gone; and a
+    directory that was synced before an object got its name in it need not be synced for the next one."""
+    store, (path, digest) = ObjectStore(settings_in(tmp_path, "")), make(b"content")
+    root, synced, fsync, link = tmp_path / "objects", list[str](), os.fsync, os.link
+
+    def noted(fd: int) -> None:
+        fsync(fd)
+        where = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        synced.append("file" if where.is_file() else str(where.relative_to(root)))
+
+    def named(source: Path, target: Path) -> None:
+        if not linked and source == path:
+            raise OSError(errno.EXDEV, "another filesystem")
+        link(source, target)
+        synced.append("named")
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "link", named)
+    store.put_file(KEY, path, digest)
+    way = [str(parent) for parent in Path(KEY).parents]  # its directory first
+    before = synced[: synced.index("named")]
+    assert set(before) == {"file", *way[1:]} and synced[len(before) :] == ["named", way[0]]
+    synced.clear()
+    store.put_file(KEY.replace("05", "06"), path, digest)
+    assert list(dict.fromkeys(synced)) == ["file", "named", way[0]]
+
+
+def test_a_directory_that_a_dead_process_made_is_synced_before_an_object_is_in_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it is there says nothing of the disk: only an object in it does, and half of one is none."""
+    store, (path, digest) = ObjectStore(settings_in(tmp_path, "")), make(b"content")
+    directory = (tmp_path / "objects" / KEY).parent
+    directory.mkdir(parents=True)
+    (directory / "left.sqlite#1").write_bytes(b"half")
+    synced: list[Path] = []
+    monkeypatch.setattr(local_objects, "fsync_path", synced.append)
+    store.put_file(KEY, path, digest)
+    assert set(directory.parents[: len(Path(KEY).parents) - 1]) <= set(synced)
