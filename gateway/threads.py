@@ -3,6 +3,9 @@
 `run_in_executor` makes two futures, a lock and a chain of callbacks for each call, and wakes the loop through its
 socket for each result: 25 µs of CPU beside other calls. Here a call is one future and one queue entry, and results
 that are there at the same time reach the loop by one wake-up: 8 µs beside 3 other calls, 4 beside 31 (measured).
+
+A call goes to the thread that was idle last: through one queue for all, each call woke a second thread for nothing and
+every thread in turn ran with cold caches (creates of one tenant at 2,400 a second: p95 9.9 ms, so 7.4, in one run).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 Then = Callable[[BaseException | None], None]
@@ -31,17 +34,31 @@ class _Settled(NamedTuple):
     then: Then | None
 
 
+class _Worker:
+    """A thread and what wakes it."""
+
+    __slots__ = ("call", "thread", "wake")
+
+    def __init__(self) -> None:
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.call: _Call | None = None
+        self.thread: threading.Thread
+
+
 class Threads:
     """`run` and `submit` are for the event loop, `settle` for the threads."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._waiting: SimpleQueue[_Call | None] = SimpleQueue()
+        self._waiting: deque[_Call | None] = deque()
+        self._idle: list[_Worker] = []
         self._settled: deque[_Settled] = deque()
         self._woken = False
-        # Daemons: a worker that ends without `close` must not hang in them.
-        self._threads = [threading.Thread(target=self._work, name=f"{name}-{n}", daemon=True) for n in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._workers = [_Worker() for _ in range(count)]
+        for n, worker in enumerate(self._workers):
+            # Daemons: a worker that ends without `close` must not hang in them.
+            worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"{name}-{n}", daemon=True)
+            worker.thread.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any, then: Then | None = None) -> asyncio.Future[Any]:
         """The future of `function(*arguments)`. Cancelling it stops nothing.
@@ -50,12 +67,12 @@ class Threads:
         exception if there was one, and before anybody who awaits the future goes on. It must not raise.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.put(_Call(function, arguments, answer, then))
+        self._hand_over(_Call(function, arguments, answer, then))
         return answer
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """For what nobody waits for. It must not raise."""
-        self._waiting.put(_Call(function, arguments, None, None))
+        self._hand_over(_Call(function, arguments, None, None))
 
     def settle(self, answer: asyncio.Future[Any], result: Any, error: BaseException | None, then: Then | None) -> None:
         """In a thread: what `run` does with a future when its function is done."""
@@ -67,18 +84,36 @@ class Threads:
 
     def close(self) -> None:
         """Return when everything that was asked for is done. Blocking."""
-        for _ in self._threads:
-            self._waiting.put(None)
-        for thread in self._threads:
-            thread.join()
+        for _ in self._workers:
+            self._hand_over(None)
+        for worker in self._workers:
+            worker.thread.join()
 
-    def _work(self) -> None:
-        while self._do_one():
+    def _hand_over(self, call: _Call | None) -> None:
+        """To the thread that was busy last, whose caches are warm; else to whichever is done first."""
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                self._waiting.append(call)
+            else:
+                worker.call = call
+                worker.wake.release()
+                return
+            if not self._idle:
+                return  # who is done from here on looks at what waits
+            try:  # one became idle between the two lines above, and may have looked before
+                call = self._waiting.popleft()
+            except IndexError:
+                return
+
+    def _work(self, worker: _Worker) -> None:
+        while self._do_one(worker):
             pass
 
-    def _do_one(self) -> bool:
+    def _do_one(self, worker: _Worker) -> bool:
         """A function of its own, so that a thread that waits holds on to nothing of what it did last."""
-        call = self._waiting.get()
+        call = self._next(worker)
         if call is None:
             return False
         result: Any = None
@@ -90,6 +125,23 @@ class Threads:
         if call.answer is not None:
             self.settle(call.answer, result, failed, call.then)
         return True
+
+    def _next(self, worker: _Worker) -> _Call | None:
+        """Blocks until there is one. Each line that touches `_idle` or `_waiting` is one step under the GIL."""
+        while True:
+            with suppress(IndexError):
+                return self._waiting.popleft()
+            self._idle.append(worker)
+            if self._waiting:  # it came between the two lines above, and found nobody idle
+                try:
+                    self._idle.remove(worker)
+                except ValueError:
+                    pass  # somebody has handed this thread a call since
+                else:
+                    continue
+            worker.wake.acquire()
+            call, worker.call = worker.call, None
+            return call
 
     def _deliver(self) -> None:
         self._woken = False

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ def with_threads(count: int, test: Callable[[Threads], Awaitable[None]]) -> None
     async def run() -> None:
         threads = Threads(count, "test")
         try:
-            await asyncio.wait_for(test(threads), 60)
+            await asyncio.wait_for(test(threads), 30)
         finally:
             threads.close()
 
@@ -34,6 +36,32 @@ def test_every_call_is_answered_however_the_wake_ups_fall() -> None:
         assert await asyncio.gather(*(client(n) for n in range(40))) == [n * 44_850 for n in range(40)]
 
     with_threads(4, test)
+
+
+def test_a_call_that_finds_nobody_idle_just_before_a_thread_is_idle_is_not_left_lying() -> None:
+    """Handing over and going idle are several steps each: the one interleaving in which each side thinks that the
+    other looks, made to happen."""
+
+    async def test(threads: Threads) -> None:
+        begun, leave = threading.Event(), threading.Event()
+
+        class Raced(list[Any]):
+            def pop(self, *_: Any) -> Any:
+                if self:
+                    return super().pop()
+                leave.set()
+                while not self:
+                    time.sleep(0.001)
+                time.sleep(0.05)  # the thread has looked at what waits, and waits itself
+                raise IndexError
+
+        first = threads.run(lambda: begun.set() or leave.wait(20))
+        begun.wait(20)
+        threads._idle = Raced()
+        assert await threads.run(lambda: 7) == 7
+        assert await first
+
+    with_threads(1, test)
 
 
 def test_an_exception_is_its_callers_alone() -> None:
