@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import string
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -264,6 +267,19 @@ def test_a_connection_that_dies_is_unavailable_and_the_next_call_works(empty: Co
         with pytest.raises(ControlPlaneUnavailable), empty.transaction() as connection:
             connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
         empty.ping()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of socket options")
+def test_a_host_that_vanished_without_a_word_is_given_up_within_a_minute(empty: ControlPlane) -> None:
+    """A failover sends no reset: the drain would wait two hours for an answer while the new server stands ready."""
+    with empty, empty.transaction() as connection, socket.socket(fileno=os.dup(connection.fileno())) as wire:
+        idle, every, times, unanswered_ms = (
+            wire.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        )
+        assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert idle + every * times <= 60
+    assert 0 < unanswered_ms <= 60_000
 
 
 def test_a_statement_that_runs_too_long_is_cut(new_database: Callable[[], str], tmp_path: Path) -> None:
