@@ -12,7 +12,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared.control_plane import ControlPlane, rows
+from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
 from shared.ids import new_id
 from shared.pack import PLAIN, Packing, PackingName
@@ -62,26 +62,24 @@ def register(
 ) -> Backup:
     """Write the row of a stored snapshot. The last step of a backup. Registering twice keeps the first row."""
     snapshot = stored.snapshot
-    with control_plane.transaction() as connection:
-        rows(
-            connection,
-            "backup_insert",
-            backup_id=new_id(),
-            tenant_id=snapshot.tenant_id,
-            ts=snapshot.ts,
-            schema_version=snapshot.manifest.schema_version,
-            size_bytes=snapshot.size_bytes,
-            stored_bytes=stored.stored_bytes,
-            sha256=snapshot.sha256,
-            stored_sha256=stored.stored_sha256,
-            packing=stored.packing,
-            key_id=stored.key_id,
-            key=stored.key,
-            kind=kind,
-            manifest=Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),
-            flow_run_id=flow_run_id,
-        )
-        found = rows(connection, "backup_newest", tenant_id=snapshot.tenant_id, at=snapshot.ts)
+    row = {
+        "backup_id": new_id(),
+        "tenant_id": snapshot.tenant_id,
+        "ts": snapshot.ts,
+        "schema_version": snapshot.manifest.schema_version,
+        "size_bytes": snapshot.size_bytes,
+        "stored_bytes": stored.stored_bytes,
+        "sha256": snapshot.sha256,
+        "stored_sha256": stored.stored_sha256,
+        "packing": stored.packing,
+        "key_id": stored.key_id,
+        "key": stored.key,
+        "kind": kind,
+        "manifest": Jsonb({**snapshot.manifest.as_dict(), "generation": snapshot.generation}),
+        "flow_run_id": flow_run_id,
+    }
+    newest = {"tenant_id": snapshot.tenant_id, "at": snapshot.ts}
+    _, found = control_plane.together(("backup_insert", row), ("backup_newest", newest))
     if not found:
         raise UnknownBackup(f"tenant {snapshot.tenant_id} has no verified backup at {snapshot.ts.isoformat()}")
     if found[0]["key"] != stored.key:

@@ -291,6 +291,25 @@ def test_a_statement_that_runs_too_long_is_cut(new_database: Callable[[], str], 
         control_plane.ping()
 
 
+def test_statements_sent_together_are_one_transaction(
+    new_database: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one round trip they must be cut, fail and be undone as they are one by one."""
+    said = {"make": "CREATE TABLE seen (n int PRIMARY KEY)", "put": "INSERT INTO seen VALUES (%(n)s)"}
+    said |= {"all": "SELECT n FROM seen ORDER BY n", "sleep": "SELECT pg_sleep(%(seconds)s)"}
+    monkeypatch.setattr(module, "queries", lambda: said)
+    settings = settings_in(tmp_path, new_database(), control_plane_statement_timeout_seconds=1)
+    with ControlPlane(settings) as control_plane:
+        assert control_plane.rows("make") == []
+        made = control_plane.together(("put", {"n": 1}), ("put", {"n": 2}), ("all", {}))
+        assert made == [[], [], [{"n": 1}, {"n": 2}]]
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            control_plane.together(("put", {"n": 3}), ("put", {"n": 1}), ("all", {}))
+        with pytest.raises(ControlPlaneUnavailable, match="statement timeout"):
+            control_plane.together(("put", {"n": 4}), ("sleep", {"seconds": 60}))
+        assert control_plane.rows("all") == [{"n": 1}, {"n": 2}]
+
+
 def test_a_wrong_statement_stays_psycopgs_error(empty: ControlPlane) -> None:
     """A bug must not look like a server that is away: it would be retried for ever."""
     with empty, pytest.raises(psycopg.errors.UndefinedTable):
