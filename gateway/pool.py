@@ -15,7 +15,7 @@ Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUE
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
 lock, not in the threads, so it cannot take them from the others.
 
-What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 7 with two. Page
+What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 8 with two. Page
 caches come on top, up to 2 MB a connection, until all of SQLite's memory in this process reaches `sqlite_heap_bytes`;
 then a cache that needs a page takes its own oldest (searches over 5,000 memories cost 7% more CPU with 0.5 MB each).
 The pool never grows past what the file limit allows, whatever its size is set to.
@@ -59,7 +59,7 @@ QUEUE_PER_THREAD = 64
 PER_TENANT_QUEUE = 64
 BATCH = 64  # writes in one transaction: no more than may wait anyway
 ROOM_WAIT_SECONDS = 0.5
-FILES_PER_TENANT = 7
+FILES_PER_TENANT = 8
 FILES_FOR_THE_REST = 200  # sockets, spool, control plane; each request may bring a socket more
 _ROOM_POLL_SECONDS = 0.01
 

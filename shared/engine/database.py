@@ -1,9 +1,9 @@
 """One connection to a tenant's active database, under the restore fence.
 
-Every use is: shared flock on `lock` → is `current` still the generation I have open? else reopen → (writes:
-is there a maintenance mark?) → transaction → unlock. A restore takes the same flock exclusive, so while it
-swaps nobody can be inside, and a process stopped inside a transaction keeps the restore out: the kernel holds
-the fence, no process has to be alive or honest about time. Measured in a prototype: 2.4 µs a use.
+Every use is: shared flock on `lock` → is `current` still the generation I have open? else reopen → (writes: is there
+a maintenance mark? → `WriteLock`) → transaction → unlock. A restore takes the same flock exclusive, so while it swaps
+nobody can be inside, and a process stopped inside a transaction keeps the restore out: the kernel holds the fence, no
+process has to be alive or honest about time. Measured in a prototype: 2.4 µs a use.
 
 A `TenantDatabase` has its own lock descriptor and its own connection and must be used by one thread at a
 time: a flock belongs to the open file, so two threads sharing one would release each other's.
@@ -30,6 +30,7 @@ from typing import TypeVar
 from shared import generation
 from shared.durable import fsync_path, replace_link
 from shared.engine import schema
+from shared.engine.write_lock import WriteLock
 from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
 
@@ -139,6 +140,7 @@ class TenantDatabase:
         self._generation = ""
         self._file = ""
         self._connection: sqlite3.Connection | None = None
+        self._write_lock: WriteLock | None = None
         self._lock = self._open_lock()
 
     @property
@@ -202,14 +204,19 @@ class TenantDatabase:
         try:
             if os.access(self._mark, os.F_OK):
                 raise InMaintenance(f"tenant {self.tenant_id} is under maintenance")
-            connection.execute("BEGIN IMMEDIATE")
+            assert self._write_lock is not None
+            self._write_lock.acquire(self._busy_timeout_seconds)
             try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+            finally:
+                self._write_lock.release()
         except sqlite3.DatabaseError as e:
             _raise_as_ours(e)
             raise
@@ -240,12 +247,18 @@ class TenantDatabase:
 
     def close(self) -> None:
         """Close. The last connection of a database that can write checkpoints it: not for an event loop."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._close_generation()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _close_generation(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._write_lock is not None:
+            self._write_lock.close()
+            self._write_lock = None
 
     def _open_lock(self) -> int:
         try:
@@ -292,16 +305,16 @@ class TenantDatabase:
                 return
 
     def _reopen(self, link: str) -> sqlite3.Connection:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._close_generation()
         file = self._paths.root / link / "engram.db"
         connection = connect(file, busy_timeout_seconds=self._busy_timeout_seconds, readonly=self.readonly)
+        write_lock: WriteLock | None = None
         try:
-            if self.readonly and schema.is_older(connection):
-                with closing(connect(file, busy_timeout_seconds=self._busy_timeout_seconds)) as writer:
-                    schema.migrate(writer, self.tenant_id)
+            if schema.is_older(connection):
+                self._migrate(file)
             schema.migrate(connection, self.tenant_id)
+            if not self.readonly:
+                write_lock = WriteLock(file.parent)
         except BaseException as e:
             connection.close()
             if isinstance(e, sqlite3.DatabaseError):
@@ -309,7 +322,14 @@ class TenantDatabase:
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
             raise
         self._connection, self._generation, self._file = connection, link, str(file)
+        self._write_lock = write_lock
         return connection
+
+    def _migrate(self, file: Path) -> None:
+        with closing(WriteLock(file.parent)) as lock:
+            lock.acquire(self._busy_timeout_seconds)
+            with closing(connect(file, busy_timeout_seconds=self._busy_timeout_seconds)) as writer:
+                schema.migrate(writer, self.tenant_id)
 
 
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
