@@ -89,7 +89,7 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("trusted_proxies", "0.0.0.0/0", "staging prod"),
     ("trusted_proxies", "10.0.0.0/8, ::/0", "staging prod"),
     ("routing_urls", "http://{machine_id}.example:8080", "staging prod"),
-    ("routing_urls", "http://engram-{machine_id}.internal:8080,data-7=http://198.51.100.7", "staging prod"),
+    ("routing_urls", "http://engram-{machine_id}.internal:8080,data-7=http://data-7.example", "staging prod"),
     ("routing_urls", "engram-{machine_id}", "staging prod"),
     ("cors_allowed_origins", "*", "staging prod"),
     ("cors_allowed_origins", "null", "staging prod"),

@@ -221,7 +221,7 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             "For tenants of other machines",
             {
                 "by {{how}}": f"sum by (how) (rate(engram_requests_routed_total{_RATE}))",
-                "refused, {{reason}}": f"sum by (reason) (rate(engram_requests_unrouted_total{_RATE})) > 0",
+                "refused, {{reason}}": f"sum by (reason) (rate(engram_requests_unrouted_total{_RATE}))",
             },
             "Passed on, and so counted there and not here; and refused. Machines disagree for seconds after a move.",
             "reqps",
