@@ -18,8 +18,11 @@ is, and the two share nothing but the journal's row (`shared.move_journal`): no 
 for a state, so either may die at any point and its machine's sweep finishes or undoes its half (`shared.move_settle`).
 Polling PostgreSQL every 30 ms while writes are held is cheaper than a second way for machines to reach each other.
 
-Writes are held for as long as a snapshot, an upload, a download and SQLite's checks of the whole database take, or only
-for the snapshot when nothing was written since the first copy. Longer than `move_hold_seconds` is given up.
+Writes are held for as long as a snapshot, an upload, a download and SQLite's checks of the whole database take. When
+the files have not changed since the first copy (`shared.fingerprint`) none of it is needed; when only the snapshot's
+sha256 has not, no upload and no download. What lasts longer than `move_hold_seconds` is given up. Measured with both
+machines and the store on one busy host of two cores (`tests.bench.move_window`): 0.2 s for an idle tenant of 1 and of
+100 MB, beside a writer 0.3 s at 1 MB and 1.8 s at 100 MB.
 
 The source's files stay for `move_keep_hours` as they were, without `current`; then its sweep removes them. What was in
 `engram.db.bak` stays behind: a restore is not undone across a move. Usage spooled at the source is drained there.
@@ -33,7 +36,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from shared import backup, generation, lease, move_journal, move_settle, moving, registry
+from shared import backup, fingerprint, generation, lease, move_journal, move_settle, moving, registry
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.engine.database import TenantDatabase
@@ -71,9 +74,11 @@ class MovePlan(Receipt, frozen=True):
 
 
 class Copied(Receipt, frozen=True):
-    """A backup of what the tenant was while writes went on."""
+    """A backup of what the tenant was while writes went on. `fingerprint`: the files' just before it, if that proves
+    anything (`shared.fingerprint`)."""
 
     backup: Backup
+    fingerprint: str | None
 
 
 class Held(Receipt, frozen=True):
@@ -140,7 +145,7 @@ def plan(settings: Settings, control_plane: ControlPlane, tenant_id: str, target
     if last is not None and last["state"] != "done":
         raise LeaseHeld(f"tenant {tenant_id} is being moved from machine {last['source']} to {last['target']}")
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
-    database = TenantDatabase(paths)
+    database = TenantDatabase(paths, readonly=True)
     try:
         with database.read() as connection:
             memories = int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
@@ -236,10 +241,11 @@ def _free_lease(departure: Departure) -> None:
 def copy(departure: Departure, objects: ObjectStore, *, flow_run_id: str | None = None) -> Copied:
     """The slow part, while writes go on: a backup that the target fetches and checks before anything is held."""
     chosen = departure.plan
+    seen = fingerprint.look(departure.paths)
     made = _back_up(departure, objects, None, flow_run_id)
     _step(departure, "copied", first_backup_id=made.backup_id, size_bytes=made.size_bytes)
     log.info("move_copied", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), size_bytes=made.size_bytes)
-    return Copied(made)
+    return Copied(made, seen.fingerprint)
 
 
 def wait_staged(departure: Departure, copied: Copied) -> Copied:
@@ -280,7 +286,9 @@ def final_copy(
     departure.fence = None
     fence.leave_locked()  # the mark goes on refusing writes; a snapshot and reads need the lock
     _step(departure, "held", epoch=taken.epoch, from_generation=number)
-    made = _back_up(departure, objects, copied.backup, flow_run_id)
+    made = copied.backup
+    if copied.fingerprint is None or fingerprint.look(paths).fingerprint != copied.fingerprint:
+        made = _back_up(departure, objects, copied.backup, flow_run_id)
     manifest = made.manifest
     _step(
         departure,

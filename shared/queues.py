@@ -26,7 +26,6 @@ URGENT = {
     "restore-undo": SHARED_URGENT,
     "move-arrive": SHARED_URGENT,
     "act": SHARED_URGENT,
-    "move-arrive": SHARED_URGENT,
     "diagnose": UPKEEP,
     "sweep": UPKEEP,
 }

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from shared import deletion, lease, move, move_journal, moving, registry, watermark
+from shared import deletion, fingerprint, lease, move, move_journal, moving, registry, watermark
 from shared import plan as planning
 from shared.control_plane import ControlPlane
 from shared.errors import (
@@ -82,6 +82,27 @@ def test_a_tenant_nobody_writes_to_is_copied_once(pair: Pair) -> None:
     assert row.final_backup_id == row.first_backup_id == moved.final_backup_id
     assert (row.memories, moved.memories) == (2, 2)
     assert row.held_ms == pytest.approx(moved.held_ms, abs=0.1)
+
+
+def test_files_that_have_not_changed_since_the_first_copy_are_not_read_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most tenants of a machine that is emptied are idle: their writes are held for a moment, whatever their size."""
+    monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", 0.0)
+    taken: list[object] = []
+    real = move._back_up
+
+    def count(*arguments: object) -> object:
+        taken.append(arguments)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(move, "_back_up", count)
+    moved = perform(pair)
+    assert len(taken) == 1
+    assert moved.memories == 2 and pair.b.rows() == ["one", "two"]
+    perform(pair, lambda _: pair.b.write("three"))
+    assert len(taken) == 3
+    assert pair.a.rows() == ["one", "two", "three"]
 
 
 def test_what_is_written_after_the_first_copy_moves_too(pair: Pair) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shared import queues
 from shared.tenant import TenantPaths
 from tests.acceptance.conftest import Stack
 from tests.core_fixtures import add_memories, contents_of, wait_until
@@ -31,7 +32,8 @@ def other(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     worker = subprocess.Popen([sys.executable, "-m", "deployments.cli", "worker"], env=environment)
     try:
         workers = "work_pools/engram/workers/filter"
-        wait_until(lambda: any(w["name"] == f"engram-{B}" for w in stack.prefect("POST", workers, {})), 60)
+        wanted = {f"engram-{B}", queues.urgent(f"engram-{B}")}
+        wait_until(lambda: wanted <= {w["name"] for w in stack.prefect("POST", workers, {})}, 60)
         yield machine
     finally:
         worker.terminate()
@@ -72,7 +74,7 @@ def test_a_backup_and_a_restore_asked_for_on_one_machine_run_on_the_tenants(stac
     done = stack.json("restore", "lives-on-b")
     assert (done["outcome"], done["backup_id"]) == ("restored", made["backup_id"])
     assert contents_of(paths.database) == ["before the backup"]
-    assert newest(stack, "restore", B)["id"] == done["flow_run_id"]
+    assert newest(stack, "restore", queues.urgent(B))["id"] == done["flow_run_id"]
     assert not (stack.data_dir / "tenants" / "lives-on-b").exists()
 
 
@@ -88,7 +90,7 @@ def test_a_run_that_starts_on_the_wrong_machine_has_its_twin_run_on_the_right_on
     assert contents_of(paths.database) == ["before the backup"]
     [row] = stack.rows("SELECT flow_run_id, state FROM restores WHERE tenant_id = 'formed-on-a'")
     twin = stack.prefect("GET", f"flow_runs/{row[0]}")
-    assert twin["work_queue_name"] == B and twin["id"] != run["id"] and row[1] == "restored"
+    assert twin["work_queue_name"] == queues.urgent(B) and twin["id"] != run["id"] and row[1] == "restored"
     assert not (stack.data_dir / "tenants" / "formed-on-a").exists()
 
 
@@ -114,3 +116,22 @@ def test_the_nightly_run_is_one_run_a_machine_and_is_red_when_one_of_them_is(sta
     assert [bar["data"] for bar in stack.prefect("POST", "artifacts/filter", bars)] == [100.0]
     tasks = stack.prefect("POST", "task_runs/filter", {"flow_runs": {"id": {"any_": [twin["id"]]}}})
     assert len(tasks) == 2, "one run and two steps, however many tenants"
+
+
+def test_a_tenant_is_moved_from_one_machine_to_another_as_one_visible_operation(stack: Stack, other: Stack) -> None:
+    """From the command line: two runs on two machines, the first of which ends when the second serves."""
+    paths = tenant_on(stack, "leaves-a")
+    there = TenantPaths.of(other.data_dir / "tenants", "leaves-a")
+    plan = stack.json("move", "leaves-a", B, "--dry-run")
+    assert (plan["source"], plan["target"], plan["memories"]) == ("local", B, 1) and not there.root.exists()
+    moved = stack.json("move", "leaves-a", B, "--reason", "a test")
+    assert (moved["outcome"], moved["target"], moved["memories"]) == ("moved", B, 1)
+    assert contents_of(there.database) == ["before the backup"] and not paths.database.exists()
+    assert stack.rows("SELECT machine_id FROM tenants WHERE tenant_id = 'leaves-a'") == [(B,)]
+    twin = newest(stack, "move-arrive", queues.queue(B, "move-arrive"))
+    assert twin["state_type"] == "COMPLETED"
+    shown = {"flow_runs": {"id": {"any_": [moved["flow_run_id"]]}}, "artifacts": {"type": {"any_": ["markdown"]}}}
+    [report] = stack.prefect("POST", "artifacts/filter", shown)
+    assert "writes were held for" in report["data"] and f"| to machine | {B} |" in report["data"]
+    refused = stack.engram("move", "leaves-a", B, check=False)
+    assert refused.returncode == 3 and "already" in refused.stderr
