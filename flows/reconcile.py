@@ -57,6 +57,10 @@ def report(books: Books) -> dict[str, Any]:
             ("tenant", "day", "events waiting in the spool"),
             [(tenant, day, n) for (tenant, day), n in sorted(books.waiting.items())][:_LISTED],
         ),
+        artifact.table(
+            ("tenant", "events set aside, not billed", "because"),
+            [(one.tenant_id, one.events, one.reason) for one in books.set_aside][:_LISTED],
+        ),
     )
     get_run_logger().info("%d days compared; agree: %s", len(books.days), books.agree)
     return {"days": len(books.days), "events": sum(d.events for d in books.days), "where": books.where()}
