@@ -87,7 +87,6 @@ class Held(Receipt, frozen=True):
     plan: MovePlan
     lease: Lease
     backup: Backup
-    same_as_first: bool
     since: float
 
 
@@ -297,7 +296,7 @@ def final_copy(
         memories=int(manifest["memories"]),
         size_bytes=made.size_bytes,
     )
-    return Held(chosen, taken, made, made.backup_id == copied.backup.backup_id, since)
+    return Held(chosen, taken, made, since)
 
 
 def fence(departure: Departure, held: Held) -> Fenced:

@@ -80,7 +80,15 @@ def arriving(settings: Settings, control_plane: ControlPlane, move_id: str) -> I
         raise Refused(f"move {move_id} is {row.state}: {row.error or 'nothing arrives now'}")
     arrival = Arrival(settings, control_plane, row)
     try:
-        _begin(arrival)
+        _check_place(arrival)
+    except EngramError as e:
+        arrival.mutex.release()
+        move_journal.undo(control_plane, row.move_id, str(e))
+        raise
+    try:
+        moving.make_room(arrival.paths)
+        moving.write(arrival.paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target))
+        move_journal.step(control_plane, row.move_id, "arriving")
         yield arrival
     except BaseException as e:
         _give_up(arrival, e)
@@ -89,13 +97,13 @@ def arriving(settings: Settings, control_plane: ControlPlane, move_id: str) -> I
         arrival.mutex.release()
 
 
-def _begin(arrival: Arrival) -> None:
+def _check_place(arrival: Arrival) -> None:
+    """What an arrival that is given up removes must be its own, or a move's."""
     row, paths = arrival.row, arrival.paths
     if os.path.lexists(paths.current):
         raise Refused(f"machine {row.target} has an active database of tenant {row.tenant_id} already")
-    moving.make_room(paths)
-    moving.write(paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target))
-    move_journal.step(arrival.control_plane, row.move_id, "arriving")
+    if paths.generations.exists() and moving.read(paths) is None and not os.path.lexists(paths.departed):
+        raise Refused(f"machine {row.target} has files of tenant {row.tenant_id} that no move left there: {paths.root}")
 
 
 def _give_up(arrival: Arrival, error: BaseException) -> None:

@@ -29,7 +29,6 @@ from shared.errors import EngramError, LitestreamUnavailable, Permanent
 from shared.fence import Fence
 from shared.log import get_logger
 from shared.move_journal import Row
-from shared.repair import repair
 from shared.settings import Settings
 from shared.sweep import Swept
 from shared.tenant import TenantPaths, is_tenant_id
@@ -47,14 +46,12 @@ def settle_source(
     """
     try:
         if not moving.has_left(paths):
-            repair(paths, fence)
-            moving.clear(paths)
+            _let_in(paths, fence)
             return move_journal.undo(control_plane, move_id, error)
         row = move_journal.undo(control_plane, move_id, error)
         if row.state == "undone":
             moving.come_back(paths)
-            repair(paths, fence)
-            moving.clear(paths)
+            _let_in(paths, fence)
             log.warning("move_undone", tenant_id=paths.tenant_id, move_id=str(move_id), cause=error)
         else:
             left_for_good(settings, paths, fence)
@@ -64,14 +61,28 @@ def settle_source(
             fence.leave_locked()  # a process that lives on must not go on holding it; nothing when it is lowered
 
 
+def _let_in(paths: TenantPaths, fence: Fence | None) -> None:
+    """Lower the mark, which is the move's own when there is a marker. Nothing was changed under it: who is inside may
+    stay there."""
+    if moving.read(paths) is not None:
+        _lower(paths, fence)
+        moving.clear(paths)
+    elif fence is not None:
+        fence.lower()
+
+
+def _lower(paths: TenantPaths, fence: Fence | None) -> None:
+    if fence is not None:
+        fence.lower()
+    unlink(paths.mark)  # that of a fence that was given up before, too
+
+
 def left_for_good(settings: Settings, paths: TenantPaths, fence: Fence | None) -> None:
     """The route is changed: nothing here is the tenant's database any more. Doing it twice is fine."""
     marker = moving.read(paths)
     if marker is not None and not marker.settled:
         moving.write(paths, msgspec.structs.replace(marker, settled=True))
-    if fence is not None:
-        fence.lower()
-    unlink(paths.mark)
+    _lower(paths, fence)
     try:
         litestream.let_go(settings, paths, keep=None)
     except LitestreamUnavailable as e:  # who follows it tries again, and the removal waits for it
@@ -100,7 +111,7 @@ def settle_target(
 def serve(settings: Settings, control_plane: ControlPlane, paths: TenantPaths, row: Row) -> None:
     """The target's last step, once the row is routed; twice is once. Raises `Permanent` when nothing is prepared."""
     number = row.to_generation or 0
-    if row.state == "routed" and generation.active(paths) < number:
+    if row.state == "routed" and not generation.active(paths):  # else it arrived, or was restored since
         if not (paths.generation_dir(number) / "engram.db").exists():
             raise Permanent(
                 f"tenant {row.tenant_id} is routed here and generation {number} is not there; backup"

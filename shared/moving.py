@@ -129,6 +129,10 @@ def remove(settings: Settings, paths: TenantPaths, *, holder: str = "move") -> N
         fsync_path(settings.tenants_dir)
         remove_tree(aside)
         fsync_path(settings.tenants_dir)
+    except BaseException:
+        if paths.root.exists():
+            fence.lower()
+        raise
     finally:
         fence.leave_locked()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -515,3 +516,67 @@ def test_a_move_takes_a_tenant_up_after_a_dead_restore_was_settled(pair: Pair) -
 def perform_after_death(pair: Pair) -> None:
     lease.release_dead(pair.control_plane, pair.tenant_id)
     perform(pair)
+
+
+def test_a_control_plane_that_goes_away_while_writes_are_held_does_not_hold_them_longer(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the tenant has left, nobody else can serve it: letting writes in again needs nobody's word."""
+
+    def away(*_: object, **__: object) -> None:
+        raise ControlPlaneUnavailable("away")
+
+    chosen = pair.plan()
+    with monkeypatch.context() as patch:
+        real = moving.write
+        patch.setattr(moving, "write", lambda *a: (patch.setattr(move_journal, "undo", away), real(*a)))
+        patch.setattr(move, "_step", lambda d, state, **_: away() if state == "held" else None)
+        patch.setattr(move, "wait_staged", lambda _, copied: copied)
+        with pytest.raises(ControlPlaneUnavailable):
+            depart(pair.a, chosen)
+        pair.a.write("three")
+    assert pair.state(chosen.move_id) == "copying"
+    assert [s.ok for s in sweep(pair.a)] == [True]
+    assert pair.state(chosen.move_id) == "undone" and pair.serving() is pair.a
+    perform(pair)
+    assert pair.b.rows() == ["one", "two", "three"]
+
+
+def test_files_on_the_target_that_no_move_left_there_are_not_touched(pair: Pair) -> None:
+    """What an arrival that is given up removes is its own; the source is told at once."""
+    pair.b.paths.generation_dir(1).mkdir(parents=True)
+    kept = pair.b.paths.generation_dir(1) / "engram.db"
+    kept.write_text("somebody's")
+    chosen = pair.plan()
+    refused: list[Refused] = []
+
+    def try_it(_: Departure) -> None:
+        with pytest.raises(Refused) as raised:
+            arrive(pair.b, chosen.move_id)
+        refused.append(raised.value)
+
+    with pytest.raises(Permanent, match="no move left there"):
+        depart(pair.a, chosen, try_it)
+    assert refused and kept.read_text() == "somebody's"
+    pair.a.write("three")
+
+
+def test_a_target_that_lost_its_disk_after_the_route_says_which_backup_holds_all_of_it(
+    pair: Pair, halves: tuple[Half, Half]
+) -> None:
+    """The worst moment for a machine to be replaced by an empty one; nothing is lost, and the way out is a restore."""
+    move_id = uuid4()
+    halves[0].start("source", f"{A},{B},{move_id}")
+    wait_until(lambda: row_is_there(pair, move_id))
+    halves[1].start("target", f"{B},{move_id}", ("arrive", "before", "1"))
+    assert halves[1].end() == "exit -9"
+    shutil.rmtree(pair.b.paths.root)
+    *_, left = sweep(pair.b)
+    row = move_journal.get(pair.control_plane, move_id)
+    assert not left.ok and f"engram restore {pair.tenant_id} --backup {row.final_backup_id}" in left.done
+    assert moving.has_left(pair.a.paths), "the source keeps its files until the target serves"
+    lease.release_dead(pair.control_plane, pair.tenant_id)  # or its end, a minute later
+    restore_fixtures.perform(pair.b)
+    assert sweep(pair.b)[-1].done == f"done, machine {B} serves it"
+    assert halves[0].end() == "exit 0"
+    assert pair.b.rows() == ["one", "two"]
