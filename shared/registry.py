@@ -137,11 +137,10 @@ class KnownTenants:
     def refresh(self) -> None:
         """Raises `ControlPlaneUnavailable`; the map is unchanged then."""
         machines: dict[str, Elsewhere] = {}  # one for all tenants of a machine
-        standings: dict[str, Standing] = {}
-        for row in self._read():
-            state, elsewhere = row["state"], row["elsewhere"]
-            if elsewhere is not None and state == "active":
-                state = machines.setdefault(elsewhere, Elsewhere(elsewhere))
-            standings[row["tenant_id"]] = state
-        self.standings = standings
+        self.standings = {
+            row["tenant_id"]: row["state"]
+            if (machine := row["elsewhere"]) is None or row["state"] != "active"
+            else machines.get(machine) or machines.setdefault(machine, Elsewhere(machine))
+            for row in self._read()
+        }
         self.loaded = True

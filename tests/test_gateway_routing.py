@@ -207,6 +207,14 @@ def test_mcp_tools_of_a_tenant_of_another_machine(fleet: Fleet) -> None:
     assert sum(e.memories_created for e in fleet.two.gateway.events(tenant)) == 1
 
 
+def test_a_body_that_the_proxy_can_repeat_is_left_to_it(fleet: Fleet) -> None:
+    """Up to `routing_replay_bytes`, though the proxy has read all of it before it hears where it belongs."""
+    with fleet.client(fleet.tenant(fleet.two)) as api:
+        body = padded("not so large", Settings().routing_replay_bytes)
+        assert api.post("/v1/memories", content=body, headers={"content-type": "application/json"}).status_code == 201
+        assert fleet.hops() == [("engram-data-1", 421), ("engram-data-2", 201)]
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_what_the_proxy_cannot_repeat_is_forwarded_over_the_private_network(fleet: Fleet, chunked: bool) -> None:
     """Larger than 1 MB, or of a length nobody announced: asked for a replay, the proxy would only have an error."""
