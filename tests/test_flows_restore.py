@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 from flows import restore as restore_flow
 from flows import undo as undo_flow
 from flows.sweep import sweep
-from shared import catalogue, fence, generation, lease, previous
+from shared import backup, fence, generation, lease, previous
 from shared import plan as planning
 from shared import restore as core
 from shared.catalogue import Backup
@@ -86,7 +86,7 @@ RESTORE: dict[str, Fault] = {
     "download": Fault(core, "download", ObjectStoreUnavailable("fault: store")),
     "download: checked": Fault(core, "download", CorruptBackup("fault: checked"), after=True, row="refused"),
     "safety-backup": Fault(ObjectStore, "put_file", ObjectStoreRefused("fault: full")),
-    "safety-backup: registered": Fault(catalogue, "rows", AWAY, argument="backup_insert"),
+    "safety-backup: registered": Fault(backup, "register", AWAY),
 } | BOTH  # fmt: skip
 UNDO: dict[str, Fault] = {
     "plan": Fault(planning, "plan_undo", UnknownBackup("fault: nothing before"), row=""),
