@@ -158,7 +158,7 @@ usage_spool_limit_bytes = Gauge(
 )
 usage_quarantined_segments = Gauge(
     "engram_usage_quarantined_segments",
-    "Segments with damaged bytes, kept in the spool's quarantine until a person has decided about them.",
+    "Segments with damaged bytes or events that cannot be billed, in quarantine until a person has decided.",
     registry=_registry,
     multiprocess_mode="mostrecent",
 )

@@ -286,7 +286,9 @@ ROWS: tuple[Row, ...] = (
     Row("usage_lost", lambda f: _run("reconcile", f"{f.seen}: say for which tenants and days", "reconcile", days=3)),
     Row(
         "segments_quarantined",
-        lambda f: _run("reconcile", f"{f.seen}: damaged bytes are kept; see what the books lack", "reconcile", days=3),
+        lambda f: _run(
+            "reconcile", f"{f.seen} with damage or what cannot be billed; see what the books lack", "reconcile", days=3
+        ),
     ),
     # Backups.
     Row("store_refuses", lambda f: _by_hand(f"the object store refuses us ({f.seen}): credentials, bucket", "status")),
