@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -162,6 +163,11 @@ def test_what_the_gateway_counted_is_compared_with_its_segments(
     second = books(control_plane, settings).gateway
     assert second is not None and second.agree
     assert (second.drained, second.spooled) == (10, 20)
+    other = settings.model_copy(update={"data_dir": settings.data_dir / "other", "machine_id": "another-machine"})
+    of_same_pid = segment(other, [event("t0") for _ in range(5)])
+    of_same_pid.rename(of_same_pid.with_name(f"{time.time_ns() // 1000:016d}-{worker.pid}-00000000.seg"))
+    assert [d.inserted for d in drain(control_plane, other)] == [5]
+    assert books(control_plane, settings).gateway == second, "a pid says nothing about another machine"
     for path in spool.sealed(settings.spool_dir):
         path.unlink()
     found = books(control_plane, settings)
