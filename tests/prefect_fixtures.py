@@ -150,9 +150,9 @@ class Production:
     def state(self, run_id: str) -> str:
         return str(self.call("GET", f"flow_runs/{run_id}")["state_type"])
 
-    def rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, *parameters: object, **named: object) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
-            done = connection.execute(statement, parameters)  # type: ignore[call-overload]
+            done = connection.execute(statement, parameters or named)  # type: ignore[call-overload]
             return list(done.fetchall()) if done.description else []
 
     def child(self, name: str, argv: list[str], ready: Callable[[], bool], more: dict[str, str] | None = None) -> Child:
@@ -219,6 +219,8 @@ def running(postgres: EmbeddedPostgres, control_plane_url: str) -> Iterator[Prod
             for server in servers:
                 server.wait_ready(READY_SECONDS)
         found.done(found.child("deploy", orchestration.deploy_argv(found.settings()), lambda: True))
+        sweep = found.call("GET", "deployments/name/sweep/sweep")["id"]
+        found.call("PATCH", f"deployments/{sweep}", {"paused": True})  # one a minute would take the time of the others
         yield found
 
 
