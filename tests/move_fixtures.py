@@ -2,37 +2,36 @@
 
 `Pair` has the machines `a` and `b`, each a `World` of the same tenant. `Stubborn` writes to one machine's files for as
 long as it is let, whatever the control plane says: a gateway whose snapshot of the routes never learns anything.
+
+Taken in with `pytest_plugins = ("tests.core_fixtures", "tests.move_fixtures")`. (PYTEST_DONT_REWRITE: it is imported
+before pytest could rewrite its assertions.)
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from uuid import UUID
 
-import msgspec
 import pytest
 
-from shared import backup, generation, lease, move, move_arrive, move_journal, move_settle, moving, registry
+from shared import move, move_arrive, move_journal, move_settle, registry
 from shared.control_plane import ControlPlane
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.errors import EngramError, InMaintenance, TenantDatabaseUnavailable
-from shared.fence import Fence
 from shared.move import Departure, Moved, MovePlan
 from shared.move_arrive import Arrived
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.sweep import Swept, sweep_disk, sweep_records
-from tests.core_fixtures import World, contents_of, settings_in, start_child, wait_until
+from tests.core_fixtures import World, contents_of, settings_in, wait_until
 
 A, B = "machine-a", "machine-b"
 
@@ -143,11 +142,12 @@ def perform(pair: Pair, between: Callable[[Departure], None] = lambda _: None) -
     thread = threading.Thread(target=half)
     thread.start()
     try:
-        return depart(pair.serving(), chosen, between)
+        moved = depart(pair.serving(), chosen, between)
     finally:
         thread.join(30)
-        assert not thread.is_alive()
-        assert not failed, failed
+    assert not thread.is_alive()
+    assert not failed, failed
+    return moved
 
 
 def sweep(world: World) -> list[Swept]:
@@ -214,107 +214,28 @@ def check_one_serves(pair: Pair, writers: list[Stubborn]) -> World:
     return serving
 
 
-# Where a run is killed: before or after one of these. In the order of a move.
-STEPS: dict[str, tuple[Any, str]] = {
-    "begin": (move_journal, "begin"),
-    "copy": (move, "_back_up"),
-    "step": (move_journal, "step"),
-    "lock": (lease, "acquire"),
-    "mark": (moving, "write"),
-    "raise": (Fence, "raise_"),
-    "leave": (moving, "leave"),
-    "route": (move_journal, "route"),
-    "forget": (move_settle, "left_for_good"),
-    "room": (moving, "make_room"),
-    "fetch": (backup, "fetch"),
-    "prepare": (generation, "prepare"),
-    "arrive": (moving, "arrive"),
-    "done": (move_journal, "done"),
-}
-
-
-def kill_at(step: str, when: str, nth: int) -> None:
-    """Have this process killed before or after the nth call of a step."""
-    owner, name = STEPS[step]
-    real, calls = getattr(owner, name), [0]
-
-    def killing(*arguments: Any, **more: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == nth and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **more)
-        if calls[0] == nth and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, killing)
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(move_journal, "_SLOW_SECONDS", 0.02)
 
 
-def zygote() -> None:
-    """`role ids step when nth` on stdin → a forked child that runs one half of a move, killed there ("-": never)."""
-    directory, url, tenant_id = sys.argv[1:]
-    move_journal._SLOW_SECONDS = 0.02
-    for line in sys.stdin:
-        role, text, step, when, nth = line.split()
-        pid = os.fork()
-        if not pid:
-            try:
-                _child(Path(directory), url, tenant_id, role, text, (step, when, int(nth)))
-            except EngramError as e:
-                print(f"failed {type(e).__name__}: {' '.join(str(e).split())}", flush=True)
-            finally:
-                os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(f"exit {code}", flush=True)
+@pytest.fixture
+def pair(tmp_path: Path, core_url: str, core_control_plane: ControlPlane, quick_looks: None) -> Pair:
+    """A tenant with two rows on machine A, and machine B."""
+    made = new_pair(tmp_path, core_url, core_control_plane, f"t{secrets.token_hex(6)}")
+    made.a.write("one", "two")
+    return made
 
 
-def _child(directory: Path, url: str, tenant_id: str, role: str, text: str, point: tuple[str, str, int]) -> None:
-    with ControlPlane(settings_of(directory, url, A)) as control_plane:
-        pair = Pair(directory, url, control_plane, tenant_id)
-        if point[0] != "-":
-            kill_at(*point)
-        if role == "source":
-            source, target, move_id = text.split(",")
-            world = pair.world(source)
-            chosen = move.plan(world.settings, control_plane, tenant_id, target)
-            depart(world, msgspec.structs.replace(chosen, move_id=UUID(move_id)))
-        else:
-            target, move_id = text.split(",")
-            arrive(pair.world(target), UUID(move_id))
+def check_undone(pair: Pair, move_id: UUID) -> None:
+    """The tenant is where it was, takes writes, and nothing of the move is left."""
+    assert pair.serving() is pair.a and pair.state(move_id) == "undone"
+    pair.a.write("after")
+    assert pair.a.rows()[-1] == "after"
+    assert pair.a.lease_holder() is None
+    assert not pair.a.paths.mark.exists() and not pair.a.paths.moving.exists()
+    assert not pair.b.paths.root.exists()
 
 
-class Half:
-    """A process that runs one half of a move when told to."""
-
-    def __init__(self, pair: Pair) -> None:
-        code = "from tests import move_fixtures; move_fixtures.zygote()"
-        self._process = start_child(code, pair.directory, pair.url, pair.tenant_id, stdin=-1, stderr=-3)
-
-    def start(self, role: str, text: str, point: Sequence[str] = ()) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{role} {text} {' '.join(point or ('-', '-', '0'))}\n")
-        self._process.stdin.flush()
-
-    def end(self) -> str:
-        """How it ended: `exit 0`, `exit -9`, or what failed."""
-        assert self._process.stdout is not None
-        said = ""
-        for line in self._process.stdout:
-            if line.startswith("exit"):
-                return said or line.strip()
-            if line.startswith("failed"):
-                said = line.strip()
-        raise AssertionError("the process is gone")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError):
-            self._process.kill()
-        self._process.wait()
+def row_is_there(pair: Pair, move_id: UUID) -> bool:
+    return pair.control_plane.row("move_get", move_id=move_id) is not None

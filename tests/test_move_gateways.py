@@ -20,10 +20,9 @@ from shared.control_plane import ControlPlane
 from shared.reconcile import reconcile
 from tests.core_fixtures import contents_of, settings_in, wait_until
 from tests.gateway_stack import Gateway, Issuer, eventually, free_port, gateway
-from tests.move_fixtures import A, B, Pair, new_pair, perform, quick_looks
+from tests.move_fixtures import A, B, Pair, new_pair, perform
 
-pytest_plugins = ("tests.core_fixtures",)
-__all__ = ["quick_looks"]
+pytest_plugins = ("tests.core_fixtures", "tests.move_fixtures")
 
 
 class Client:
@@ -74,7 +73,7 @@ class Running(NamedTuple):
 
 
 @pytest.fixture
-def running(tmp_path: Path, control_plane_url: str) -> Iterator[Running]:
+def running(tmp_path: Path, control_plane_url: str, quick_looks: None) -> Iterator[Running]:
     ports = {A: free_port(), B: free_port()}
     urls = ",".join(f"{machine_id}=http://127.0.0.1:{port}" for machine_id, port in ports.items())
     with ExitStack() as stack:
