@@ -7,6 +7,7 @@ an environment must bring. The README's table is read here too: it says what was
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -28,7 +29,8 @@ from shared.safety import unsafe
 from shared.settings import Settings
 from tests.core_fixtures import ROOT
 from tests.environment_fixtures import SAFE, engram
-from tests.gateway_stack import ISSUER, Gateway, Issuer, Stack, assert_problem, eventually, gateway, stack  # noqa: F401
+from tests.gateway_stack import ISSUER, Gateway, Issuer, Stack, assert_problem, eventually, gateway
+from tests.gateway_stack import stack as shared_stack  # noqa: F401
 from tests.metering_fixtures import query
 from tests.test_gateway_quota import plan
 from tests.tls_fixtures import Pair, pair
@@ -83,11 +85,20 @@ def over_tls(issuer: Issuer, files: Pair) -> Iterator[str]:
         server.server_close()
 
 
+MACHINE = "here"  # "local" is refused outside dev, and another machine's tenants are not served
+
+
+@pytest.fixture
+def stack(shared_stack: Stack) -> Stack:  # noqa: F811
+    """The session's, whose new tenants are on the machine that the gateways here are."""
+    return dataclasses.replace(shared_stack, settings=shared_stack.settings.model_copy(update={"machine_id": MACHINE}))
+
+
 _PLACES = pytest.StashKey[dict[str, Place]]()
 
 
 @pytest.fixture
-def places(request: pytest.FixtureRequest, stack: Stack, files: Pair) -> dict[str, Place]:  # noqa: F811
+def places(request: pytest.FixtureRequest, stack: Stack, files: Pair) -> dict[str, Place]:
     """`engram serve` in each environment, as production runs it."""
     stash = request.config.stash
     if _PLACES not in stash:
@@ -103,7 +114,7 @@ def places(request: pytest.FixtureRequest, stack: Stack, files: Pair) -> dict[st
                 "env": env,
                 "gateway_workers": 1,
                 "gateway_host": "127.0.0.1",
-                "machine_id": "here",
+                "machine_id": MACHINE,
                 "cors_allowed_origins": APP,
                 "rate_limit_rps": 0.001,  # a tenant's first requests alone, so that the mode shows
                 "rate_limit_burst": 20,
@@ -169,7 +180,7 @@ def test_hsts_is_sent_where_there_is_tls(places: dict[str, Place]) -> None:
         assert sent == [None, "max-age=86400; includeSubDomains", "max-age=31536000; includeSubDomains"]
 
 
-def test_plain_http_is_refused_where_tokens_are_worth_something(places: dict[str, Place], stack: Stack) -> None:  # noqa: F811
+def test_plain_http_is_refused_where_tokens_are_worth_something(places: dict[str, Place], stack: Stack) -> None:
     """staging's proxy says how it was spoken to; prod's port speaks TLS and nothing else."""
     headers = stack.headers(stack.idle_tenant)
     assert places["dev"].ask("/v1/usage", headers=headers).status_code == 200
@@ -184,7 +195,7 @@ def test_the_description_of_the_api_is_hidden_in_prod(places: dict[str, Place]) 
         assert seen(places, lambda p, path=path: p.ask(path).status_code) == [200, 200, 404]
 
 
-def test_a_rate_limit_is_enforced_shadowed_enforced(places: dict[str, Place], stack: Stack) -> None:  # noqa: F811
+def test_a_rate_limit_is_enforced_shadowed_enforced(places: dict[str, Place], stack: Stack) -> None:
     """In staging the client sees nothing, the operator whom prod would have refused."""
 
     def statuses(place: Place) -> set[int]:
@@ -198,7 +209,7 @@ def test_a_rate_limit_is_enforced_shadowed_enforced(places: dict[str, Place], st
     assert [n > 0 for n in seen(places, lambda p: p.gateway.metric(name, scope="tenant"))] == [False, True, False]
 
 
-def test_a_hard_quota_is_enforced_shadowed_enforced(places: dict[str, Place], stack: Stack) -> None:  # noqa: F811
+def test_a_hard_quota_is_enforced_shadowed_enforced(places: dict[str, Place], stack: Stack) -> None:
     """402, a warning beside the answer, 402."""
     tenant = stack.tenant()
     plan(stack.control_plane, "nothing", tenant, memories_created_hard=0)
@@ -216,7 +227,7 @@ def test_a_hard_quota_is_enforced_shadowed_enforced(places: dict[str, Place], st
     assert [n > 0 for n in counted] == [False, True, False]
 
 
-def test_usage_is_billed_unless_staging_runs_dry(places: dict[str, Place], stack: Stack) -> None:  # noqa: F811
+def test_usage_is_billed_unless_staging_runs_dry(places: dict[str, Place], stack: Stack) -> None:
     """What each environment's drain makes of requests its gateway served; the dry run keeps them."""
 
     def billed(place: Place) -> bool:
