@@ -101,10 +101,12 @@ def give_up_arrival(settings: Settings, paths: TenantPaths, number: int) -> None
     if not os.path.lexists(paths.departed):
         remove(settings, paths)
         return
-    if number and number != _departed_generation(paths):
+    departed = _departed_generation(paths)
+    if number and number != departed:
         remove_tree(paths.generation_dir(number))
         fsync_path(paths.generations)
-    clear(paths)
+    if (marker := read(paths)) is not None:  # as it was before: gone to where it did not come back from
+        write(paths, Moving(marker.move_id, marker.tenant_id, marker.target, marker.source, departed, settled=True))
 
 
 def _departed_generation(paths: TenantPaths) -> int:

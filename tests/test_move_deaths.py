@@ -322,3 +322,22 @@ def test_a_target_that_lost_its_disk_after_the_route_says_which_backup_holds_all
     assert sweep(pair.b)[-1].done == f"done, machine {B} serves it"
     assert halves[0].end() == "exit 0"
     assert pair.b.rows() == ["one", "two"]
+
+
+def test_a_return_that_is_given_up_leaves_the_earlier_stay_as_it_was(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files kept there wait for their time, and whoever asks there is told of maintenance, not of a broken file."""
+    perform(pair)
+    pair.b.write("three")
+    kept = sorted(pair.a.paths.generations.iterdir())
+    monkeypatch.setattr(moving, "leave", failing_once(moving.leave))
+    with pytest.raises(OSError, match="no space"):
+        perform(pair)
+    assert pair.serving() is pair.b and not pair.can_use(pair.a)
+    assert sorted(pair.a.paths.generations.iterdir()) == kept
+    marker = moving.read(pair.a.paths)
+    assert marker is not None and marker.settled and marker.target == B
+    assert sweep(pair.a) == sweep(pair.b) == []
+    perform(pair)
+    assert pair.a.rows() == ["one", "two", "three"]
