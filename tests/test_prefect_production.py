@@ -28,7 +28,7 @@ from shared.settings import Settings
 from tests.prefect_fixtures import MACHINE, READY_SECONDS, ROOT, WORKER_LIMIT, Production, deploy_busy, wait_for
 
 pytest_plugins = ("tests.prefect_fixtures",)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 

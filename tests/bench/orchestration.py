@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,22 @@ class Usage:
     """Totals at one moment."""
 
     at: float
-    rows: int
-    event_bytes: int
-    run_bytes: int
+    rows: dict[str, int]
+    sizes: dict[str, int]  # bytes with indexes
     server_cpu: float
     run_cpu: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `count` runs did, with what the server does at idle still in it."""
+
+    name: str
+    count: float
+    before: Usage
+    after: Usage
+    own_cpu: float  # of run processes that no worker started
+    load: float
 
 
 @dataclass(frozen=True)
@@ -85,41 +96,21 @@ class Bench:
     def __init__(self, production: Production, postgres_pid: int) -> None:
         self.production = production
         self._postgres = psutil.Process(postgres_pid)
-        self._gone = 0.0  # CPU of run processes that have ended is in their parents' children times
 
     def usage(self) -> Usage:
-        tables = dict(
-            self.production.rows("SELECT relname, pg_total_relation_size(relid) FROM pg_stat_user_tables")  # type: ignore[arg-type]
-        )
-        rows = sum(self.production.rows(f"SELECT count(*) FROM {name}")[0][0] for name in tables)  # type: ignore[misc]
-        events = sum(size for name, size in tables.items() if str(name).startswith(("events", "event_resources")))
+        tables = "SELECT relname, pg_total_relation_size(relid) FROM pg_stat_user_tables"
+        sizes = {str(name): int(size) for name, size in self.production.rows(tables)}
+        rows = {name: int(self.production.rows(f"SELECT count(*) FROM {name}")[0][0]) for name in sizes}
         servers = [self.production.children[name].pid for name in ("api-0", "api-1", "services")]
         cpu = sum(map(_cpu, servers)) + _cpu(self._postgres.pid) + sum(map(_cpu, _named("redis-server")))
-        runs = _cpu(self.production.children["worker"].pid)
-        return Usage(time.monotonic(), rows, events, sum(tables.values()) - events, cpu, runs)
+        return Usage(time.monotonic(), rows, sizes, cpu, _cpu(self.production.children["worker"].pid))
 
-    def cost(self, name: str, count: float, work: Callable[[], float], idle: Cost | None) -> Cost:
+    def measure(self, name: str, count: float, work: Callable[[], float]) -> Measured:
         """`work` returns the CPU seconds of processes that this one started itself."""
         before = self.usage()
-        extra = work()
+        own = work()
         time.sleep(6)  # events are written in batches, a few seconds later
-        after = self.usage()
-        seconds = after.at - before.at
-
-        def per_run(what: str, idle_value: float) -> float:
-            found = getattr(after, what) - getattr(before, what) + (extra if what == "run_cpu" else 0.0)
-            return float((found - seconds * idle_value) / count)
-
-        return Cost(
-            name,
-            count,
-            per_run("rows", idle.rows if idle else 0.0),
-            per_run("run_bytes", idle.run_bytes if idle else 0.0),
-            per_run("event_bytes", idle.event_bytes if idle else 0.0),
-            per_run("server_cpu", idle.server_cpu_seconds if idle else 0.0),
-            per_run("run_cpu", idle.run_cpu_seconds if idle else 0.0),
-            os.getloadavg()[0],
-        )
+        return Measured(name, count, before, self.usage(), own, os.getloadavg()[0])
 
     def through_the_worker(self, deployment: str, parameters: dict[str, Any], count: int) -> Callable[[], float]:
         def work() -> float:
@@ -158,24 +149,64 @@ def _named(name: str) -> list[int]:
     return [p.pid for p in psutil.Process().children() if p.name() == name]
 
 
-def measure(bench: Bench, runs: int, idle_seconds: float, tenants: int, settings: Settings) -> Iterator[Cost]:
-    idle = bench.cost("idle, a second", 1.0, lambda: time.sleep(idle_seconds) or 0.0, None)  # type: ignore[func-returns-value]
-    seconds = idle_seconds + 6
-    idle = Cost(*(v / seconds if isinstance(v, float) and k not in ("count", "load") else v
-                  for k, v in asdict(idle).items()))  # fmt: skip
-    yield idle
+def measure(bench: Bench, runs: int, idle_seconds: float, tenants: int, settings: Settings) -> list[Cost]:
+    """Idle comes last: what starting leaves behind is no run's doing."""
     night = {"all": True, "kind": "scheduled"}
-    yield bench.cost("metering", 2 * runs, bench.in_the_drain(2 * runs), idle)
-    yield bench.cost("sweep", runs, bench.through_the_worker("sweep/sweep", {}, runs), idle)
-    yield bench.cost("backup of 0", runs, bench.through_the_worker("backup/backup", night, runs), idle)
+    found = [
+        bench.measure("metering", 2 * runs, bench.in_the_drain(2 * runs)),
+        bench.measure("sweep", runs, bench.through_the_worker("sweep/sweep", {}, runs)),
+        bench.measure("backup of 0", runs, bench.through_the_worker("backup/backup", night, runs)),
+    ]
     with ControlPlane(settings) as control_plane:
         for n in range(tenants):
             registry.create(control_plane, settings, f"tenant-{n:05d}")
-    few = max(3, runs // 3)
-    forced = night | {"force": True}
-    name = f"backup of {tenants}"
-    yield bench.cost(name, few, bench.through_the_worker("backup/backup", forced, few), idle)
-    yield bench.cost("retention", few, bench.through_the_worker("retention/retention", {}, few), idle)
+    forced = bench.through_the_worker("backup/backup", night | {"force": True}, runs)
+    found.append(bench.measure(f"backup of {tenants}", runs, forced))
+
+    def rest() -> float:
+        time.sleep(idle_seconds)
+        return 0.0
+
+    idle = bench.measure("idle, a second", 1.0, rest)
+    width = _bytes_a_row(found[0].before, idle.after)
+    a_second = _cost(idle, width, None)
+    seconds = idle.after.at - idle.before.at
+    a_second = replace(
+        a_second,
+        **{
+            name: getattr(a_second, name) / seconds
+            for name in ("rows", "run_bytes", "event_bytes", "server_cpu_seconds", "run_cpu_seconds")
+        },
+    )
+    return [*(_cost(one, width, a_second) for one in found), a_second]
+
+
+def _bytes_a_row(first: Usage, last: Usage) -> dict[str, float]:
+    """By table, over the whole bench: tables grow in steps of pages, a few runs alone may not."""
+    grown = {name: last.rows[name] - first.rows.get(name, 0) for name in last.rows}
+    return {
+        name: max(0, last.sizes[name] - first.sizes.get(name, 0)) / count for name, count in grown.items() if count > 0
+    }
+
+
+def _cost(one: Measured, width: dict[str, float], idle: Cost | None) -> Cost:
+    seconds = one.after.at - one.before.at
+    rows = {name: one.after.rows[name] - one.before.rows.get(name, 0) for name in one.after.rows}
+    events = {name for name in rows if name.startswith("event")}
+
+    def each(total: float, at_idle: float) -> float:
+        return (total - seconds * at_idle) / one.count
+
+    return Cost(
+        one.name,
+        one.count,
+        each(sum(rows.values()), idle.rows if idle else 0.0),
+        each(sum(n * width.get(t, 0.0) for t, n in rows.items() if t not in events), idle.run_bytes if idle else 0.0),
+        each(sum(rows[t] * width.get(t, 0.0) for t in events), idle.event_bytes if idle else 0.0),
+        each(one.after.server_cpu - one.before.server_cpu, idle.server_cpu_seconds if idle else 0.0),
+        each(one.after.run_cpu - one.before.run_cpu + one.own_cpu, idle.run_cpu_seconds if idle else 0.0),
+        one.load,
+    )
 
 
 @dataclass(frozen=True)
@@ -201,12 +232,11 @@ def day(costs: dict[str, Cost], tenants: int, drain_run_seconds: float, retentio
         "metering": machines * SECONDS_A_DAY / drain_run_seconds,
         "sweep": 1_440.0,
         backup.name: float(machines),  # one run a machine; the first starts the others
-        "retention": 5.0,  # and verify, reconcile, slo-report, and a restore-test now and then
     }
     runs = sum(counts.values())
     run_bytes = sum(n * costs[name].run_bytes for name, n in counts.items())
-    event_bytes = sum(n * costs[name].event_bytes for name, n in counts.items())
     idle = costs["idle, a second"]
+    event_bytes = sum(n * costs[name].event_bytes for name, n in counts.items()) + SECONDS_A_DAY * idle.event_bytes
     cpu = (
         idle.server_cpu_seconds + sum(n * costs[name].server_cpu_seconds for name, n in counts.items()) / SECONDS_A_DAY
     )
@@ -248,7 +278,7 @@ def main() -> None:
         for cost in measure(bench, arguments.runs, arguments.idle, arguments.tenants, settings):
             costs[cost.name] = cost
             show(cost)
-            arguments.result.write_text(json.dumps([asdict(c) for c in costs.values()], indent=2))
+        arguments.result.write_text(json.dumps([asdict(c) for c in costs.values()], indent=2))
     head = f"{'tenants':>9}{'machines':>10}{'drain run':>11}{'kept days':>11}{'runs a day':>12}{'MB a day':>10}"
     print(head + f"{'MB kept':>10}{'of a core':>11}")
     for tenants, drain_run_seconds, days in ((5_000, 60, 14), (10_000, 60, 14), (100_000, 60, 14), (100_000, 600, 14)):
