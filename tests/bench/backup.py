@@ -1,24 +1,31 @@
 """What a backup costs beside `cp` and sha256 of the same file: `python -m tests.bench.backup`.
 
-    python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--s3]
+    python -m tests.bench.backup [RESULT.json] [--sizes 1,100,1000] [--rounds 3] [--s3] [--judged]
 
 One database a size; all ways of copying it take turns, round by round, so that whatever else this machine does falls
-on all of them. Read the ratios: to_sha256sum and to_openssl are a backup's time by those of the first two ways.
+on all of them. Read the ratios: to_sha256sum and to_openssl are a backup's time by those of the first two ways, the
+median over the rounds. `--rounds 15,5,1` gives each size its own; `--judged` leaves out all but `cp` and the backup.
 
-    cp + sha256            `cp`, then sha256 of the copy by OpenSSL (hashlib): nothing checked, nothing synced
-    cp + sha256sum         the same with coreutils' sha256sum
-    backup                 take → store → register: consistent, integrity and foreign keys checked, hashed, durable,
-                           in the catalogue; into a local store on the same filesystem (a link)
-    backup, other disk     the same into a local store on another filesystem (a copy that is hashed)
-    backup, zstd | + age   the same, packed
-    backup, S3             the same into SeaweedFS, read back (with --s3)
+    cp + sha256sum         `cp`, then coreutils' sha256sum of the copy: nothing checked, nothing synced
+    cp + sha256            the same with OpenSSL's sha256 in this process (hashlib), which starts one process less
+    cp + sha256sum + sync  the first, and what a backup promises beside it: `sync` of the copy and of its directory
+    backup                 take → store: consistent, integrity and foreign keys checked, hashed, uploaded, durable; the
+                           upload is written down in the control plane before; into a local store on the same
+                           filesystem (a link). This is what the issue compares
+    backup + its row       the same with its registration in the catalogue: the whole of a backup
+    … again                the same once more by the same process (the median of a few), as a run over a fleet makes
+                           them: the first pays for what a process does once
+    backup, other disk     into a local store on another filesystem (a copy that is hashed)
+    backup, zstd | + age   packed
+    backup, S3             into SeaweedFS, read back (with --s3)
     restic, Litestream     a first snapshot of the file into a new local repository
 
 Each with a writer beside it and without; with one, the longest commit of the writer meanwhile, and while only it ran.
 `restore` brings the copy back to a file: `backup.fetch` with its sha256, `restic restore`, `litestream restore`.
 Content is half random, half digits of it (zstd halves it). A process of its own makes each backup; its start is not
-counted for ours and cannot be taken off the others', which matters at 1 MB alone; `again` is a second backup by the
-same process, as a run over a fleet makes them. `rss` is its VmHWM in megabytes.
+counted for ours and cannot be taken off the others', which matters at 1 MB alone; as `engram backup` does, it has
+looked the tenant up in the control plane before. `rss` is its VmHWM in megabytes. What a writer added is taken away
+again after its round: killed, it leaves a `-wal` of four megabytes, which the next to open the database has to read.
 
 restic comes from PATH, Litestream from where the product looks. What is not there is "not installed", never a number.
 """
@@ -32,6 +39,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import struct
 import subprocess
 import tempfile
@@ -56,40 +64,43 @@ from shared.tenant import TenantPaths
 from tests.core_fixtures import free_ports, start_child
 
 ABSENT = "not installed"
+SMALL_MB = 10
+TOOLS = ("sha256sum", "sha256", "sha256sum + sync")
 PACKINGS = {"backup": {}, "backup, zstd": {"zstd"}, "backup, zstd + age": {"zstd", "age"}}
 
 CHILD = """
-    import json, sys, time
+    import json, statistics, sys, time
     from pathlib import Path
-    from shared import backup, catalogue
+    from shared import backup, catalogue, registry
     from shared.control_plane import ControlPlane
     from shared.objects import ObjectStore
     from shared.settings import Settings
-    settings, what, tenant_id, file = Settings(), *sys.argv[1:]
-    objects, clock, seconds = ObjectStore(settings), time.perf_counter, {}
+    settings, what, tenant_id, file, again = Settings(), *sys.argv[1:]
+    objects, clock = ObjectStore(settings), time.perf_counter
     with ControlPlane(settings) as control_plane:
-        control_plane.ping()
-        begun = clock()
-        if what == "backup":
-            with backup.work(settings.data_dir / "tmp", "bench") as directory:
-                taken = backup.take(settings, tenant_id, directory)
-                seconds["snapshot"] = clock() - begun
-                stored = backup.store(objects, taken, control_plane)
-                seconds["store"] = clock() - begun - seconds["snapshot"]
-                made = backup.register(control_plane, stored)
-        else:
-            made = catalogue.newest(control_plane, tenant_id)
-            got = backup.fetch(objects, made, Path(file), control_plane)
-            seconds |= {n: getattr(got, f"{n}_ms") / 1000 for n in ("download", "decrypt", "decompress", "write")}
-        seconds["total"] = clock() - begun
-        if what == "backup":
+        registry.get_active(control_plane, tenant_id)
+        def once():
             begun = clock()
             with backup.work(settings.data_dir / "tmp", "bench") as directory:
                 taken = backup.take(settings, tenant_id, directory)
-                catalogue.register(control_plane, backup.store(objects, taken, control_plane))
-            seconds["again"] = clock() - begun
+                snapshot = clock() - begun
+                stored = backup.store(objects, taken, control_plane)
+                total = clock() - begun
+                made = backup.register(control_plane, stored)
+            return {"snapshot": snapshot, "store": total - snapshot, "total": total, "with_row": clock() - begun}, made
+        def fetched():
+            begun, made = clock(), catalogue.newest(control_plane, tenant_id)
+            got = backup.fetch(objects, made, Path(file), control_plane)
+            parts = {n: getattr(got, f"{n}_ms") / 1000 for n in ("download", "decrypt", "decompress", "write")}
+            return parts | {"total": clock() - begun}, made
+        window = [time.time()]
+        seconds, made = once() if what == "backup" else fetched()
+        window.append(time.time())
+        more = [once()[0] for _ in range(int(again))]
     rss = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "rss_mb": rss / 1024, "stored_bytes": made.stored_bytes}))
+    more = {name: statistics.median(m[name] for m in more) for name in seconds} if more else None
+    found = {"seconds": seconds, "again": more, "rss_mb": rss / 1024, "stored_bytes": made.stored_bytes}
+    print(json.dumps(found | {"window": window}))
 """
 
 WRITER = """
@@ -148,12 +159,25 @@ class Bench:
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             database.close()
+        if megabytes <= SMALL_MB:
+            shutil.copy(file, self.directory / tenant_id)
         return tenant_id
 
-    def child(self, way: str, what: str, tenant_id: str) -> dict[str, Any]:
+    def reset(self, megabytes: int, tenant_id: str) -> None:
+        """The database as it was made; a large one only without the `-wal`. Nobody has it open."""
+        file = Path(os.path.realpath(TenantPaths.of(self.settings.tenants_dir, tenant_id).database))
+        if megabytes > SMALL_MB:
+            with contextlib.closing(sqlite3.connect(file)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return
+        for name in (file.name, f"{file.name}-wal", f"{file.name}-shm"):
+            file.with_name(name).unlink(missing_ok=True)
+        shutil.copy(self.directory / tenant_id, file)
+
+    def child(self, way: str, what: str, tenant_id: str, *, again: int = 0) -> dict[str, Any]:
         env = os.environ | {f"ENGRAM_{k.upper()}": str(v) for k, v in self.ways[way].items()}
         with _environment(env):
-            process = start_child(CHILD, what, tenant_id, self.directory / "back.sqlite")
+            process = start_child(CHILD, what, tenant_id, self.directory / "back.sqlite", again)
         out, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"{way}: {what} failed")
@@ -215,8 +239,9 @@ def timed(*command: object, **env: str) -> float:
 def cp(file: Path, directory: Path, tool: str) -> dict[str, Any]:
     copy = directory / "copy"
     seconds = timed("cp", file, copy)
-    if tool == "sha256sum":
+    if tool.startswith("sha256sum"):
         seconds += timed("sha256sum", copy)
+        seconds += timed("sync", copy, directory) if tool.endswith("sync") else 0.0
     else:
         begun = time.perf_counter()
         with copy.open("rb", buffering=0) as opened:
@@ -254,45 +279,59 @@ def _measured(*command: object, **env: str) -> dict[str, Any]:
     return {"seconds": {"total": timed(*command, **env)}}
 
 
-def measure(bench: Bench, megabytes: int, rounds: int) -> list[dict[str, Any]]:
+def measure(bench: Bench, megabytes: int, rounds: int, *, judged: bool) -> list[dict[str, Any]]:
     tenant_id = bench.tenant(megabytes)
     file = Path(os.path.realpath(TenantPaths.of(bench.settings.tenants_dir, tenant_id).database))
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
     def note(way: str, what: str, beside: str, run: Callable[[], dict[str, Any]], writer: Writer | None) -> None:
         os.sync()
+        time.sleep(0.1 if writer is not None else 0.0)  # the commit that waited for the sync is over
         begun = time.time()
         result = run()
         if writer is not None:
-            result["longest_commit_ms"] = writer.longest_ms(begun, time.time())
-        found.setdefault((way, what, beside), []).append(result)
+            result["longest_commit_ms"] = writer.longest_ms(*result.pop("window", (begun, time.time())))
+        for name, one in _ways(way, result):
+            found.setdefault((name, what, beside), []).append(one)
 
+    again = 5 if megabytes <= SMALL_MB else 1
     for _ in range(rounds):
         for beside in ("idle", "writer"):
             with contextlib.ExitStack() as stack:
                 writer = stack.enter_context(Writer(bench, tenant_id)) if beside == "writer" else None
                 if writer is not None:
                     note("writer alone", "commit", beside, lambda: time.sleep(3) or {"seconds": {"total": 3.0}}, writer)
-                for tool in ("sha256", "sha256sum"):
+                for tool in TOOLS:
                     note(f"cp + {tool}", "backup", beside, lambda t=tool: cp(file, bench.directory, t), writer)
-                for way in bench.ways if beside == "idle" else ["backup"]:
-                    note(way, "backup", beside, lambda w=way: bench.child(w, "backup", tenant_id), writer)
-                    if beside == "idle":
+                for way in bench.ways if beside == "idle" and not judged else ["backup"]:
+                    note(way, "backup", beside, lambda w=way: bench.child(w, "backup", tenant_id, again=again), writer)
+                    if beside == "idle" and not judged:
                         note(way, "restore", beside, lambda w=way: bench.child(w, "fetch", tenant_id), None)
                         (bench.directory / "back.sqlite").unlink()
                     bench.clear(way, tenant_id)
+            bench.reset(megabytes, tenant_id)
         peers: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None] = {
             "restic": (lambda: restic(file, bench.directory)) if shutil.which("restic") else None,
             "Litestream": (lambda p=bench.litestream: litestream(p, file, bench.directory))
             if bench.litestream
             else None,
         }
-        for name, peer in peers.items():
+        for name, peer in peers.items() if not judged else ():
             os.sync()
             made, back = peer() if peer is not None else ({}, {})
             found.setdefault((name, "backup", "idle"), []).append(made)
             found.setdefault((name, "restore", "idle"), []).append(back)
     return [_row(megabytes, *key, results, found) for key, results in found.items()]
+
+
+def _ways(way: str, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What one child measured: with the row and without, the first of its process and the others."""
+    yield way, result
+    for seconds, when in ((result["seconds"], ""), (result.get("again"), ", again")):
+        if seconds and "with_row" in seconds:
+            if when:
+                yield way + when, {"seconds": seconds}
+            yield f"{way} + its row{when}", {"seconds": {"total": seconds["with_row"]}}
 
 
 def _row(
@@ -301,8 +340,9 @@ def _row(
     row: dict[str, Any] = {"megabytes": megabytes, "way": way, "what": what, "beside": beside}
     if not results[0]:
         return row | {"seconds": ABSENT}
-    parts = {name: round(median(r["seconds"][name] for r in results), 3) for name in results[0]["seconds"]}
-    row |= {"seconds": parts.pop("total"), "parts": parts}
+    parts = {name: round(median(r["seconds"][name] for r in results), 4) for name in results[0]["seconds"]}
+    parts.pop("with_row", None)
+    row |= {"seconds": parts.pop("total"), "parts": parts, "rounds": len(results)}
     if what == "backup":
         for name, tool in (("to_sha256sum", "cp + sha256sum"), ("to_openssl", "cp + sha256")):
             floor = [r["seconds"]["total"] for r in found[(tool, "backup", beside)]]
@@ -368,7 +408,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A backup beside cp, sha256, restic and Litestream.")
     parser.add_argument("result", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "backup.json")
     parser.add_argument("--sizes", default="1,100,1000", help="megabytes, comma-separated")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", default="3", help="one number, or one a size, comma-separated")
+    parser.add_argument("--judged", action="store_true", help="only cp and the backup, idle and under a writer")
     parser.add_argument("--s3", action="store_true", help="also into SeaweedFS (at most a few hundred megabytes)")
     options = parser.parse_args()
     rows = []
@@ -378,10 +419,15 @@ def main() -> None:
         s3 = stack.enter_context(seaweed()) if options.s3 else None
         bench = Bench(directory, postgres.url("engram"), s3, find_litestream(Settings()))
         stack.callback(bench.close)
-        for megabytes in map(int, options.sizes.split(",")):
-            rows += measure(bench, megabytes, options.rounds)
+        sizes, rounds = [int(n) for n in options.sizes.split(",")], [int(n) for n in options.rounds.split(",")]
+        for megabytes, count in zip(sizes, rounds * len(sizes) if len(rounds) == 1 else rounds, strict=True):
+            rows += measure(bench, megabytes, count, judged=options.judged)
             options.result.write_text(json.dumps(rows, indent=2))
     show(rows)
+    print(
+        f"load average {' '.join(f'{load:.1f}' for load in os.getloadavg())}; "
+        f"a writer's longest commit is over all rounds"
+    )
     print(f"JSON: {options.result}")
 
 
