@@ -22,7 +22,7 @@ Writes are held for as long as a snapshot, an upload, a download and SQLite's ch
 the files have not changed since the first copy (`shared.fingerprint`) none of it is needed; when only the snapshot's
 sha256 has not, no upload and no download. What lasts longer than `move_hold_seconds` is given up. Measured with both
 machines and the store on one busy host of two cores (`tests.bench.move_window`): 0.2 s for an idle tenant of 1 and of
-100 MB, beside a writer 0.3 s at 1 MB and 1.8 s at 100 MB.
+100 MB, beside a writer 0.3 s at 1 MB and 1.8 to 4.6 s at 100 MB.
 
 The source's files stay for `move_keep_hours` as they were, without `current`; then its sweep removes them. What was in
 `engram.db.bak` stays behind: a restore is not undone across a move. Usage spooled at the source is drained there.
