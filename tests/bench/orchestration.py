@@ -46,6 +46,7 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 SECONDS_A_DAY = 86_400
 TENANTS_A_MACHINE = 5_000  # what `tests.bench.fleet` does in one run
 EVENT_DAYS = 7  # Prefect's own retention of events
+IDLE, ALONE = "idle, a second", "no worker, a s"  # between the two: a machine's workers that ask for runs
 
 DRAIN_RUNS = """
 import sys
@@ -167,18 +168,18 @@ def measure(bench: Bench, runs: int, idle_seconds: float, tenants: int, settings
         time.sleep(idle_seconds)
         return 0.0
 
-    idle = bench.measure("idle, a second", 1.0, rest)
-    width = _bytes_a_row(found[0].before, idle.after)
-    a_second = _cost(idle, width, None)
-    seconds = idle.after.at - idle.before.at
-    a_second = replace(
-        a_second,
-        **{
-            name: getattr(a_second, name) / seconds
-            for name in ("rows", "run_bytes", "event_bytes", "server_cpu_seconds", "run_cpu_seconds")
-        },
-    )
-    return [*(_cost(one, width, a_second) for one in found), a_second]
+    idle = bench.measure(IDLE, 1.0, rest)
+    bench.production.children["worker"].stop(30.0)
+    alone = bench.measure(ALONE, 1.0, rest)
+    width = _bytes_a_row(found[0].before, alone.after)
+    a_second = _a_second(idle, width)
+    return [*(_cost(one, width, a_second) for one in found), a_second, _a_second(alone, width)]
+
+
+def _a_second(one: Measured, width: dict[str, float]) -> Cost:
+    total, seconds = _cost(one, width, None), one.after.at - one.before.at
+    per_second = ("rows", "run_bytes", "event_bytes", "server_cpu_seconds", "run_cpu_seconds")
+    return replace(total, **{name: getattr(total, name) / seconds for name in per_second})
 
 
 def _bytes_a_row(first: Usage, last: Usage) -> dict[str, float]:
@@ -213,35 +214,35 @@ def _cost(one: Measured, width: dict[str, float], idle: Cost | None) -> Cost:
 class Day:
     """What the product starts in a day for so many tenants, and what that costs the server."""
 
-    tenants: int
     machines: int
-    drain_run_seconds: float
-    retention_days: int
     runs: float
     bytes: float
     kept_bytes: float
     server_cpu: float  # of one core, over the day
-    night_runs: int  # of them, for the night's backups
 
 
 def day(costs: dict[str, Cost], tenants: int, drain_run_seconds: float, retention_days: int) -> Day:
     """Traffic on every machine at every hour, which is the most: the drain makes no runs at idle."""
     machines = math.ceil(tenants / TENANTS_A_MACHINE)
-    backup = next(cost for name, cost in costs.items() if name.startswith("backup of") and name != "backup of 0")
+    backup = next(name for name in costs if name.startswith("backup of") and name != "backup of 0")
     counts = {
         "metering": machines * SECONDS_A_DAY / drain_run_seconds,
         "sweep": 1_440.0,
-        backup.name: float(machines),  # one run a machine; the first starts the others
+        backup: float(machines),  # one run a machine; the first starts the others
     }
-    runs = sum(counts.values())
+    idle, alone = costs[IDLE], costs[ALONE]
     run_bytes = sum(n * costs[name].run_bytes for name, n in counts.items())
-    idle = costs["idle, a second"]
-    event_bytes = sum(n * costs[name].event_bytes for name, n in counts.items()) + SECONDS_A_DAY * idle.event_bytes
-    cpu = (
-        idle.server_cpu_seconds + sum(n * costs[name].server_cpu_seconds for name, n in counts.items()) / SECONDS_A_DAY
+    event_bytes = sum(n * costs[name].event_bytes for name, n in counts.items())
+    event_bytes += SECONDS_A_DAY * (alone.event_bytes + machines * max(0.0, idle.event_bytes - alone.event_bytes))
+    polls = machines * max(0.0, idle.server_cpu_seconds - alone.server_cpu_seconds)
+    of_runs = sum(n * costs[name].server_cpu_seconds for name, n in counts.items()) / SECONDS_A_DAY
+    return Day(
+        machines,
+        sum(counts.values()),
+        run_bytes + event_bytes,
+        run_bytes * retention_days + event_bytes * EVENT_DAYS,
+        alone.server_cpu_seconds + polls + of_runs,
     )
-    kept = run_bytes * retention_days + event_bytes * EVENT_DAYS
-    return Day(tenants, machines, drain_run_seconds, retention_days, runs, run_bytes + event_bytes, kept, cpu, machines)
 
 
 @contextmanager
