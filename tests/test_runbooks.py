@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,13 @@ def program() -> TyperGroup:
     return made
 
 
-def commands(text: str) -> list[str]:
-    """What is in code, in a line or in a block, and begins with `engram `."""
-    block = re.findall(r"^engram .+$", text, re.MULTILINE)
-    return block + [found.replace("\n", " ") for found in re.findall(r"`(engram [^`]+)`", text)]
+def commands(text: str, programs: Collection[str] = ("engram",)) -> list[str]:
+    """What is in code and is a command: each line of a block for a shell, and spans that begin with a program."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines() if line]
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    words = [" ".join(span.split()) for span in spans]
+    return lines + [span for span in words if " " in span and span.split()[0] in programs]
 
 
 def check(program: TyperGroup, line: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,14 @@ from tests.acceptance.conftest import Stack
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_the_demo_holds_on_the_built_in_corpus(stack: Stack) -> None:
-    """The main job, end to end: every row of its table is checked from outside, and one that does not hold fails."""
-    done = stack.engram("demo", "--json", check=False)
+def test_the_demo_holds_on_conversations_of_ones_own(stack: Stack, tmp_path: Path) -> None:
+    """The main job, end to end: every row of its table is checked from outside, and one that does not hold fails.
+
+    The README's first command is the same on the corpus that is built in (`tests/test_readme.py`).
+    """
+    lines = [{"content": f"note {n} about the garden", "tags": ["garden"], "metadata": {"n": n}} for n in range(12)]
+    (tmp_path / "garden.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = stack.engram("demo", "--memories", str(tmp_path / "garden.jsonl"), "--json", check=False)
     result = json.loads(done.stdout)
     assert [row for row in result["checks"] if not row["holds"]] == []
     assert result["ok"] and done.returncode == 0

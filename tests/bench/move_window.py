@@ -8,8 +8,8 @@ database comes on top, unless nothing was written since the first copy.
 
 from __future__ import annotations
 
+import argparse
 import sqlite3
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,8 +23,10 @@ from tests.move_fixtures import Pair, Stubborn, new_pair, perform
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sizes", nargs="*", type=int, metavar="MEGABYTES", default=[1, 10, 100])
+    sizes = parser.parse_args().sizes
     log.configure("ERROR")
-    sizes = [int(word) for word in sys.argv[1:]] or [1, 10, 100]
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", free_ports(1)[0]))
