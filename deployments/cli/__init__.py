@@ -90,6 +90,15 @@ def main() -> None:
         _fail(str(e), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except _lacking_in_schema() as e:
+        _fail(f"the control plane lacks what this build needs, run `engram migrate`: {str(e).splitlines()[0]}", 1)
+
+
+def _lacking_in_schema() -> tuple[type[Exception], ...]:
+    """What PostgreSQL says of an older schema. (Asked for when there is an error: importing it takes time.)"""
+    from psycopg.errors import UndefinedColumn, UndefinedFunction, UndefinedTable
+
+    return UndefinedColumn, UndefinedFunction, UndefinedTable
 
 
 def _setting_error(e: ValueError) -> str:
