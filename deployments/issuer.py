@@ -5,8 +5,7 @@
 
 Signing happens in the caller's process with the key file; `deployments.issuer_server` serves `jwks.json` and
 never reads a private key. A key's `kid` is its RFC 7638 thumbprint, so it is the same wherever it is computed.
-Rotation publishes the new key before anything is signed with it and keeps the old ones published: a token lives
-on until it expires.
+A key is published before anything is signed with it, and stays published: a token lives on until it expires.
 """
 
 from __future__ import annotations
@@ -84,15 +83,6 @@ def ensure_key(data_dir: Path) -> ec.EllipticCurvePrivateKey:
         if public_jwk(key) not in _published(directory):  # a crash between the two files, or a lost one
             _write_key_set(directory, [public_jwk(key), *_published(directory)])
         return key
-
-
-def rotate_key(data_dir: Path) -> str:
-    """Sign with a new key from now on; earlier ones stay published. Returns the new `kid`."""
-    directory = issuer_dir(data_dir)
-    key = _new_key()
-    with _exclusive(directory):
-        _publish(directory, key)
-    return str(public_jwk(key)["kid"])
 
 
 def public_jwk(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Serves the dev issuer's discovery document and key set: `python -m deployments.issuer_server DIR PORT ISSUER`.
 
 The standard library's server, because it takes a tenth of the memory of a web framework and does two GETs. The
-key set is read at each request, so a rotation shows at once; private keys are never opened.
+key set is read at each request, so a new key shows at once; private keys are never opened.
 """
 
 from __future__ import annotations

@@ -71,8 +71,3 @@ def shorten_rules(document: dict[str, Any], minute_seconds: float) -> dict[str, 
 def load(directory: Path = RULES_DIR) -> dict[str, dict[str, Any]]:
     """Every rules file by its name."""
     return {path.name: yaml.safe_load(path.read_text()) for path in sorted(directory.glob("*.yml"))}
-
-
-def all_rules(directory: Path = RULES_DIR) -> list[dict[str, Any]]:
-    """Every rule of every file, recording and alerting."""
-    return [rule for document in load(directory).values() for group in document["groups"] for rule in group["rules"]]

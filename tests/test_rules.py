@@ -16,15 +16,16 @@ import yaml
 from typer.testing import CliRunner
 
 from deployments import cli
-from deployments.monitoring_rules import RULES_DIR, all_rules, load
+from deployments.monitoring_rules import RULES_DIR, load
 from shared import metrics
 from shared.diagnosis.finding import SUBJECTS
 from shared.settings import Settings
 
 TESTS_DIR = RULES_DIR.parent / "tests"
 TESTS = sorted(TESTS_DIR.glob("*.yml"))
-ALERTS = [rule for rule in all_rules() if "alert" in rule]
-RECORDS = {rule["record"] for rule in all_rules() if "record" in rule}
+ALL_RULES = [rule for document in load().values() for group in document["groups"] for rule in group["rules"]]
+ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
+RECORDS = {rule["record"] for rule in ALL_RULES if "record" in rule}
 FROM_PROMETHEUS = {"up", "probe_success"}
 SIX = {
     "EngramHighErrorRate": ("0.01", "5m"),
@@ -91,7 +92,7 @@ def test_every_metric_a_rule_names_exists() -> None:
     for family in metrics._registry.collect():
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         exposed |= {family.name + suffix for suffix in suffixes}
-    unknown = {name for rule in all_rules() for name in _metrics(rule["expr"])} - exposed - RECORDS - FROM_PROMETHEUS
+    unknown = {name for rule in ALL_RULES for name in _metrics(rule["expr"])} - exposed - RECORDS - FROM_PROMETHEUS
     assert unknown == set()
 
 

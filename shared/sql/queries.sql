@@ -349,16 +349,6 @@ SET inserted = usage_segments.inserted + EXCLUDED.inserted,
                   GROUP BY key) AS added)
 WHERE EXCLUDED.inserted > 0;
 
--- name: usage_by_tenant
--- What the single events minted in [from, to) say, tenant by tenant: the ids are a range, so only the partitions of
--- those days are read. For whole hours or days it equals the rollups.
-SELECT tenant_id, count(*) AS events, sum(api_calls)::bigint AS api_calls,
-       sum(search_queries)::bigint AS search_queries, sum(memories_created)::bigint AS memories_created
-FROM usage_events
-WHERE request_id >= usage_id_from(%(from)s) AND request_id < usage_id_from(%(to)s)
-GROUP BY tenant_id
-ORDER BY tenant_id;
-
 -- name: usage_day_check
 -- The events of a UTC day (`day` is its midnight), and how many tenants' sums are not those of usage_daily.
 WITH counted AS (
