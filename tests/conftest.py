@@ -21,13 +21,32 @@ _TEMPLATE = "migrated"
 _numbers = itertools.count(1)
 
 
+# What takes longest begins first, so that no process is left alone with it at the end. "acceptance" is the whole stack.
+_LONG = (
+    *("acceptance", "test_readme", "test_stack", "acceptance/test_alerts_live", "test_crash_points"),
+    *("test_crash_faults", "test_gateway_tls", "test_playbook_workers", "acceptance/test_usage_chaos"),
+    *("test_gateway_openapi", "test_power_loss", "test_litestream", "test_gateway_process", "test_environments"),
+)
+_OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_usage_chaos")
+
+
+def _scope(nodeid: str) -> str:
+    """A file's tests stay in one process, and so do all that use the one whole stack."""
+    file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+    return "acceptance" if file.startswith("acceptance/") and file not in _OWN_STACK else file
+
+
 class _ByFile(LoadScopeScheduling):
-    """A file's tests stay in one process, and so do all that use the one whole stack. (`--dist loadgroup` would be the
-    plain way; with pytest 9.2 xdist 3.8 sets a group where pytest no longer reads it, and spreads every file.)"""
+    """By `_scope`. (`--dist loadgroup` would be the plain way; with pytest 9.2 xdist 3.8 sets a group where pytest no
+    longer reads it, and spreads every file.)"""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "acceptance" if "/acceptance/" in file else file
+        return _scope(nodeid)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {scope: n for n, scope in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(_scope(item.nodeid), len(rank)))
 
 
 @pytest.hookimpl(optionalhook=True)

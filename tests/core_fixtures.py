@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import psycopg
@@ -181,6 +181,14 @@ def start_child(code: str, *arguments: object, **options: object) -> subprocess.
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         **options,  # type: ignore[call-overload]
     )
+
+
+def day_of_this_test() -> date:
+    """Today in UTC. Its last seconds are waited out, so that no test ends on another day than it began."""
+    now = datetime.now(UTC)
+    if now.replace(hour=23, minute=59, second=45) <= now:
+        time.sleep(61 - now.second)
+    return datetime.now(UTC).date()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

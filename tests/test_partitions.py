@@ -20,12 +20,18 @@ from shared.control_plane import ControlPlane, queries
 from shared.errors import ControlPlaneUnavailable, Permanent
 from shared.settings import Settings
 from shared.usage import UsageEvent
-from tests.core_fixtures import event, settings_in, wait_until
+from tests.core_fixtures import day_of_this_test, event, settings_in, wait_until
 from tests.metering_fixtures import at_once, check_counted, drain, query, segment, totals
 
 pytest_plugins = ("tests.core_fixtures",)
 
 TODAY = datetime.now(UTC).date()
+
+
+@pytest.fixture(autouse=True)
+def today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TODAY` is the test's own, also when midnight has passed since the file was imported."""
+    monkeypatch.setitem(globals(), "TODAY", day_of_this_test())
 
 
 @pytest.fixture
@@ -161,33 +167,34 @@ def test_a_time_range_is_an_id_range_to_the_millisecond(control_plane: ControlPl
     assert far == UUID(int=((1 << 48) - 1) << 80)
 
 
-PRUNED: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
-    "usage_by_tenant": ({"from": noon(2), "to": noon(1)}, (2, 1)),
-    "usage_day_check": ({"day": noon(3).replace(hour=0)}, (3,)),
-    "usage_books_of_day": (
-        {"day": noon(4).replace(hour=0), "day_text": "2026-01-01", "audited_from": noon(30), "limit": 10},
-        (4,),
-    ),
-    "usage_rollups_repair_hourly": ({"day": noon(5).replace(hour=0)}, (5,)),
-    "usage_known_ids": ({"request_id": [partitions.bounds_of(TODAY)[0]]}, (0,)),
-    "usage_known": (
-        {
-            "request_id": [partitions.bounds_of(TODAY)[0]],
-            "first": partitions.bounds_of(TODAY)[0],
-            "last": partitions.bounds_of(TODAY)[0],
-        },
-        (0,),
-    ),
-}
+def pruned() -> dict[str, tuple[dict[str, object], tuple[int, ...]]]:
+    """Queries over a range of time, with parameters, and how many days ago are the days they may read."""
+    return {
+        "usage_day_check": ({"day": noon(3).replace(hour=0)}, (3,)),
+        "usage_books_of_day": (
+            {"day": noon(4).replace(hour=0), "day_text": "2026-01-01", "audited_from": noon(30), "limit": 10},
+            (4,),
+        ),
+        "usage_rollups_repair_hourly": ({"day": noon(5).replace(hour=0)}, (5,)),
+        "usage_known_ids": ({"request_id": [partitions.bounds_of(TODAY)[0]]}, (0,)),
+        "usage_known": (
+            {
+                "request_id": [partitions.bounds_of(TODAY)[0]],
+                "first": partitions.bounds_of(TODAY)[0],
+                "last": partitions.bounds_of(TODAY)[0],
+            },
+            (0,),
+        ),
+    }
 
 
-@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("name", pruned())
 def test_a_query_over_a_time_range_reads_the_partitions_of_those_days_only(
     control_plane: ControlPlane, name: str
 ) -> None:
     """Reconciling a day must not read a year."""
     partitions.ensure(control_plane, [TODAY - timedelta(days=n) for n in range(40)])
-    parameters, days_ago = PRUNED[name]
+    parameters, days_ago = pruned()[name]
     with control_plane.transaction() as connection:
         plan = connection.execute(f"EXPLAIN (FORMAT JSON) {queries()[name]}", parameters).fetchall()  # type: ignore[arg-type]
     assert set(_tables(plan[0]["QUERY PLAN"])) == {partitions.table_of(TODAY - timedelta(days=n)) for n in days_ago}
@@ -208,7 +215,7 @@ def _tables(plan: Any) -> Iterator[str]:
 def test_every_query_over_single_events_was_asked_whether_it_prunes() -> None:
     """A new query must join the list above."""
     reading = {name for name, text in queries().items() if "FROM usage_events" in text}
-    assert reading <= PRUNED.keys()
+    assert reading <= pruned().keys()
 
 
 # --- created ahead, and when they are missing ---

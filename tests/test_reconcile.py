@@ -15,11 +15,17 @@ from shared.control_plane import ControlPlane
 from shared.errors import Permanent, Refused
 from shared.settings import Settings
 from shared.usage import Counters
-from tests.core_fixtures import event, settings_in, start_child
+from tests.core_fixtures import day_of_this_test, event, settings_in, start_child
 from tests.metering_fixtures import check_counted, drain, query, segment
 
 pytest_plugins = ("tests.core_fixtures",)
 TODAY = datetime.now(UTC).date()
+
+
+@pytest.fixture(autouse=True)
+def today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TODAY` is the test's own, also when midnight has passed since the file was imported."""
+    monkeypatch.setitem(globals(), "TODAY", day_of_this_test())
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
     environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
     environment["ENGRAM_USAGE_STORAGE_SECONDS"] = "10"
+    environment["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "10"  # a minute, else
     environment |= CANARIES
     started = Stack(environment, {})
     started.engram("up", "--detach")

@@ -28,6 +28,7 @@ class Load:
     """Clients of one tenant that never stop: writers, a reader, a searcher. Times are `time.monotonic()`."""
 
     client: httpx.Client
+    pause_seconds: float
     acknowledged: dict[str, tuple[float, float]] = field(default_factory=dict)  # id: when sent, when answered
     gaps: list[tuple[float, float]] = field(default_factory=list)  # between two acknowledgements of one writer
     statuses: Counter[str] = field(default_factory=Counter)
@@ -66,18 +67,18 @@ class Load:
                 self.acknowledged[answer.json()["id"]] = (sent, now)
                 self.gaps.append((now, now - last))
                 last = now
-            time.sleep(0.005)
+            time.sleep(self.pause_seconds)
 
     def _read(self, _number: int) -> None:
         for memory_id in list(self.acknowledged.copy())[-5:]:
             answer = self.client.get(f"/v1/memories/{memory_id}")
             self._count(answer, "read", 200, 404)  # 404: a restore took it back
             self.reads += answer.status_code == 200
-        time.sleep(0.005)
+        time.sleep(2 * self.pause_seconds)
 
     def _search(self, _number: int) -> None:
         self._count(self.client.post("/v1/search", json={"query": "written"}), "search", 200)
-        time.sleep(0.01)
+        time.sleep(4 * self.pause_seconds)
 
     def _count(self, answer: httpx.Response, what: str, *good: int) -> None:
         maintenance = answer.status_code == 503 and answer.json()["reason"] == "maintenance"
@@ -104,7 +105,7 @@ def test_twenty_restores_under_load_lose_no_acknowledged_write(stack: Stack, bes
     """Backup and undo in turn, writes from many clients into two gateway workers: what a restore took away is in
     `engram.db.bak`, what came after it is live, and a client sees nothing but `503 maintenance`.
     """
-    busy, calm = Load(stack.tenant("busy")), Load(stack.tenant("calm"))
+    busy, calm = Load(stack.tenant("busy"), 0.005), Load(stack.tenant("calm"), 0.05)
     root = stack.data_dir / "tenants" / "busy"
     for content in ("first", "second", "third"):
         busy.client.post("/v1/memories", json={"content": content}).raise_for_status()
