@@ -6,6 +6,7 @@ Everything that was not fsynced, file and directory entry, is gone. Needs root a
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import struct
@@ -201,3 +202,77 @@ def test_power_lost_at_any_step_of_a_restore_leaves_old_or_new_and_every_acknowl
     assert done
     assert outcomes["old"] > 10
     assert outcomes["new"] > 5
+
+
+PUT = """
+    import hashlib, os, sys
+    from pathlib import Path
+    from shared.objects import ObjectStore
+    from tests.core_fixtures import settings_in
+    from tests.test_power_loss import cut_the_power
+    directory, count = Path(sys.argv[1]), 0
+
+    def counted(real, nth):
+        def call(*arguments, **options):
+            global count
+            count += 1
+            if count == nth:
+                cut_the_power(directory)
+                os._exit(7)
+            return real(*arguments, **options)
+        return call
+
+    def put_some(nth):
+        store = ObjectStore(settings_in(directory / "data", "", object_store_url=(directory / "objects").as_uri()))
+        for name in ("fsync", "link", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name), nth))
+        for tenant in (f"a{nth}", f"a{nth}", f"b{nth}"):
+            path, data = directory / "data" / f"{tenant}.sqlite", os.urandom(300_000)
+            path.write_bytes(data)
+            key, digest = f"tenants/{tenant}/db/{hashlib.sha256(data).hexdigest()}", hashlib.sha256(data).hexdigest()
+            store.put_file(key, path, digest)
+            print("+" + key, flush=True)
+            path.unlink()
+        cut_the_power(directory)
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            try:
+                put_some(int(line))
+            finally:
+                os._exit(0)
+        print(f"exit {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
+"""
+
+
+def test_power_lost_at_any_step_of_storing_keeps_every_object_that_was_said_to_be_stored(disk: Disk) -> None:
+    """A catalogue row is written next: its object and the directories on the way to it must be there, and whole."""
+    for name in ("data", "objects"):
+        (disk.directory / name).mkdir()
+    subprocess.run(["sync", "-f", str(disk.directory)], check=True)
+    child = start_child(PUT, disk.directory, stdin=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    stored: set[str] = set()
+    died = finished = 0
+    try:
+        for nth in range(1, 60):
+            child.stdin.write(f"{nth}\n")
+            child.stdin.flush()
+            while not (line := child.stdout.readline().strip()).startswith("exit"):
+                assert line, child.poll()
+                stored |= {line[1:]} if line.startswith("+") else set()
+            disk.unmount()
+            disk.mount()
+            root = disk.directory / "objects"
+            there = {str(f.relative_to(root)): f for f in root.rglob("*") if f.is_file() and "#" not in f.name}
+            assert stored <= there.keys()
+            for key, file in there.items():
+                assert hashlib.sha256(file.read_bytes()).hexdigest() == Path(key).name
+            died, finished = died + line.endswith("7"), line.endswith("0")
+            if finished:
+                break
+    finally:
+        child.stdin.close()
+        child.wait(30)
+    assert finished and died >= 12
