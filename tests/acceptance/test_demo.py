@@ -18,7 +18,8 @@ def test_the_demo_holds_on_conversations_of_ones_own(stack: Stack, tmp_path: Pat
 
     The README's first command is the same on the corpus that is built in (`tests/test_readme.py`).
     """
-    lines = [{"content": f"note {n} about the garden", "tags": ["garden"], "metadata": {"n": n}} for n in range(12)]
+    plants = ("radish", "lettuce", "fennel", "chard", "leek", "parsnip", "quince", "medlar")
+    lines = [{"content": f"sowed {plant} in the garden", "tags": ["garden"]} for plant in plants]
     (tmp_path / "garden.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = stack.engram("demo", "--memories", str(tmp_path / "garden.jsonl"), "--json", check=False)
     result = json.loads(done.stdout)
