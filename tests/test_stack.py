@@ -115,7 +115,7 @@ def test_a_part_that_dies_is_started_again_a_killed_up_does_not_block_the_next_a
     os.kill(before["up"], signal.SIGKILL)
     wait_until(lambda: engram.status()["state"] == "stopped")
     again = engram.start("up")
-    wait_until(lambda: engram.status()["state"] == "running")
+    wait_until(lambda: engram.status()["state"] == "running", 280)
     after = engram.status()
     assert not {p["pid"] for p in found["processes"]} & {p["pid"] for p in after["processes"]}
     alive = [p["pid"] for p in found["processes"] if psutil.pid_exists(p["pid"])]
