@@ -14,6 +14,7 @@ A backup is measured without and with tenants, because one run does all tenants 
 must not depend on how many they are. Then the day of a fleet: which runs the product starts, times what each costs.
 
 The machine's speed is in every second here, so read CPU as a share of this one; rows and bytes do not depend on it.
+The drain's runs are as short as they can be, so a long one's heartbeats (an event every 30 s) are not in it.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def day(costs: dict[str, Cost], tenants: int, drain_run_seconds: float, retentio
     idle, alone = costs[IDLE], costs[ALONE]
     run_bytes = sum(n * costs[name].run_bytes for name, n in counts.items())
     event_bytes = sum(n * costs[name].event_bytes for name, n in counts.items())
-    event_bytes += SECONDS_A_DAY * (alone.event_bytes + machines * max(0.0, idle.event_bytes - alone.event_bytes))
+    event_bytes += SECONDS_A_DAY * machines * idle.event_bytes  # not `alone`'s: there a worker has just left
     polls = machines * max(0.0, idle.server_cpu_seconds - alone.server_cpu_seconds)
     of_runs = sum(n * costs[name].server_cpu_seconds for name, n in counts.items()) / SECONDS_A_DAY
     return Day(
