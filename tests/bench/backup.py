@@ -294,13 +294,19 @@ def measure(bench: Bench, megabytes: int, rounds: int, *, judged: bool) -> list[
         for name, one in _ways(way, result):
             found.setdefault((name, what, beside), []).append(one)
 
-    again = 5 if megabytes <= SMALL_MB else 1
+    again, alone = 5 if megabytes <= SMALL_MB else 1, 1.0 if judged else 3.0
     for _ in range(rounds):
         for beside in ("idle", "writer"):
             with contextlib.ExitStack() as stack:
                 writer = stack.enter_context(Writer(bench, tenant_id)) if beside == "writer" else None
                 if writer is not None:
-                    note("writer alone", "commit", beside, lambda: time.sleep(3) or {"seconds": {"total": 3.0}}, writer)
+                    note(
+                        "writer alone",
+                        "commit",
+                        beside,
+                        lambda: time.sleep(alone) or {"seconds": {"total": alone}},
+                        writer,
+                    )
                 for tool in TOOLS:
                     note(f"cp + {tool}", "backup", beside, lambda t=tool: cp(file, bench.directory, t), writer)
                 for way in bench.ways if beside == "idle" and not judged else ["backup"]:
