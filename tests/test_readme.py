@@ -100,7 +100,7 @@ RULES = {
 # The benchmarks print what they take, all from one interpreter: importing is what takes long.
 HELP = """
 import contextlib, runpy, sys
-for sys.argv in ([name, "--help"] for name in sys.argv[1:]):
+for sys.argv in ([*line.split(), "--help"] for line in sys.argv[1:]):
     with contextlib.suppress(SystemExit):
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -269,7 +269,8 @@ def answers(newcomer: Newcomer) -> Iterator[dict[str, Future[subprocess.Complete
     _encrypted_backup(newcomer)
     assert newcomer.run("engram tenant create leaver").returncode == 0
     with ThreadPoolExecutor(3) as pool:
-        helps = pool.submit(newcomer.run, shlex.join(["python", "-c", HELP, *(c.split()[-1] for c in BENCHMARKS)]))
+        modules = [c.removeprefix("python -m ") for c in BENCHMARKS]
+        helps = pool.submit(newcomer.run, shlex.join(["python", "-c", HELP, *modules]))
         ran = {c: pool.submit(newcomer.run, rule.line or filled(c)) for c, rule in RULES.items()}
         yield ran | dict.fromkeys(BENCHMARKS, helps)
 
@@ -306,7 +307,8 @@ def test_a_benchmark_says_what_it_takes(
     """They take minutes; that they still start is seen from their help."""
     done = answers[command].result()
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"^usage: .*\b{command.rpartition('.')[2]}\b", done.stdout, re.MULTILINE)
+    name = command.split()[2].rpartition(".")[2]
+    assert re.search(rf"^usage: .*\b{name}\b", done.stdout, re.MULTILINE)
 
 
 def test_down_ends_everything(newcomer: Newcomer) -> None:
