@@ -8,10 +8,8 @@ The source is opened read-only and by its real path: this process can neither wr
 readers do not keep a WAL's writers waiting. One statement fixes what is read, so the copy holds a prefix of what was
 committed: every write acknowledged before it began, and of each writer's later ones no gap.
 
-The copy is a file in a directory that dies with its run, so a small one is written without fsync; whoever gives it a
-lasting name makes it durable. A large one is on its way to the disk while it is written, and the rest of it while it is
-checked: it is the disk that takes longest, and by the time the copy gets its name there is nothing left to wait for.
-integrity_check belongs here, before the upload, because what it refuses must never become the
+The copy is a file in a directory that dies with its run, so it is written without fsync; whoever gives it a lasting
+name makes it durable. integrity_check belongs here, before the upload, because what it refuses must never become the
 newest backup; it runs beside the sha256, which is another core's work. Measured at 1 GB, idle 2 cores shared with
 others: SQLite's backup 2.4 to 3.3 s, integrity_check 0.9 s, sha256 1.9 s, against 12 s for `cp` and sha256sum.
 
@@ -105,17 +103,12 @@ def take(settings: Settings, tenant_id: str, destination: Path) -> Snapshot:
 
 
 def _check(path: Path, tenant_id: str) -> tuple[Manifest, str, int]:
-    """`inspect` and sha256 of one file; side by side, and its fsync with them, when it is large enough for threads."""
+    """`inspect` and sha256 of one file, side by side when it is large enough to be worth a thread."""
     if path.stat().st_size < _ASIDE_BYTES:
         return inspect(path, tenant_id), *sha256_file(path)
-    with ThreadPoolExecutor(2) as aside:
-        hashed, flushed = aside.submit(sha256_file, path), aside.submit(fsync_path, path)
-        manifest, found = inspect(path, tenant_id), hashed.result()
-        try:
-            flushed.result()
-        except OSError as e:
-            raise TenantDatabaseUnavailable(f"snapshot failed: {e.strerror}") from e
-        return manifest, *found
+    with ThreadPoolExecutor(1) as aside:
+        hashed = aside.submit(sha256_file, path)
+        return inspect(path, tenant_id), *hashed.result()
 
 
 def copy(source: sqlite3.Connection, destination: Path, *, durable: bool = True) -> None:

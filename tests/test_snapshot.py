@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -211,20 +210,6 @@ def test_a_writer_that_waits_for_no_lock_is_never_refused_while_a_large_snapshot
         reader.join()
     assert taken.size_bytes > 40_000_000 and min(during.values()) >= 3 and len(during) == 3
     assert set(said) == {"written"}
-
-
-def test_a_large_copy_that_does_not_reach_the_disk_is_no_snapshot(
-    settings: Settings, paths: TenantPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk tells of a lost write once: whoever made it durable later would be told that all is well."""
-    add_memories(paths, *(secrets.token_hex(50_000) for _ in range(120)))
-
-    def lost(path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(snapshot, "fsync_path", lost)
-    with pytest.raises(TenantDatabaseUnavailable, match="Input/output error"):
-        snapshot.take(settings, "acme", tmp_path / "s.sqlite")
 
 
 def test_a_large_database_is_hashed_beside_its_check(settings: Settings, paths: TenantPaths, tmp_path: Path) -> None:
