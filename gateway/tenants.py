@@ -3,7 +3,8 @@
 The map is read every `tenant_refresh_seconds`; when the control plane does not answer the last one stands. A
 tenant the map does not hold (or holds half-made) triggers one read for everybody who waits for it, at most
 every `ON_DEMAND_SECONDS`: a tenant works the moment it was created, and a flood of tokens for tenants that do
-not exist costs two queries a second. A read that began before the question was asked does not answer it.
+not exist costs two queries a second. A read that began before the question was asked does not answer it: who is not in
+the map is unknown (403) only after one that did not, else nobody knows (503).
 `look_again` asks for such a read when somebody else says that the map is old (`gateway.routing`).
 """
 
@@ -34,7 +35,7 @@ class Tenants:
         self._loop_task: asyncio.Task[None] | None = None
         self._asked: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
-        self._asked_at = float("-inf")
+        self._asked_at = self._read_at = float("-inf")  # of the last read that succeeded: when it began
         self._failing = False
 
     @property
@@ -56,12 +57,13 @@ class Tenants:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def standing(self, tenant_id: str) -> Standing | None:
-        """How the tenant stands, None if there is none. Raises `ControlPlaneUnavailable` before the first read."""
+        """How the tenant stands, None if there is none. Raises `ControlPlaneUnavailable` when that is not known."""
         standing = self._known.standings.get(tenant_id)
         if standing is None or standing == "creating":
+            asked_at = time.monotonic()
             standing = await self.look_again(tenant_id)
-            if standing is None and not self._known.loaded:
-                raise ControlPlaneUnavailable("the tenants were never read")
+            if standing is None and self._read_at < asked_at:
+                raise ControlPlaneUnavailable("whether there is such a tenant could not be read")
         return standing
 
     async def look_again(self, tenant_id: str) -> Standing | None:
@@ -89,12 +91,19 @@ class Tenants:
 
     async def _read(self) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._known.refresh)
+            began = await asyncio.get_running_loop().run_in_executor(self._executor, self._refresh)
         except (ControlPlaneUnavailable, psycopg.Error) as e:
             if not self._failing:
                 log.error("tenants_unread", cause=str(e)[:300], tenants=len(self._known.standings))
             self._failing = True
         else:
+            self._read_at = began
             if self._failing:
                 log.info("tenants_read_again", tenants=len(self._known.standings))
             self._failing = False
+
+    def _refresh(self) -> float:
+        """In the thread; when the read began."""
+        began = time.monotonic()
+        self._known.refresh()
+        return began

@@ -222,7 +222,8 @@ def test_two_workers_grant_exactly_one_limit(stack: Stack) -> None:  # noqa: F81
         document = assert_problem(refused[0], 429)
         assert document["reason"] == "rate limited" and document["retry_after"] > 900
         assert refused[0].headers["ratelimit-remaining"] == "0"
-        assert {int(r.headers["ratelimit-remaining"]) for r in granted} == set(range(20))
+        # Not each number once: a worker that finds the table locked counts by itself for a moment (`Table.take`).
+        assert {int(r.headers["ratelimit-remaining"]) for r in granted} <= set(range(20))
         assert {r.headers["ratelimit-limit"] for r in answers} == {"20"}
         assert served.metric("engram_rate_limited_total", scope="tenant") == 40
         assert all(r.status_code == 200 for r in ask(served, stack.headers(calm), 10))

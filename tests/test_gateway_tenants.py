@@ -1,0 +1,43 @@
+"""What a worker says of a tenant that its map does not hold, while PostgreSQL answers and while it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gateway.tenants import Tenants
+from shared.errors import ControlPlaneUnavailable
+from shared.registry import KnownTenants
+
+
+def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unknown() -> None:
+    """It may have been made a second ago: 403 would be a claim that nobody has checked. Known ones are served on."""
+    rows: list[dict[str, Any]] = [{"tenant_id": "acme", "state": "active", "elsewhere": None}]
+    away = False
+
+    def read() -> list[dict[str, Any]]:
+        if away:
+            raise ControlPlaneUnavailable("away")
+        return list(rows)
+
+    async def run() -> None:
+        nonlocal away
+        tenants = Tenants(KnownTenants(read), refresh_seconds=60)
+        tenants.start()
+        try:
+            assert await tenants.standing("acme") == "active"
+            assert await tenants.standing("made-later") is None
+            away = True
+            rows.append({"tenant_id": "made-later", "state": "active", "elsewhere": None})
+            with pytest.raises(ControlPlaneUnavailable):
+                await tenants.standing("made-later")
+            assert await tenants.standing("acme") == "active"
+            away = False
+            assert await tenants.standing("made-later") == "active"
+            assert await tenants.standing("nobody") is None
+        finally:
+            await tenants.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
