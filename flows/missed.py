@@ -7,7 +7,8 @@ hour's, and at least three runs of each schedule). So, twice:
 - `settle`, before a worker takes ordinary runs: all at once, without a process for each;
 - `superseded`, the first step of every scheduled flow: also when the server comes back under a worker that stayed.
 
-Runs that somebody asked for are never touched, however late.
+Runs that somebody asked for are never touched, however late, nor those that somebody asked for again: they ran before.
+A run that failed stands in for none.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ LATE = timedelta(seconds=60)  # sooner, a run is not missed: its worker is about
 _PAGE = 200  # the most the server gives
 _MOST = 20_000  # runs looked at in one go: two weeks of every schedule
 _AT_A_TIME = 8
+_NOT_DONE = (StateType.CANCELLED, StateType.CANCELLING, StateType.FAILED, StateType.CRASHED)
 log = get_logger("missed")
 
 
@@ -43,7 +45,7 @@ def superseded() -> State[Any] | None:
     """Cancelled when this is a scheduled run so late that the next one of its schedule is due as well, else None."""
     context = FlowRunContext.get()
     mine = context.flow_run if context else None
-    if mine is None or _schedule(mine) is None or _due(mine) > datetime.now(UTC) - LATE:
+    if mine is None or _schedule(mine) is None or mine.run_count > 1 or _due(mine) > datetime.now(UTC) - LATE:
         return None
     later = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[_deployment(mine)]),
@@ -54,7 +56,7 @@ def superseded() -> State[Any] | None:
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=later, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE)
     for run in found:
-        if _schedule(run) == _schedule(mine) and run.state_type is not StateType.CANCELLED:
+        if _schedule(run) == _schedule(mine) and run.state_type not in _NOT_DONE:
             return _missed(run)
     return None
 
@@ -94,7 +96,7 @@ async def _late(client: PrefectClient) -> Any:
             flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE, offset=offset
         )
         for run in page:
-            if _schedule(run) is not None:
+            if _schedule(run) is not None and run.run_count == 0:
                 yield run
         if len(page) < _PAGE:
             return

@@ -22,7 +22,7 @@ from gateway import raw_body
 from gateway.edge import ASGIApp, Receive, Scope, Send
 from gateway.exchange import exchange_of
 from gateway.patience import Patience
-from gateway.problems import MEDIA_TYPE, Problem, Refusal, shed
+from gateway.problems import BROKEN_BODY, CLIENT_LEFT, MEDIA_TYPE, Problem, Refusal, bad_request, shed
 from shared import metrics
 from shared.log import get_logger
 from shared.settings import Settings
@@ -44,6 +44,7 @@ BROKE_OFF = Problem(
     502, "The tenant's machine gave no whole answer; whether the request was carried out is not known.",
     reason="machine broke off",
 )  # fmt: skip
+_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 log = get_logger("routing")
 
 
@@ -55,8 +56,7 @@ class Forwarder:
         self._patience = patience
         self._client: httpx.AsyncClient | None = None
         self._under_way: dict[str, int] = {}
-        field = settings.client_address_header.lower().encode()
-        self._address_field = b"x-forwarded-for" if field == b"forwarded" else field
+        self._address_field = settings.client_address_header.lower().encode()
         of_proxies = (b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", self._address_field)
         self._dropped = {*_OF_THE_CONNECTION, *of_proxies, FORWARDED_BY}
 
@@ -101,9 +101,12 @@ class Forwarder:
         except TimeoutError:
             raise Refusal(raw_body.too_late(settings.body_timeout_seconds)) from None
         client = self._connected()
-        request = httpx.Request(scope["method"], _target(url, scope), headers=self._head(scope, body), content=body)
+        head, target = self._head(scope, body), {"target": _target(scope)}
+        request = httpx.Request(scope["method"], url, headers=head, content=body, extensions=target)
         try:
             answer = await client.send(request, stream=True)
+        except httpx.LocalProtocolError:  # nothing was sent; it quotes the field, which may be the token
+            raise bad_request("The head has a field that cannot be passed on.") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as e:
             raise self._refusal(UNREACHABLE, e) from e
         except httpx.HTTPError as e:
@@ -132,16 +135,24 @@ class Forwarder:
         return self._client
 
     def _head(self, scope: Scope, body: bytes) -> list[tuple[bytes, bytes]]:
-        head = [(k, v) for k, v in scope["headers"] if k not in self._dropped and not k.startswith(b"fly-")]
-        client = scope.get("client")
-        if client is not None:
-            head.append((self._address_field, client[0].encode("ascii", "replace")))
-        head.append((b"x-forwarded-proto", scope["scheme"].encode("ascii")))
+        # HTTP/2 leaves the blanks around a value, HTTP/1.1 must not have them.
+        passed = ((k, v.strip(b" \t")) for k, v in scope["headers"])
+        head = [(k, v) for k, v in passed if k not in self._dropped and not k.startswith(b"fly-")]
+        head += self._origin(scope)
         head += [(k, v) for k, v in scope["headers"] if k == b"host"]
         head.append((FORWARDED_BY, self._settings.machine_id.encode("ascii", "replace")))
         if body or scope["method"] in ("POST", "PUT", "PATCH"):
             head.append((b"content-length", b"%d" % len(body)))
         return head
+
+    def _origin(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Who asked, and by which scheme, in the field that the other gateway reads (`gateway.proxies`)."""
+        client, scheme = scope.get("client"), scope["scheme"].encode("ascii")
+        address = b"" if client is None else client[0].encode("ascii", "replace")
+        if self._address_field == b"forwarded":
+            return [(b"forwarded", b'for="%s";proto=%s' % (b"[%s]" % address if b":" in address else address, scheme))]
+        named = [(self._address_field, address)] if address else []
+        return [*named, (b"x-forwarded-proto", scheme)]
 
     @staticmethod
     def _refusal(problem: Problem, e: httpx.HTTPError) -> Refusal:
@@ -150,15 +161,18 @@ class Forwarder:
         return Refusal(problem)
 
 
-def _target(url: str, scope: Scope) -> httpx.URL:
-    """The base of the setting with the client's path: no part of that can name another host."""
+def _target(scope: Scope) -> bytes:
+    """The client's path and query as they came, to the setting's host: no part of them can name another. httpx would
+    resolve `.` and `..` in it, and refuse what is not ASCII, which HTTP/1.1 has to have escaped."""
     path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     query: bytes = scope["query_string"]
-    return httpx.URL(url).copy_with(raw_path=path + (b"?" + query if query else b""))
+    return quote(path + (b"?" + query if query else b""), safe=_PRINTABLE).encode()
 
 
 async def _refuse(problem: Problem, scope: Scope, send: Send) -> None:
     exchange = exchange_of(scope)
+    if problem is CLIENT_LEFT:  # as `gateway.problems.answer` does
+        exchange.outcome, problem = CLIENT_LEFT.status, BROKEN_BODY
     exchange.shed = problem.reason == "shed"
     body = problem.body(exchange.request_id)
     headers = [(k.lower().encode(), v.encode()) for k, v in problem.all_headers().items()]

@@ -35,6 +35,7 @@ class Tenants:
         self._loop_task: asyncio.Task[None] | None = None
         self._asked: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
         self._asked_at = self._read_at = float("-inf")  # of the last read that succeeded: when it began
         self._failing = False
 
@@ -62,8 +63,8 @@ class Tenants:
         if standing is None or standing == "creating":
             asked_at = time.monotonic()
             standing = await self.look_again(tenant_id)
-            if standing is None and self._read_at < asked_at:
-                raise ControlPlaneUnavailable("whether there is such a tenant could not be read")
+            if standing in (None, "creating") and self._read_at < asked_at:
+                raise ControlPlaneUnavailable("how the tenant stands could not be read")
         return standing
 
     async def look_again(self, tenant_id: str) -> Standing | None:
@@ -79,10 +80,11 @@ class Tenants:
         return self._asked
 
     async def _read_on_demand(self) -> None:
-        await asyncio.sleep(max(0.0, self._asked_at + ON_DEMAND_SECONDS - time.monotonic()))
-        self._asked_at = time.monotonic()
-        self._asked = None  # whoever asks from here on needs a later read
-        await self._read()
+        async with self._turn:  # one reads, at most one waits, also while each takes until its time-out
+            await asyncio.sleep(max(0.0, self._asked_at + ON_DEMAND_SECONDS - time.monotonic()))
+            self._asked_at = time.monotonic()
+            self._asked = None  # whoever asks from here on needs a later read
+            await self._read()
 
     async def _refresh_for_ever(self) -> None:
         while True:

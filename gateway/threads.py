@@ -141,6 +141,9 @@ class Threads:
                     continue
             worker.wake.acquire()
             call, worker.call = worker.call, None
+            if call is None and self._waiting:  # the end, handed past a call: that first, the end to who asks next
+                self._waiting.append(None)
+                continue
             return call
 
     def _deliver(self) -> None:

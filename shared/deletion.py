@@ -80,18 +80,26 @@ def look(settings: Settings, control_plane: ControlPlane, objects: ObjectStore, 
 def check(settings: Settings, control_plane: ControlPlane, tenant_id: str, *, keep_backups: bool) -> None:
     """Raises `Refused` when the tenant must not be deleted from here or now, `LeaseHeld` while it moves,
     `UnknownTenant`."""
+    _check_here(settings, control_plane, tenant_id, keep_backups)
+    _check_elsewhere(control_plane, tenant_id)
+
+
+def _check_here(settings: Settings, control_plane: ControlPlane, tenant_id: str, keep_backups: bool) -> None:
     tenant = registry.get(control_plane, tenant_id)
     if tenant.machine_id != settings.machine_id:
         raise Refused(f"tenant {tenant_id} lies on machine {tenant.machine_id}, this is {settings.machine_id}")
     moving.refuse(TenantPaths.of(settings.tenants_dir, tenant_id))
+    held = control_plane.row("tenant_holds", tenant_id=tenant_id)
+    if held is not None and not keep_backups:
+        raise Refused(f"backup {held['backup_id']} of tenant {tenant_id} is held: {held['hold_reason']}")
+
+
+def _check_elsewhere(control_plane: ControlPlane, tenant_id: str) -> None:
     if left := sorted({row["source"] for row in control_plane.rows("moves_kept", tenant_id=tenant_id)}):
         raise Refused(
             f"machine {', '.join(left)} still keeps files of tenant {tenant_id} from before its move; deleting asks its"
             f" sweep to remove them: try again in a minute"
         )
-    held = control_plane.row("tenant_holds", tenant_id=tenant_id)
-    if held is not None and not keep_backups:
-        raise Refused(f"backup {held['backup_id']} of tenant {tenant_id} is held: {held['hold_reason']}")
 
 
 def delete(
@@ -104,10 +112,11 @@ def delete(
     requested_by: str,
     keep_backups: bool = False,
 ) -> Deleted:
-    """Delete the tenant, or finish what a dead run began. Raises `Refused` with nothing changed, and `Permanent`, the
+    """Delete the tenant, or finish what a dead run began. Raises `Refused` with nothing deleted, and `Permanent`, the
     tenant still `deleting`, when something of it is left."""
-    control_plane.execute("moves_hurry", tenant_id=tenant_id)
-    check(settings, control_plane, tenant_id, keep_backups=keep_backups)
+    _check_here(settings, control_plane, tenant_id, keep_backups)
+    control_plane.execute("moves_hurry", tenant_id=tenant_id)  # not for one that is refused anyhow: it is a last copy
+    _check_elsewhere(control_plane, tenant_id)
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
     try:
         mutex = RestoreMutex(paths)

@@ -30,6 +30,7 @@ The source's files stay for `move_keep_hours` as they were, without `current`; t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -287,7 +288,9 @@ def final_copy(
     _step(departure, "held", epoch=taken.epoch, from_generation=number)
     made = copied.backup
     if copied.fingerprint is None or fingerprint.look(paths).fingerprint != copied.fingerprint:
-        made = _back_up(departure, objects, copied.backup, flow_run_id)
+        made = _back_up(
+            departure, objects, copied.backup, flow_run_id, until=since + departure.settings.move_hold_seconds
+        )
     manifest = made.manifest
     _step(
         departure,
@@ -368,12 +371,24 @@ def _step(departure: Departure, state: move_journal.State, **facts: Any) -> None
     move_journal.step(departure.control_plane, departure.plan.move_id, state, **facts)
 
 
-def _back_up(departure: Departure, objects: ObjectStore, before: Backup | None, flow_run_id: str | None) -> Backup:
-    """A backup like any other, entered in the catalogue; `before` when the tenant is still what that holds."""
+def _back_up(
+    departure: Departure,
+    objects: ObjectStore,
+    before: Backup | None,
+    flow_run_id: str | None,
+    *,
+    until: float = math.inf,
+) -> Backup:
+    """A backup like any other, entered in the catalogue; `before` when the tenant is still what that holds.
+
+    Raises `Permanent` when the snapshot is not there at `until` (monotonic seconds): no upload is begun then.
+    """
     settings, tenant_id = departure.settings, departure.plan.tenant_id
     with backup.work(settings.data_dir / "tmp", "move") as directory:
         taken = backup.take(settings, tenant_id, directory)
         if before is not None and taken.sha256 == before.sha256:
             return before
+        if time.monotonic() > until:
+            raise Permanent(f"writes were held for {departure.settings.move_hold_seconds:g} s before the upload began")
         stored = backup.store(objects, taken, departure.control_plane)
     return backup.register(departure.control_plane, stored, flow_run_id=flow_run_id)

@@ -176,7 +176,7 @@ def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_l
 
 
 def test_without_the_control_plane_known_tenants_are_served(stack: Stack, tmp_path) -> None:  # noqa: F811
-    """The last map stands; only /v1/usage, which must ask PostgreSQL, answers 503."""
+    """The last map stands; 503 is only for what must ask PostgreSQL: /v1/usage, and who is no tenant it knows."""
     with contextlib.ExitStack() as postgres:
         url = postgres.enter_context(control_plane_url(tmp_path / "control-plane"))
         settings = Settings(data_dir=tmp_path / "data", control_plane_url=url)
@@ -196,5 +196,6 @@ def test_without_the_control_plane_known_tenants_are_served(stack: Stack, tmp_pa
             assert api.post("/v1/memories", json={"content": "x"}).status_code == 201
             assert api.get("/ready").status_code == 200
             assert assert_problem(api.get("/v1/usage"), 503)["reason"] == "control plane unavailable"
-            assert_problem(api.get("/v1/memories", headers=stack.headers("nobody")), 403)
+            unknown = assert_problem(api.get("/v1/memories", headers=stack.headers("nobody")), 503)
+            assert unknown["reason"] == "control plane unavailable"
             assert len(served.events("acme")) == 2

@@ -35,6 +35,12 @@ def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unk
                 await tenants.standing("made-later")
             assert await tenants.standing("acme") == "active"
             away = False
+            rows.append({"tenant_id": "half-made", "state": "creating", "elsewhere": None})
+            assert await tenants.standing("half-made") == "creating"
+            away = True
+            with pytest.raises(ControlPlaneUnavailable):  # it may be whole by now
+                await tenants.standing("half-made")
+            away = False
             assert await tenants.standing("made-later") == "active"
             assert await tenants.standing("nobody") is None
         finally:

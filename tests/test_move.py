@@ -73,9 +73,9 @@ def test_files_that_have_not_changed_since_the_first_copy_are_not_read_again(
     taken: list[object] = []
     real = move._back_up
 
-    def count(*arguments: object) -> object:
+    def count(*arguments: object, **named: object) -> object:
         taken.append(arguments)
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(move, "_back_up", count)
     moved = perform(pair)
@@ -124,10 +124,10 @@ def test_reads_go_on_at_the_source_while_writes_are_held(pair: Pair, monkeypatch
     seen: list[object] = []
     real = move._back_up
 
-    def look(departure: Departure, *more: object) -> object:
+    def look(departure: Departure, *more: object, **named: object) -> object:
         if pair.a.paths.mark.exists():
             seen.append(pair.can_use(pair.a))
-        return real(departure, *more)  # type: ignore[arg-type]
+        return real(departure, *more, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(move, "_back_up", look)
     perform(pair)
@@ -163,6 +163,20 @@ def test_a_deletion_waits_until_the_source_kept_nothing(pair: Pair) -> None:
     assert [s.done for s in sweep(pair.a)] == ["removed"]
     assert not pair.a.paths.root.exists()
     assert deletion.delete(*arguments, reason="asked", requested_by="test").erased
+
+
+def test_a_deletion_that_is_refused_for_its_own_reasons_leaves_what_the_source_keeps(pair: Pair) -> None:
+    """What is there from before the move may be the last whole copy: only a deletion that happens may ask for it."""
+    perform(pair)
+    with pair.control_plane.transaction() as connection:
+        connection.execute(
+            "UPDATE backups SET held_until = 'infinity', hold_reason = 'case 7' WHERE tenant_id = %s", (pair.tenant_id,)
+        )
+    arguments = (pair.b.settings, pair.control_plane, pair.b.objects, pair.tenant_id)
+    with pytest.raises(Refused, match="case 7"):
+        deletion.delete(*arguments, reason="asked", requested_by="test")
+    assert sweep(pair.a) == []
+    assert moving.has_left(pair.a.paths)
 
 
 def test_the_source_keeps_its_files_for_their_time_and_never_removes_a_tenant_that_came_back(pair: Pair) -> None:
