@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import pyrage
 import zstandard
@@ -25,13 +25,13 @@ from shared.durable import flushed_along, fsync_path
 from shared.errors import CorruptBackup
 from shared.receipt import Receipt
 from shared.settings import Settings
-from shared.streams import AgeError, Clock, Progress, Sink, Source, Timed, TooLarge, disk_errors, through
+from shared.streams import AgeError, Clock, Progress, Sink, Source, Timed, TooLarge, aside, disk_errors, through
 
 PackingName = Literal["none", "zstd", "age", "zstd+age"]
 Identity = pyrage.x25519.Identity
 
 _CHUNK_BYTES = 1 << 20
-_FLUSHED_BYTES = 32 << 20  # a smaller file is flushed at its end
+_LARGE_BYTES = 32 << 20  # a smaller file is flushed at its end, and written by who unpacks it
 _WINDOW_BYTES = 8 << 20  # what zstd's level 19 uses; a frame that asks for more is not ours
 # A large file is compressed by threads of zstd while age and sha256 work on what came before: one frame all the same.
 _ASIDE_BYTES, _ASIDE_THREADS, _JOB_BYTES = 32 << 20, 2, 1 << 20  # jobs of 1 MB: 11 MB of memory, by itself it takes 58
@@ -142,31 +142,33 @@ def receive(
     the catalogue says, or cannot be unpacked; `NoSpace`. The file is removed whenever this raises.
     """
     started = time.perf_counter()
-    sink = Sink(limit=size_bytes, progress=progress)
+    sink, flush = Sink(limit=size_bytes, progress=progress), Clock()
+    large = size_bytes is not None and size_bytes >= _LARGE_BYTES
     try:
         with disk_errors(destination), destination.open("wb") as file:
             sink.file = file
-            with flushed_along(destination) if size_bytes and size_bytes >= _FLUSHED_BYTES else nullcontext():
-                source, unzip_seconds = _unpack(chunks, sink, name, packing, identity)
-            with sink.clock:
+            with flushed_along(destination) if large else nullcontext():
+                took = _unpack(chunks, sink, name, packing, identity, beside=large)
+            with flush:
                 file.flush()
                 os.fsync(file.fileno())
-        if stored_bytes not in (None, source.size):
-            raise CorruptBackup(f"{name}: the object has {source.size} bytes, the catalogue says {stored_bytes}")
+        if stored_bytes not in (None, took.source.size):
+            raise CorruptBackup(f"{name}: the object has {took.source.size} bytes, the catalogue says {stored_bytes}")
         if sink.digest.hexdigest() != sha256:
             raise CorruptBackup(f"{name}: sha256 is {sink.digest.hexdigest()[:12]}…, the catalogue says {sha256[:12]}…")
-        with sink.clock:
+        with flush:
             fsync_path(destination.parent)
     except BaseException:
         destination.unlink(missing_ok=True)
         raise
-    total, write = time.perf_counter() - started, sink.clock.seconds
-    decrypt = total - source.clock.seconds - write - unzip_seconds if packing.age else 0.0
-    return Received(
-        sink.size,
-        source.size,
-        *(round(max(0.0, s) * 1000, 3) for s in (source.clock.seconds, decrypt, unzip_seconds, write)),
+    total, download, write = (
+        time.perf_counter() - started,
+        took.source.clock.seconds,
+        took.write_seconds + flush.seconds,
     )
+    decrypt = total - download - write - took.unzip_seconds if packing.age else 0.0
+    times = (download, decrypt, took.unzip_seconds, write)
+    return Received(sink.size, took.source.size, *(round(max(0.0, s) * 1000, 3) for s in times))
 
 
 def digest(chunks: Iterable[Any], *, name: str, packing: Packing, identity: Identity | None) -> tuple[str, int]:
@@ -176,30 +178,40 @@ def digest(chunks: Iterable[Any], *, name: str, packing: Packing, identity: Iden
     return sink.digest.hexdigest(), sink.size
 
 
+class _Unpacked(NamedTuple):
+    """Where the time went: what was done beside counts as far as it was waited for."""
+
+    source: Source
+    unzip_seconds: float
+    write_seconds: float
+
+
 def _unpack(
-    chunks: Iterable[Any], sink: Sink, name: str, packing: Packing, identity: Identity | None
-) -> tuple[Source, float]:
-    """The source, and the seconds zstd took."""
+    chunks: Iterable[Any], sink: Sink, name: str, packing: Packing, identity: Identity | None, *, beside: bool = False
+) -> _Unpacked:
+    """`beside`: hash and write in a thread, while the next bytes are decrypted and decompressed."""
     source, unzip = Source(chunks), Clock()
+    unzip_seconds = 0.0
     try:
-        if packing.zstd:
-            decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
-            # Writes on in pieces: a frame that grows without end is stopped by the sink's limit, not by the memory.
-            writer: Any = Timed(
-                decompressor.stream_writer(cast(BinaryIO, sink), write_size=_CHUNK_BYTES, closefd=False), unzip
-            )
-        else:
-            writer = sink
-        if packing.age:
-            identities = [identity] if identity is not None else []
-            through(lambda r, w: pyrage.decrypt_io(r, w, identities), source, writer)
-        else:
-            while chunk := source.read(_CHUNK_BYTES):
-                writer.write(chunk)
+        with aside(sink, beside and packing != PLAIN) as end:
+            writer: Any = end
+            if packing.zstd:
+                decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+                # Writes on in pieces: a frame that grows without end is stopped by the sink's limit, not by the memory.
+                frame = decompressor.stream_writer(cast(BinaryIO, end), write_size=_CHUNK_BYTES, closefd=False)
+                writer = Timed(frame, unzip)
+            if packing.age:
+                identities = [identity] if identity is not None else []
+                through(lambda r, w: pyrage.decrypt_io(r, w, identities), source, writer)
+            else:
+                while chunk := source.read(_CHUNK_BYTES):
+                    writer.write(chunk)
+            if packing.zstd:
+                unzip_seconds = unzip.seconds - end.clock.seconds
     except AgeError as e:
         raise CorruptBackup(f"{name}: age cannot decrypt it: {e}") from e
     except zstandard.ZstdError as e:
         raise CorruptBackup(f"{name}: zstd cannot decompress it: {e}") from e
     except TooLarge as e:
         raise CorruptBackup(f"{name}: unpacks to more than the {sink.limit} bytes of the catalogue") from e
-    return source, unzip.seconds - sink.clock.seconds if packing.zstd else 0.0
+    return _Unpacked(source, unzip_seconds, end.clock.seconds)

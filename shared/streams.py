@@ -1,13 +1,15 @@
 """What a stored object flows through while it is packed or unpacked: a source, a sink, clocks, age.
 
 Each end counts its bytes and its time, so that a restore test can say where the time went; the sink hashes, and stops
-what grows beyond what it should be.
+what grows beyond what it should be. It can do so in a thread of its own, while the next bytes are made (`aside`).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from shared.errors import NoSpace
 
 Progress = Callable[[int], object]
+_AHEAD = 4  # pieces of up to a megabyte
 
 
 def through(cipher: Callable[[Any, Any], object], reader: Any, writer: Any) -> None:
@@ -115,6 +118,11 @@ class Sink:
         self.digest, self.size, self.clock = hashlib.sha256(), 0, Clock()
 
     def write(self, data: Any) -> int:
+        self.take(data)
+        self.tell()
+        return len(data)
+
+    def take(self, data: Any) -> None:
         with self.clock:
             self.size += len(data)
             if self.limit is not None and self.size > self.limit:
@@ -122,9 +130,67 @@ class Sink:
             self.digest.update(data)
             if self.file is not None:
                 self.file.write(data)
+
+    def tell(self) -> None:
         if self._progress is not None:
             self._progress(self.size)
+
+
+class Aside:
+    """A sink that takes in another thread, at most `_AHEAD` pieces behind; `clock`: the time its writer waited for it.
+
+    What the sink raises is raised by the next write, or by `close`; nothing is taken after it.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self.clock = sink, Clock()
+        self._pieces: queue.Queue[Any] = queue.Queue(_AHEAD)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._take, name="sink", daemon=True)
+        self._thread.start()
+
+    def write(self, data: Any) -> int:
+        if self._failure is not None:
+            raise self._failure
+        with self.clock:
+            self._pieces.put(data)
+        self._sink.tell()  # here: who is told may know only its own thread
         return len(data)
+
+    def close(self) -> None:
+        self.end()
+        if self._failure is not None:
+            raise self._failure
+        self._sink.tell()
+
+    def end(self) -> None:
+        """Wait for what was written. Raises nothing."""
+        with self.clock:
+            if self._thread.is_alive():
+                self._pieces.put(None)
+            self._thread.join()
+
+    def _take(self) -> None:
+        while (data := self._pieces.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._sink.take(data)
+                except BaseException as e:  # noqa: BLE001  raised where it is looked for, by the writer
+                    self._failure = e
+
+
+@contextmanager
+def aside(sink: Sink, wanted: bool) -> Iterator[Sink | Aside]:
+    """The sink, or one in another thread, which has taken all when this ends."""
+    if not wanted:
+        yield sink
+        return
+    beside = Aside(sink)
+    try:
+        yield beside
+        beside.close()
+    finally:
+        beside.end()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pyrage
 import pytest
 import zstandard
+from msgspec import structs
 
 from shared import backup, catalogue, keys, pack
 from shared.catalogue import Backup
@@ -153,6 +155,36 @@ def test_a_frame_that_unpacks_to_more_than_the_catalogue_says_is_stopped(world: 
     world.object_path(made).write_bytes(zstandard.ZstdCompressor().compress(bytes(200 << 20)))
     with pytest.raises(CorruptBackup, match="more than"):
         fetch(world, made)
+
+
+@pytest.mark.parametrize("packing", [p for p in PACKINGS if p != "none"])
+def test_what_a_thread_of_its_own_writes_is_as_it_was_or_fails_as_it_would_have(
+    world: World, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is hashed and written while the next bytes are decrypted: nothing may be lost between the two."""
+    monkeypatch.setattr(pack, "_LARGE_BYTES", 0)
+    packed(world, packing)
+    world.write(*(f"{n} " + os.urandom(2000).hex() for n in range(2000)))
+    made = world.back_up()
+    told: list[int] = []
+    destination = world.settings.data_dir / "back.sqlite"
+    got = backup.fetch(world.objects, made, destination, world.control_plane, progress=told.append)
+    assert sha256_of(destination) == made.sha256
+    assert told == sorted(told) and told[-1] == got.size_bytes == made.size_bytes
+    with pytest.raises(CorruptBackup, match="more than"):
+        fetch(world, structs.replace(made, size_bytes=made.size_bytes - 1))
+    with pytest.raises(CorruptBackup, match="sha256"):
+        fetch(world, structs.replace(made, sha256="0" * 64))
+    destination.unlink(missing_ok=True)
+    destination.symlink_to("/dev/full")
+    with pytest.raises(NoSpace):
+        fetch(world, made)
+    whole = world.object_path(made).read_bytes()
+    world.object_path(made).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptBackup):
+        fetch(world, made)
+    assert not destination.exists() and not destination.is_symlink()
+    assert not [t for t in threading.enumerate() if t.name == "sink"]
 
 
 def test_without_the_right_master_key_nothing_is_stored_plain_and_nothing_is_called_corrupt(world: World) -> None:

@@ -36,7 +36,7 @@ from tests.test_stack import PARTS, remains
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TEN_MINUTES = 600
-PROGRAMS = {"engram", "python", "python3", "docker", "fly", "pip-audit", "age", "curl", "prefect"}
+PROGRAMS = {"engram", "python", "python3", "docker", "fly", "age", "curl", "prefect"}
 PROGRAMS |= {word for word in re.findall(r"`([a-z][\w.-]*) ", README) if shutil.which(word)}
 FIRST_RESTORE = commands(README.partition("## First restore\n")[2].partition("\n## ")[0], ())
 FOUND = dict.fromkeys(c for c in commands(README, PROGRAMS))
@@ -118,7 +118,6 @@ NOT_RUN = {
     "python3 -m deployments test": "it runs this test",
     "docker compose -f deployments/compose.yaml up --build --wait": "no container engine; tests/test_container.py",
     "docker build -f deployments/Dockerfile --target sbom --output type=local,dest=. .": "no container engine",
-    "pip-audit --strict --no-deps --disable-pip -r deployments/constraints.txt": "it asks a service on the internet",
 }
 
 
