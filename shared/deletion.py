@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,29 +78,45 @@ def look(settings: Settings, control_plane: ControlPlane, objects: ObjectStore, 
     return Inventory(files, found, ids)
 
 
-def check(settings: Settings, control_plane: ControlPlane, tenant_id: str, *, keep_backups: bool) -> None:
+def check(
+    settings: Settings,
+    control_plane: ControlPlane,
+    tenant_id: str,
+    *,
+    keep_backups: bool,
+    machines_gone: Collection[str] = (),
+) -> None:
     """Raises `Refused` when the tenant must not be deleted from here or now, `LeaseHeld` while it moves,
     `UnknownTenant`."""
-    _check_here(settings, control_plane, tenant_id, keep_backups)
-    _check_elsewhere(control_plane, tenant_id)
+    _check_here(settings, control_plane, tenant_id, keep_backups, machines_gone)
+    _check_elsewhere(control_plane, tenant_id, machines_gone)
 
 
-def _check_here(settings: Settings, control_plane: ControlPlane, tenant_id: str, keep_backups: bool) -> None:
+def _check_here(
+    settings: Settings, control_plane: ControlPlane, tenant_id: str, keep_backups: bool, machines_gone: Collection[str]
+) -> None:
     tenant = registry.get(control_plane, tenant_id)
     if tenant.machine_id != settings.machine_id:
         raise Refused(f"tenant {tenant_id} lies on machine {tenant.machine_id}, this is {settings.machine_id}")
     moving.refuse(TenantPaths.of(settings.tenants_dir, tenant_id))
+    if unknown := sorted(set(machines_gone) - _keepers(control_plane, tenant_id)):
+        raise Refused(f"machine {', '.join(unknown)} keeps nothing of tenant {tenant_id}; nothing was deleted")
     held = control_plane.row("tenant_holds", tenant_id=tenant_id)
     if held is not None and not keep_backups:
         raise Refused(f"backup {held['backup_id']} of tenant {tenant_id} is held: {held['hold_reason']}")
 
 
-def _check_elsewhere(control_plane: ControlPlane, tenant_id: str) -> None:
-    if left := sorted({row["source"] for row in control_plane.rows("moves_kept", tenant_id=tenant_id)}):
+def _check_elsewhere(control_plane: ControlPlane, tenant_id: str, machines_gone: Collection[str]) -> None:
+    if waits := sorted(_keepers(control_plane, tenant_id) - set(machines_gone)):
         raise Refused(
-            f"machine {', '.join(left)} still keeps files of tenant {tenant_id} from before its move; deleting asks its"
-            f" sweep to remove them: try again in a minute"
+            f"machine {', '.join(waits)} still keeps files of tenant {tenant_id} from before its move; deleting asks"
+            f" its sweep to remove them: try again in a minute; if there is no such machine any more: --machine-gone"
         )
+
+
+def _keepers(control_plane: ControlPlane, tenant_id: str) -> set[str]:
+    """Machines with files from before a move."""
+    return {row["source"] for row in control_plane.rows("moves_kept", tenant_id=tenant_id)}
 
 
 def delete(
@@ -111,12 +128,17 @@ def delete(
     reason: str,
     requested_by: str,
     keep_backups: bool = False,
+    machines_gone: Collection[str] = (),
 ) -> Deleted:
     """Delete the tenant, or finish what a dead run began. Raises `Refused` with nothing deleted, and `Permanent`, the
-    tenant still `deleting`, when something of it is left."""
-    _check_here(settings, control_plane, tenant_id, keep_backups)
+    tenant still `deleting`, when something of it is left.
+
+    `machines_gone` kept files of the tenant from before a move and are said to exist no more: they are not waited for,
+    the receipt names them as not looked at, and should one come back its sweep removes what it kept.
+    """
+    _check_here(settings, control_plane, tenant_id, keep_backups, machines_gone)
     control_plane.execute("moves_hurry", tenant_id=tenant_id)  # not for one that is refused anyhow: it is a last copy
-    _check_elsewhere(control_plane, tenant_id)
+    _check_elsewhere(control_plane, tenant_id, machines_gone)
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
     try:
         mutex = RestoreMutex(paths)
@@ -135,7 +157,7 @@ def delete(
         mutex.release()
     problems = _remove_copies(objects, tenant_id)
     problems += [] if keep_backups else _remove_backups(control_plane, objects, tenant_id)
-    return _finish(settings, control_plane, objects, row, problems)
+    return _finish(settings, control_plane, objects, row, problems, sorted(machines_gone))
 
 
 def _lease(settings: Settings, control_plane: ControlPlane, tenant_id: str, holder: str, reason: str) -> None:
@@ -224,7 +246,12 @@ def _remove_backups(control_plane: ControlPlane, objects: ObjectStore, tenant_id
 
 
 def _finish(
-    settings: Settings, control_plane: ControlPlane, objects: ObjectStore, row: dict[str, Any], problems: list[str]
+    settings: Settings,
+    control_plane: ControlPlane,
+    objects: ObjectStore,
+    row: dict[str, Any],
+    problems: list[str],
+    machines_gone: list[str],
 ) -> Deleted:
     """Look for all of it again, write the receipt; raises `Permanent` when there is something left."""
     tenant_id, kept = row["tenant_id"], row["keep_backups"]
@@ -249,6 +276,7 @@ def _finish(
             "objects": {k: v for k, v in row["inventory"]["objects"].items() if k not in left.objects},
             "keys": [key for key in row["inventory"]["keys"] if key not in left.keys],
         },
+        "not_looked_at": [f"machine {name}, said to be gone for good" for name in machines_gone],
         "left": {"files": 0, "objects": len(left.objects), "keys": len(left.keys)},
         "kept": ["usage", "catalogue rows without content"]
         + ([f"backups for {settings.retention_deleted_tenant_days} days"] if not erased else []),

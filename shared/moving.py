@@ -64,6 +64,19 @@ def has_left(paths: TenantPaths) -> bool:
     return not os.path.lexists(paths.current) and os.path.lexists(paths.departed)
 
 
+def stays(paths: TenantPaths, machine_id: str) -> bool:
+    """Whether this is the source of a move that the tenant has not left."""
+    marker = read(paths)
+    return marker is not None and marker.source == machine_id and os.path.lexists(paths.current)
+
+
+def stay(paths: TenantPaths) -> None:
+    """Let writes in again at a source that was not left. The caller holds the mutex; nothing was changed under the
+    mark: who is inside may stay there."""
+    unlink(paths.mark)
+    clear(paths)
+
+
 def leave(paths: TenantPaths) -> None:
     """Durable when this returns. The caller holds the exclusive lock: nobody is inside."""
     _rename(paths.current, paths.departed)

@@ -10,7 +10,8 @@ Two kinds of traces, looked at apart, so that the first needs no control plane:
 "Gone" is not a guess: a restore holds the tenant's `RestoreMutex` from its first step to its last, and the kernel
 drops that lock with the process. So a dead run is repaired at once, not when its lease expires, and a run that is
 only slow or stopped is never touched. A row without a lease may be just about to take the mutex: it is left alone
-until it is older than a lease. A tenant with a marker of a move is left to `shared.move_settle`.
+until it is older than a lease. A tenant with a marker of a move is left to `shared.move_settle`, unless
+it has not left yet.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def sweep_disk(settings: Settings) -> list[Swept]:
         return Swept(paths.tenant_id, found, done)
 
     attended = (
-        _attend(settings, paths, found, partial(say, paths)) if not _moves(paths) else _dead_move(paths)
+        _attend(settings, paths, found, partial(say, paths)) if not _moves(paths) else _dead_move(settings, paths)
         for paths in _suspects(settings)
     )
     return [swept for swept in attended if swept is not None]
@@ -65,12 +66,23 @@ def _moves(paths: TenantPaths) -> bool:
     return paths.moving.exists()
 
 
-def _dead_move(paths: TenantPaths) -> Swept | None:
+def _dead_move(settings: Settings, paths: TenantPaths) -> Swept | None:
+    """A tenant that has not left its source was never routed away: writes need not wait for the control plane there.
+    Its lease keeps restores out until the journal is told."""
+    found = "traces of a dead move"
     if (mutex := moving.locked(paths)) is None:
         return None
-    with suppress(OSError):
-        mutex.release()
-    return Swept(paths.tenant_id, "traces of a dead move", "left to the journal of moves")
+    try:
+        if not moving.stays(paths, settings.machine_id):
+            return Swept(paths.tenant_id, found, "left to the journal of moves")
+        moving.stay(paths)
+        log.warning("move_died_before_leaving", tenant_id=paths.tenant_id)
+        return Swept(paths.tenant_id, found, "it had not left: writes are let in")
+    except (EngramError, OSError) as e:
+        return _left(paths, found, e)
+    finally:
+        with suppress(OSError):
+            mutex.release()
 
 
 def _attend(

@@ -12,14 +12,17 @@ from shared import catalogue, deletion, fingerprint, keys, move, move_journal, m
 from shared import plan as planning
 from shared.errors import (
     CorruptBackup,
+    InMaintenance,
     KeyUnavailable,
     LeaseHeld,
     Permanent,
     Refused,
     TenantDatabaseUnavailable,
 )
+from shared.fence import Fence, Mark
 from shared.move import Departure
 from shared.objects import ObjectStore
+from shared.sweep import sweep_disk
 from tests import restore_fixtures
 from tests.core_fixtures import World, wait_until
 from tests.move_fixtures import (
@@ -177,6 +180,36 @@ def test_a_deletion_that_is_refused_for_its_own_reasons_leaves_what_the_source_k
         deletion.delete(*arguments, reason="asked", requested_by="test")
     assert sweep(pair.a) == []
     assert moving.has_left(pair.a.paths)
+
+
+def test_a_deletion_does_not_wait_for_a_machine_that_is_said_to_be_gone_and_the_receipt_says_so(pair: Pair) -> None:
+    """Its volume was destroyed after the move: nobody could ever delete the tenant."""
+    perform(pair)
+    arguments = (pair.b.settings, pair.control_plane, pair.b.objects, pair.tenant_id)
+    with pytest.raises(Refused, match="machine-z keeps nothing"):
+        deletion.delete(*arguments, reason="asked", requested_by="test", machines_gone=["machine-z", A])
+    done = deletion.delete(*arguments, reason="asked", requested_by="test", machines_gone=[A])
+    assert done.erased and f"machine {A}, said to be gone for good" in done.receipt
+    assert [s.done for s in sweep(pair.a)] == ["removed"], "it was there after all"
+    assert not pair.a.paths.root.exists()
+
+
+def test_a_source_that_died_holding_writes_lets_them_in_without_the_control_plane_unless_it_has_left(
+    pair: Pair,
+) -> None:
+    """While PostgreSQL is away nobody else can have been told to serve a tenant that is still here."""
+    moving.write(pair.a.paths, moving.Moving(str(uuid4()), pair.tenant_id, A, B, generation=1))
+    fence = Fence(pair.a.paths, Mark(pair.tenant_id, "move", 1, 1, 1, 0.0))
+    fence.raise_(1.0)
+    fence.leave_locked()
+    moving.leave(pair.a.paths)
+    assert [s.done for s in sweep_disk(pair.a.settings)] == ["left to the journal of moves"]
+    moving.come_back(pair.a.paths)
+    with pytest.raises(InMaintenance):
+        pair.a.write("held")
+    assert [s.done for s in sweep_disk(pair.a.settings)] == ["it had not left: writes are let in"]
+    pair.a.write("three")
+    assert sweep_disk(pair.a.settings) == [] and not pair.a.paths.moving.exists()
 
 
 def test_the_source_keeps_its_files_for_their_time_and_never_removes_a_tenant_that_came_back(pair: Pair) -> None:

@@ -86,6 +86,12 @@ def delete(
     keep_backups: Annotated[
         bool, typer.Option("--keep-backups", help="Leave its backups to retention; nothing is proven erased then.")
     ] = False,
+    machine_gone: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MACHINE", help="It kept files from before a move and exists no more: do not wait for it."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed; change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +107,9 @@ def delete(
         objects = ObjectStore(settings)
         registry.get(control_plane, tenant_id)
         if dry_run:
-            deletion.check(settings, control_plane, tenant_id, keep_backups=keep_backups)
+            deletion.check(
+                settings, control_plane, tenant_id, keep_backups=keep_backups, machines_gone=machine_gone or ()
+            )
             found = deletion.look(settings, control_plane, objects, tenant_id)
             listed = {"tenant_id": tenant_id, "files": found.files, "objects": found.objects, "keys": found.keys}
             _show_removal(listed, keep_backups, as_json)
@@ -116,6 +124,7 @@ def delete(
             reason=reason,
             requested_by=f"cli {getpass.getuser()}",
             keep_backups=keep_backups,
+            machines_gone=machine_gone or (),
         )
     receipt = json.loads(done.receipt)
     if as_json:
