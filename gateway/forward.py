@@ -54,7 +54,8 @@ class Forwarder:
     def __init__(self, settings: Settings, patience: Patience) -> None:
         self._settings = settings
         self._patience = patience
-        self._client: httpx.AsyncClient | None = None
+        # Made here, which takes tens of milliseconds, not by the first request; most gateways never forward.
+        self._client = self._connect() if settings.routing != "off" else None
         self._under_way: dict[str, int] = {}
         self._address_field = settings.client_address_header.lower().encode()
         of_proxies = (b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", self._address_field)
@@ -65,8 +66,10 @@ class Forwarder:
 
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                with self._place(url, exchange_of(scope).tenant_id):
-                    await self._forward(url, scope, receive, send)
+                with self._place({"all": AT_ONCE, f"of {exchange_of(scope).tenant_id}": OF_A_TENANT}):
+                    body = await self._body(receive)
+                    with self._place({f"at {url}": OF_A_MACHINE}):  # a slow client takes none of these
+                        await self._forward(url, scope, body, send)
             except Refusal as e:
                 await _refuse(e.problem, scope, send)
 
@@ -77,9 +80,8 @@ class Forwarder:
             await self._client.aclose()
 
     @contextmanager
-    def _place(self, url: str, tenant_id: str | None) -> Iterator[None]:
+    def _place(self, bounds: dict[str, int]) -> Iterator[None]:
         """Apart from the places of what is served here (`gateway.shed`). Raises a `Refusal` when all are taken."""
-        bounds = {"all": AT_ONCE, f"at {url}": OF_A_MACHINE, f"of {tenant_id}": OF_A_TENANT}
         under_way = self._under_way
         if any(under_way.get(who, 0) >= bound for who, bound in bounds.items()):
             raise shed("Too many requests wait for another machine.")
@@ -93,18 +95,19 @@ class Forwarder:
                 if not under_way[who]:
                     del under_way[who]
 
-    async def _forward(self, url: str, scope: Scope, receive: Receive, send: Send) -> None:
-        settings = self._settings
+    async def _body(self, receive: Receive) -> bytes:
+        seconds = self._settings.body_timeout_seconds
         try:
-            reading = raw_body.read(receive, settings.body_limit_bytes)
-            body = await self._patience.wait(reading, settings.body_timeout_seconds)
+            return await self._patience.wait(raw_body.read(receive, self._settings.body_limit_bytes), seconds)
         except TimeoutError:
-            raise Refusal(raw_body.too_late(settings.body_timeout_seconds)) from None
-        client = self._connected()
+            raise Refusal(raw_body.too_late(seconds)) from None
+
+    async def _forward(self, url: str, scope: Scope, body: bytes, send: Send) -> None:
+        assert self._client is not None  # nobody is sent here while routing is off
         head, target = self._head(scope, body), {"target": _target(scope)}
         request = httpx.Request(scope["method"], url, headers=head, content=body, extensions=target)
         try:
-            answer = await client.send(request, stream=True)
+            answer = await self._client.send(request, stream=True)
         except httpx.LocalProtocolError:  # nothing was sent; it quotes the field, which may be the token
             raise bad_request("The head has a field that cannot be passed on.") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as e:
@@ -125,14 +128,12 @@ class Forwarder:
         finally:
             await answer.aclose()
 
-    def _connected(self) -> httpx.AsyncClient:
-        if self._client is None:  # most gateways never forward
-            self._client = httpx.AsyncClient(
-                timeout=httpx.Timeout(self._settings.routing_timeout_seconds, connect=CONNECT_SECONDS),
-                limits=httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=IDLE_SECONDS),
-                trust_env=False,
-            )
-        return self._client
+    def _connect(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            timeout=httpx.Timeout(self._settings.routing_timeout_seconds, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=IDLE_SECONDS),
+            trust_env=False,
+        )
 
     def _head(self, scope: Scope, body: bytes) -> list[tuple[bytes, bytes]]:
         # HTTP/2 leaves the blanks around a value, HTTP/1.1 must not have them.

@@ -90,7 +90,7 @@ class Routing:
         settings, machine_id = self._settings, elsewhere.machine_id
         if settings.routing == "off" or not _MACHINE.match(machine_id):
             return self._refusal("off", Problem(421, OTHER_MACHINE, reason="other machine"), elsewhere)
-        length = _length(scope["headers"])
+        length = _length(scope)
         if length is not None and length > settings.body_limit_bytes:
             return self._refusal("too_large", too_large(settings.body_limit_bytes), elsewhere)
         replays = settings.routing == "fly-replay" and PROXIED in scope
@@ -122,10 +122,12 @@ def _of(named: tuple[str, dict[str, str]], machine_id: str) -> str:
     return of_one.get(machine_id) or pattern.replace("{machine_id}", machine_id)
 
 
-def _length(headers: list[tuple[bytes, bytes]]) -> int | None:
-    """Bytes of the body, as its head announces them; None when it does not."""
+def _length(scope: Any) -> int | None:
+    """Bytes of the body, as its head announces them; None when it does not. HTTP/2 need not announce a body at all."""
     length: int | None = 0
-    for name, value in headers:
+    if scope["http_version"].startswith("2") and scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+        length = None
+    for name, value in scope["headers"]:
         if name == b"transfer-encoding":
             return None
         if name == b"content-length":

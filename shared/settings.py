@@ -293,7 +293,7 @@ class Settings(BaseSettings):
         default=14, ge=1, description="of ended runs, with an own server of `engram up`"
     )
     prefect_pick_up_seconds: float = Field(default=120.0, gt=0, description="for a worker to take up a run")
-    machine_id: str = "local"
+    machine_id: str = Field(default="local", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
     # Readiness and stopping of `engram up`
     start_timeout_seconds: float = Field(default=120.0, gt=0)
@@ -315,6 +315,13 @@ class Settings(BaseSettings):
     def _are_networks(cls, value: str) -> str:
         for network in words(value):
             ipaddress.ip_network(network)
+        return value
+
+    @field_validator("machine_id")
+    @classmethod
+    def _is_no_queue(cls, value: str) -> str:
+        if value in _QUEUES or value.endswith("-urgent"):
+            raise ValueError("a work queue has that name (shared/queues.py): choose another")
         return value
 
     @field_validator("routing_apps", "routing_urls")
@@ -397,6 +404,7 @@ class Settings(BaseSettings):
         return self.prefect_api_url.removesuffix("/").removesuffix("/api")
 
 
+_QUEUES = frozenset({"default", "urgent", "upkeep"})  # those that all machines share: shared/queues.py
 # Read by Prefect's own clients under these names, so they have no prefix.
 _PREFECTS_OWN = frozenset({"prefect_api_url", "prefect_api_auth_string"})
 

@@ -10,6 +10,7 @@ from gateway import forward
 from gateway.forward import Forwarder
 from gateway.patience import Patience
 from gateway.proxies import Proxies
+from gateway.routing import _length
 from shared.settings import Settings
 
 
@@ -50,3 +51,15 @@ def test_the_other_gateway_reads_the_client_and_its_scheme_from_what_this_one_se
     arrived = scope(scheme="http", client=("10.0.0.1", 1), headers=head(settings, scope(headers=spoofed)))
     assert Proxies(settings).settle(arrived)
     assert (arrived["client"][0], arrived["scheme"]) == ("2001:db8::7", "https")
+
+
+def test_a_body_that_http2_does_not_announce_has_no_known_length() -> None:
+    """Fly's proxy repeats at most a megabyte: nothing announced must not count as nothing there."""
+    announced = [(b"content-length", b"7")]
+
+    def length(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> int | None:
+        return _length({"method": method, "http_version": version, "headers": headers})
+
+    assert length("POST", "2", []) is None and length("POST", "2", announced) == 7
+    assert length("GET", "2", []) == 0 and length("POST", "1.1", []) == 0
+    assert length("POST", "1.1", [(b"transfer-encoding", b"chunked"), *announced]) is None

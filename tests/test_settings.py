@@ -115,7 +115,15 @@ def test_the_environment_is_read_and_an_empty_variable_is_unset(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ENGRAM_ENV", "production"), ("ENGRAM_LEASE_SECONDS", "0"), ("ENGRAM_GATEWAY_PORT", "65536")]
+    ("name", "value"),
+    [
+        ("ENGRAM_ENV", "production"),
+        ("ENGRAM_LEASE_SECONDS", "0"),
+        ("ENGRAM_GATEWAY_PORT", "65536"),
+        ("ENGRAM_MACHINE_ID", "urgent"),
+        ("ENGRAM_MACHINE_ID", "data-1-urgent"),
+        ("ENGRAM_MACHINE_ID", "data 1"),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
