@@ -414,8 +414,8 @@ def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off
             writer.close()
 
         server = await asyncio.start_server(hang, "127.0.0.1", 0)
-        forwarder = Forwarder(Settings(), Patience())
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        forwarder = Forwarder(Settings(routing="forward", routing_urls=url + "/{machine_id}"), Patience())
         waiting = [asyncio.create_task(_asked(forwarder, url, "acme")) for _ in range(OF_A_TENANT)]
         await asyncio.sleep(0)
         assert await _asked(forwarder, url, "acme") == (503, "shed")
