@@ -36,9 +36,9 @@ from shared.playbook import audit
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
 from tests.core_fixtures import World, event, new_world, settings_in
+from tests.expiry_fixtures import few, run_sql, statuses
 from tests.fleet_fixtures import Machine
 from tests.metering_fixtures import segment
-from tests.test_expiry import few, run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from gateway import forward
-from gateway.forward import Forwarder
+from gateway.exchange import SCOPE_KEY, Exchange
+from gateway.forward import OF_A_TENANT, Forwarder
 from gateway.patience import Patience
 from gateway.proxies import Proxies
 from gateway.routing import _length
@@ -63,3 +67,68 @@ def test_a_body_that_http2_does_not_announce_has_no_known_length() -> None:
     assert length("POST", "2", []) is None and length("POST", "2", announced) == 7
     assert length("GET", "2", []) == 0 and length("POST", "1.1", []) == 0
     assert length("POST", "1.1", [(b"transfer-encoding", b"chunked"), *announced]) is None
+
+
+def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off_is_502() -> None:
+    """The sixteenth request of a tenant waits, the next is shed; nobody claims to know what a silent machine did."""
+
+    async def run() -> None:
+        hangs = asyncio.Event()
+
+        async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await hangs.wait()
+            writer.close()
+
+        server = await asyncio.start_server(hang, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        forwarder = Forwarder(Settings(routing="forward", routing_urls=url + "/{machine_id}"), Patience())
+        waiting = [asyncio.create_task(_asked(forwarder, url, "acme")) for _ in range(OF_A_TENANT)]
+        await asyncio.sleep(0)
+        assert await _asked(forwarder, url, "acme") == (503, "shed")
+        another = asyncio.create_task(_asked(forwarder, url, "another"))
+        await asyncio.sleep(0)
+        hangs.set()
+        assert {await task for task in (*waiting, another)} == {(502, "machine broke off")}
+        server.close()
+        await server.wait_closed()
+        assert await _asked(forwarder, url, "acme") == (503, "machine unreachable"), "and the places were given back"
+        await forwarder.close()
+
+    asyncio.run(run())
+
+
+async def _asked(forwarder: Forwarder, url: str, tenant_id: str) -> tuple[int, str]:
+    """Status and reason of a GET that is forwarded."""
+    exchange = Exchange("GET", None)
+    exchange.tenant_id = tenant_id
+    scope = {"method": "GET", "path": "/v1/memories", "query_string": b"", "scheme": "http", "headers": []}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await forwarder.to(url)({**scope, SCOPE_KEY: exchange}, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])["reason"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"routing": "fly-replay", "routing_apps": "engram-{machine_id}"},
+        {"routing": "fly-replay", "trusted_proxies": "127.0.0.1/32"},
+        {"routing": "forward"},
+        {"routing_apps": "engram"},
+        {"routing_apps": "engram-{machine_id}, other-{machine_id}"},
+        {"routing_apps": "engram-{machine}"},
+        {"routing_urls": "data-1=http://{machine_id}"},
+    ],
+)
+def test_routing_that_cannot_work_is_refused_at_the_start(wrong: dict[str, Any]) -> None:
+    """Better than a 421 for every tenant of another machine."""
+    with pytest.raises(ValidationError):
+        Settings(**wrong)
+    assert Settings(routing="forward", routing_urls="{machine_id}, data-1=http://x:1").routing == "forward"

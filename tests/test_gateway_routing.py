@@ -1,134 +1,24 @@
-"""Two machines, one control plane, and what stands for Fly's proxy in front of one of them.
-
-Each gateway is a real one with a data directory and a machine id of its own. `data-1` is where clients arrive. No
-gateway reads the control plane by itself after its start (an hour between reads): what a gateway knows, a test decides.
-"""
+"""Requests for a tenant of another machine: who answers them, who bills them, and what is refused."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
-import json
 import shutil
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
-from pydantic import ValidationError
 
-from gateway.exchange import SCOPE_KEY, Exchange
-from gateway.forward import OF_A_TENANT, Forwarder
-from gateway.patience import Patience
-from shared import limits, metering, registry
-from shared.control_plane import ControlPlane
+from shared import limits, metering
 from shared.settings import Settings
-from tests.core_fixtures import settings_in
-from tests.fly_proxy import REPLAY_LIMIT_BYTES, FlyProxy
-from tests.gateway_stack import Gateway, Issuer, assert_problem, eventually, free_port, gateway
-from tests.test_gateway_mcp import within
+from tests.fly_proxy import REPLAY_LIMIT_BYTES
+from tests.gateway_stack import assert_problem, eventually, gateway
+from tests.mcp_session import within
+from tests.routing_fixtures import BODY_LIMIT_BYTES, Fleet, Machine
 
-pytest_plugins = ("tests.core_fixtures",)
-BODY_LIMIT_BYTES = 3_000_000
-NEVER_SECONDS = 3_600
-MACHINES = ("data-1", "data-2", "data-9")
-_numbers = itertools.count(1)
-
-
-class Machine(NamedTuple):
-    settings: Settings
-    gateway: Gateway
-
-    def events(self, tenant_id: str) -> int:
-        return len(self.gateway.events(tenant_id))
-
-    def unrouted(self, reason: str) -> float:
-        return self.gateway.metric("engram_requests_unrouted_total", reason=reason)
-
-
-class Fleet(NamedTuple):
-    """`one` and `two` speak fly-replay; `one` alone knows the addresses of the others' gateways. `three` forwards."""
-
-    control_plane: ControlPlane
-    issuer: Issuer
-    one: Machine
-    two: Machine
-    three: Machine
-    proxy: FlyProxy
-
-    def tenant(self, machine: Machine) -> str:
-        """A new tenant of that machine, which each gateway hears of by its first request."""
-        tenant_id = f"tenant-{next(_numbers)}"
-        registry.create(self.control_plane, machine.settings, tenant_id)
-        return tenant_id
-
-    def route(self, tenant_id: str, machine_id: str) -> None:
-        with self.control_plane.transaction() as connection:
-            connection.execute("UPDATE tenants SET machine_id = %s WHERE tenant_id = %s", (machine_id, tenant_id))
-
-    def teach(self, machine: Machine) -> None:
-        """Let its gateway read the control plane: it does when it meets a tenant it does not know."""
-        assert_problem(self.client(f"nobody-{next(_numbers)}", machine.gateway.url).get("/v1/memories"), 403)
-
-    def client(self, tenant_id: str, url: str = "", **claims: Any) -> httpx.Client:
-        """Through the proxy, unless a URL says where."""
-        headers = {"Authorization": f"Bearer {self.issuer.token(tenant_id, **claims)}"}
-        return httpx.Client(base_url=url or self.proxy.url, headers=headers, timeout=30, trust_env=False)
-
-    def hops(self) -> list[tuple[str, int]]:
-        """To which apps requests were delivered since the last call, with their answers' status."""
-        hops, self.proxy.hops[:] = [(h.app, h.status) for h in self.proxy.hops], []
-        return hops
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, core_url: str, core_control_plane: ControlPlane) -> Iterator[Fleet]:
-    issuer, ports = Issuer(), [free_port() for _ in range(3)]
-    nobody = free_port()
-    replaying = {
-        "routing": "fly-replay",
-        "routing_apps": "engram-{machine_id}",
-        "trusted_proxies": "127.0.0.1/32",
-        "client_address_header": "fly-client-ip",
-    }
-    of_machine: list[dict[str, object]] = [
-        {**replaying, "routing_urls": f"data-2=http://127.0.0.1:{ports[1]},data-3=http://127.0.0.1:{nobody}"},
-        replaying,
-        {
-            "routing": "forward",
-            "routing_urls": f"http://127.0.0.1:{nobody}/{{machine_id}},data-2=http://127.0.0.1:{ports[1]}",
-        },
-    ]
-    with contextlib.ExitStack() as closing:
-        closing.callback(issuer.close)
-
-        def start(n: int) -> Machine:
-            machine_id = MACHINES[n]
-            settings = settings_in(tmp_path_factory.mktemp(machine_id), core_url, machine_id=machine_id)
-            running = gateway(
-                settings.data_dir,
-                core_url,
-                issuer,
-                machine_id=machine_id,
-                gateway_port=ports[n],
-                gateway_workers=1,
-                tenant_refresh_seconds=NEVER_SECONDS,
-                body_limit_bytes=BODY_LIMIT_BYTES,
-                **of_machine[n],
-            )
-            return Machine(settings, closing.enter_context(running))
-
-        with ThreadPoolExecutor(3) as threads:
-            machines = list(threads.map(start, range(3)))
-        apps = {f"engram-data-{n + 1}": ports[n] for n in range(2)}
-        proxy = FlyProxy("engram-data-1", apps)
-        closing.callback(proxy.close)
-        yield Fleet(core_control_plane, issuer, *machines, proxy)
+pytest_plugins = ("tests.core_fixtures", "tests.routing_fixtures")
 
 
 @pytest.fixture(autouse=True)
@@ -400,71 +290,6 @@ def test_a_gateway_that_routes_nothing_says_so_and_touches_nothing(fleet: Fleet,
         answer = alone.client.get("/v1/memories", headers={"x-forwarded-for": "192.0.2.9"})
         assert alone.access_line(answer.headers["x-request-id"])["client"] == "192.0.2.9", "IPv4 seen through IPv6"
         assert httpx.get(alone.url.replace("127.0.0.1", "[::1]") + "/health", trust_env=False).status_code == 200
-
-
-def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off_is_502() -> None:
-    """The sixteenth request of a tenant waits, the next is shed; nobody claims to know what a silent machine did."""
-
-    async def run() -> None:
-        hangs = asyncio.Event()
-
-        async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            await hangs.wait()
-            writer.close()
-
-        server = await asyncio.start_server(hang, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        forwarder = Forwarder(Settings(routing="forward", routing_urls=url + "/{machine_id}"), Patience())
-        waiting = [asyncio.create_task(_asked(forwarder, url, "acme")) for _ in range(OF_A_TENANT)]
-        await asyncio.sleep(0)
-        assert await _asked(forwarder, url, "acme") == (503, "shed")
-        another = asyncio.create_task(_asked(forwarder, url, "another"))
-        await asyncio.sleep(0)
-        hangs.set()
-        assert {await task for task in (*waiting, another)} == {(502, "machine broke off")}
-        server.close()
-        await server.wait_closed()
-        assert await _asked(forwarder, url, "acme") == (503, "machine unreachable"), "and the places were given back"
-        await forwarder.close()
-
-    asyncio.run(run())
-
-
-async def _asked(forwarder: Forwarder, url: str, tenant_id: str) -> tuple[int, str]:
-    """Status and reason of a GET that is forwarded."""
-    exchange = Exchange("GET", None)
-    exchange.tenant_id = tenant_id
-    scope = {"method": "GET", "path": "/v1/memories", "query_string": b"", "scheme": "http", "headers": []}
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await forwarder.to(url)({**scope, SCOPE_KEY: exchange}, receive, send)
-    return sent[0]["status"], json.loads(sent[1]["body"])["reason"]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"routing": "fly-replay", "routing_apps": "engram-{machine_id}"},
-        {"routing": "fly-replay", "trusted_proxies": "127.0.0.1/32"},
-        {"routing": "forward"},
-        {"routing_apps": "engram"},
-        {"routing_apps": "engram-{machine_id}, other-{machine_id}"},
-        {"routing_apps": "engram-{machine}"},
-        {"routing_urls": "data-1=http://{machine_id}"},
-    ],
-)
-def test_routing_that_cannot_work_is_refused_at_the_start(wrong: dict[str, Any]) -> None:
-    """Better than a 421 for every tenant of another machine."""
-    with pytest.raises(ValidationError):
-        Settings(**wrong)
-    assert Settings(routing="forward", routing_urls="{machine_id}, data-1=http://x:1").routing == "forward"
 
 
 def test_only_names_fit_for_a_header_and_a_host_lead_anywhere(fleet: Fleet) -> None:

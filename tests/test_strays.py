@@ -17,7 +17,7 @@ from shared.objects import ObjectStore
 from shared.strays import Stray
 from shared.tenant import object_key
 from tests.core_fixtures import World, free_ports, new_world, settings_in
-from tests.test_expiry import add, run_sql, statuses
+from tests.expiry_fixtures import add, run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
 

@@ -16,7 +16,7 @@ from shared.errors import UnknownBackup
 from shared.objects import ObjectStore
 from shared.verify import Examined
 from tests.core_fixtures import World, free_ports, new_world, settings_in
-from tests.test_expiry import run_sql, statuses
+from tests.expiry_fixtures import run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures",)
 
