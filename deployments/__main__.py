@@ -24,9 +24,10 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "deployments" / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
-# A file's tests stay together, in one of as many processes as there are cores (`tests/conftest.py`): much of what they
-# do is waiting for a real process to start or stop.
-TESTS = ("pytest", "-n", "auto", "--maxprocesses=4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25")
+# A file's tests stay together in one process (`tests/conftest.py`), and there are twice as many of these as cores: much
+# of what they do is waiting for a real process to start or stop.
+PROCESSES = str(min(8, 2 * (os.cpu_count() or 1)))
+TESTS = ("pytest", "-n", PROCESSES, "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25")
 
 
 def main() -> None:

@@ -21,19 +21,31 @@ _TEMPLATE = "migrated"
 _numbers = itertools.count(1)
 
 
-# What takes longest begins first, so that no process is left alone with it at the end. "acceptance" is the whole stack.
+# What takes longest begins first, so that no process is left alone with it at the end. The first two are a whole stack.
 _LONG = (
-    *("acceptance", "test_readme", "test_stack", "acceptance/test_alerts_live", "test_crash_points"),
-    *("test_crash_faults", "test_gateway_tls", "test_playbook_workers", "acceptance/test_usage_chaos"),
-    *("test_gateway_openapi", "test_power_loss", "test_litestream", "test_gateway_process", "test_environments"),
+    *("acceptance/restores", "acceptance", "test_stack", "test_readme", "test_prefect_production", "test_crash_points"),
+    *("test_flows_restore", "test_crash_faults", "acceptance/test_alerts_live", "test_flows", "test_gateway_oidc"),
+    *(
+        "test_gateway_process",
+        "test_rules",
+        "acceptance/test_usage_chaos",
+        "test_gateway_openapi",
+        "test_objects_faults",
+    ),
+    *("test_restore_faults", "test_act", "test_gateway_routing", "test_gateway_tls", "test_playbook_workers"),
+    *("test_flows_s3", "test_gateway_ratelimit", "test_power_loss", "test_mcp_conformance", "test_environments"),
 )
 _OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_usage_chaos")
+_RESTORES = ("test_restore_", "test_ui", "test_slo_report", "test_usage_flow", "test_point_in_time")
 
 
 def _scope(nodeid: str) -> str:
-    """A file's tests stay in one process, and so do all that use the one whole stack."""
+    """A file's tests stay in one process, and so do those that share a whole stack, of which there are two."""
     file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
-    return "acceptance" if file.startswith("acceptance/") and file not in _OWN_STACK else file
+    folder, _, name = file.rpartition("/")
+    if folder != "acceptance" or file in _OWN_STACK:
+        return file
+    return "acceptance/restores" if name.startswith(_RESTORES) else "acceptance"
 
 
 class _ByFile(LoadScopeScheduling):
