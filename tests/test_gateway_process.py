@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from gateway.supervisor import Supervisor
 from shared import spool
 from shared.limits import set_limit
 from tests.gateway_stack import Gateway, Stack, eventually, free_port, gateway, stack  # noqa: F401
@@ -187,6 +189,18 @@ def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack) 
         assert set(load.acknowledged.values()) | {json.loads(answer.partition(b"\r\n\r\n")[2])["id"]} <= _stored(
             stack, tenant
         )
+
+
+@pytest.mark.parametrize(("told_to_stop", "code"), [(True, 0), (False, 1)])
+def test_a_worker_that_died_as_the_gateway_is_stopped_is_no_failure_of_the_stop(told_to_stop: bool, code: int) -> None:
+    """Granian exits 1 for every death it has not dealt with; whoever runs the gateway would start it again."""
+    supervisor = Supervisor("unused:app", silence_seconds=0, restart_asked=lambda: ("", 0), port=0)
+    supervisor._init_shared_socket()
+    supervisor._start_ipc()
+    supervisor.interrupt_signal, supervisor.interrupt_children = told_to_stop, [0]
+    exits = contextlib.nullcontext() if code == 0 else pytest.raises(SystemExit, match=str(code))
+    with exits:
+        supervisor.shutdown()
 
 
 def test_after_a_sigkilled_supervisor_the_next_one_starts_at_once(stack: Stack) -> None:  # noqa: F811
