@@ -31,7 +31,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared import generation, keys, lease, litestream, litestream_copies, moving, registry
+from shared import generation, keys, lease, litestream, litestream_copies, move_disk, registry
 from shared.control_plane import ControlPlane, rows
 from shared.durable import fsync_path, remove_tree
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
@@ -98,7 +98,7 @@ def _check_here(
     tenant = registry.get(control_plane, tenant_id)
     if tenant.machine_id != settings.machine_id:
         raise Refused(f"tenant {tenant_id} lies on machine {tenant.machine_id}, this is {settings.machine_id}")
-    moving.refuse(TenantPaths.of(settings.tenants_dir, tenant_id))
+    move_disk.refuse(TenantPaths.of(settings.tenants_dir, tenant_id))
     if unknown := sorted(set(machines_gone) - _keepers(control_plane, tenant_id)):
         raise Refused(f"machine {', '.join(unknown)} keeps nothing of tenant {tenant_id}; nothing was deleted")
     held = control_plane.row("tenant_holds", tenant_id=tenant_id)

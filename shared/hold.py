@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from shared import generation, lease, moving
+from shared import generation, lease, move_disk
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, LeaseHeld, SchemaTooNew
 from shared.fence import Fence, RestoreMutex
@@ -78,7 +78,7 @@ def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> 
     """
     hold = Hold(settings, control_plane, tenant_id)
     try:
-        moving.refuse(hold.paths)
+        move_disk.refuse(hold.paths)
         try:
             repair(hold.paths)
         except CorruptDatabase as e:  # locked, and this restore may be the way out: the mark goes on standing

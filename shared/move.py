@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from shared import backup, fingerprint, generation, lease, move_journal, move_settle, moving, registry
+from shared import backup, fingerprint, generation, lease, move_disk, move_journal, move_settle, registry
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.engine.database import TenantDatabase
@@ -46,9 +46,9 @@ from shared.fence import Fence, Mark, RestoreMutex
 from shared.ids import new_id
 from shared.lease import Lease
 from shared.log import get_logger
+from shared.move_disk import Moving
 from shared.move_journal import Row
 from shared.move_settle import holder_of
-from shared.moving import Moving
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
 from shared.registry import Tenant
@@ -187,7 +187,7 @@ def leaving(
     `CorruptDatabase`."""
     departure = Departure(settings, control_plane, chosen)
     try:
-        moving.refuse(departure.paths)
+        move_disk.refuse(departure.paths)
         repair(departure.paths)  # what a dead restore left; a database that does not verify is not moved
         move_journal.begin(
             control_plane,
@@ -279,7 +279,7 @@ def final_copy(
     """
     chosen, paths = departure.plan, departure.paths
     number = generation.active(paths)
-    moving.write(paths, Moving(str(chosen.move_id), chosen.tenant_id, chosen.source, chosen.target, number))
+    move_disk.write(paths, Moving(str(chosen.move_id), chosen.tenant_id, chosen.source, chosen.target, number))
     since = time.monotonic()
     fence = departure.fence = Fence(paths, _mark(departure, taken, number))
     fence.raise_(departure.settings.restore_drain_timeout_seconds)
@@ -318,7 +318,7 @@ def fence(departure: Departure, held: Held) -> Fenced:
         own.leave_locked()  # the mark stands: what gives the move up lowers it
         raise
     departure.fence = own
-    moving.leave(departure.paths)
+    move_disk.leave(departure.paths)
     return Fenced(held, row)
 
 

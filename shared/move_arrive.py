@@ -14,14 +14,14 @@ from contextlib import contextmanager
 
 import msgspec
 
-from shared import backup, catalogue, generation, move_journal, move_settle, moving
+from shared import backup, catalogue, generation, move_disk, move_journal, move_settle
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, CorruptDatabase, EngramError, Refused
 from shared.fence import RestoreMutex
 from shared.log import get_logger
+from shared.move_disk import Moving
 from shared.move_journal import Row
-from shared.moving import Moving
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
 from shared.repair import check_file
@@ -86,8 +86,8 @@ def arriving(settings: Settings, control_plane: ControlPlane, move_id: str) -> I
         move_journal.undo(control_plane, row.move_id, str(e))
         raise
     try:
-        moving.make_room(arrival.paths)
-        moving.write(arrival.paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target))
+        move_disk.make_room(arrival.paths)
+        move_disk.write(arrival.paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target))
         move_journal.step(control_plane, row.move_id, "arriving")
         yield arrival
     except BaseException as e:
@@ -102,7 +102,7 @@ def _check_place(arrival: Arrival) -> None:
     row, paths = arrival.row, arrival.paths
     if os.path.lexists(paths.current):
         raise Refused(f"machine {row.target} has an active database of tenant {row.tenant_id} already")
-    if paths.generations.exists() and moving.read(paths) is None and not os.path.lexists(paths.departed):
+    if paths.generations.exists() and move_disk.read(paths) is None and not os.path.lexists(paths.departed):
         raise Refused(f"machine {row.target} has files of tenant {row.tenant_id} that no move left there: {paths.root}")
 
 
@@ -135,7 +135,7 @@ def receive(arrival: Arrival, objects: ObjectStore, staged: Staged) -> Received:
         final = catalogue.get(control_plane, row.tenant_id, str(row.final_backup_id))
         manifest = _fetch(arrival, objects, final, None)
     number = generation.prepare(paths, paths.restore_file, previous=0, after=row.from_generation or 0)
-    moving.write(paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target, number))
+    move_disk.write(paths, Moving(str(row.move_id), row.tenant_id, row.source, row.target, number))
     move_journal.step(control_plane, row.move_id, "ready", to_generation=number)
     return Received(number, manifest)
 

@@ -22,7 +22,7 @@ from uuid import UUID
 
 import msgspec
 
-from shared import generation, lease, litestream, move_journal, moving, watermark
+from shared import generation, lease, litestream, move_disk, move_journal, watermark
 from shared.control_plane import ControlPlane
 from shared.durable import fsync_path, remove_tree, unlink
 from shared.errors import EngramError, LitestreamUnavailable, Permanent
@@ -45,12 +45,12 @@ def settle_source(
     same, one that had stays away.
     """
     try:
-        if not moving.has_left(paths):
+        if not move_disk.has_left(paths):
             _let_in(paths, fence)
             return move_journal.undo(control_plane, move_id, error)
         row = move_journal.undo(control_plane, move_id, error)
         if row.state == "undone":
-            moving.come_back(paths)
+            move_disk.come_back(paths)
             _let_in(paths, fence)
             log.warning("move_undone", tenant_id=paths.tenant_id, move_id=str(move_id), cause=error)
         else:
@@ -64,9 +64,9 @@ def settle_source(
 def _let_in(paths: TenantPaths, fence: Fence | None) -> None:
     """Lower the mark, which is the move's own when there is a marker. Nothing was changed under it: who is inside may
     stay there."""
-    if moving.read(paths) is not None:
+    if move_disk.read(paths) is not None:
         _lower(paths, fence)
-        moving.clear(paths)
+        move_disk.clear(paths)
     elif fence is not None:
         fence.lower()
 
@@ -79,9 +79,9 @@ def _lower(paths: TenantPaths, fence: Fence | None) -> None:
 
 def left_for_good(settings: Settings, paths: TenantPaths, fence: Fence | None) -> None:
     """The route is changed: nothing here is the tenant's database any more. Doing it twice is fine."""
-    marker = moving.read(paths)
+    marker = move_disk.read(paths)
     if marker is not None and not marker.settled:
-        moving.write(paths, msgspec.structs.replace(marker, settled=True))
+        move_disk.write(paths, msgspec.structs.replace(marker, settled=True))
     _lower(paths, fence)
     try:
         litestream.let_go(settings, paths, keep=None)
@@ -100,9 +100,9 @@ def settle_target(
     row = move_journal.undo(control_plane, move_id, error)
     if row.state == "undone":
         if os.path.lexists(paths.current):
-            moving.clear(paths)
+            move_disk.clear(paths)
         else:
-            moving.give_up_arrival(settings, paths, _prepared(paths))
+            move_disk.give_up_arrival(settings, paths, _prepared(paths))
         return row
     serve(settings, control_plane, paths, row)
     return move_journal.get(control_plane, move_id)
@@ -117,15 +117,15 @@ def serve(settings: Settings, control_plane: ControlPlane, paths: TenantPaths, r
                 f"tenant {row.tenant_id} is routed here and generation {number} is not there; backup"
                 f" {row.final_backup_id} holds all of it: engram restore {row.tenant_id} --backup {row.final_backup_id}"
             )
-        moving.arrive(paths, number)
+        move_disk.arrive(paths, number)
     if row.state == "routed":
         move_journal.done(control_plane, row, generation.active(paths), settings.move_keep_hours * 3600)
-    if (marker := moving.read(paths)) is not None and marker.move_id == str(row.move_id):
-        moving.clear(paths)
+    if (marker := move_disk.read(paths)) is not None and marker.move_id == str(row.move_id):
+        move_disk.clear(paths)
 
 
 def _prepared(paths: TenantPaths) -> int:
-    marker = moving.read(paths)
+    marker = move_disk.read(paths)
     return marker.generation if marker is not None else 0
 
 
@@ -149,7 +149,7 @@ def sweep_moves(settings: Settings, control_plane: ControlPlane) -> list[Swept]:
     return swept
 
 
-def _unsettled(settings: Settings) -> Iterator[tuple[TenantPaths, moving.Moving]]:
+def _unsettled(settings: Settings) -> Iterator[tuple[TenantPaths, move_disk.Moving]]:
     try:
         tenants = sorted(entry.name for entry in os.scandir(settings.tenants_dir) if is_tenant_id(entry.name))
     except FileNotFoundError:
@@ -157,17 +157,17 @@ def _unsettled(settings: Settings) -> Iterator[tuple[TenantPaths, moving.Moving]
     for tenant_id in tenants:
         paths = TenantPaths.of(settings.tenants_dir, tenant_id)
         with suppress(Permanent, OSError):
-            if (marker := moving.read(paths)) is not None and not marker.settled:
+            if (marker := move_disk.read(paths)) is not None and not marker.settled:
                 yield paths, marker
 
 
 def _attend(settings: Settings, control_plane: ControlPlane, paths: TenantPaths, move_id: UUID) -> Swept | None:
     found = f"move {move_id} of a dead run"
-    if (mutex := moving.locked(paths)) is None:
+    if (mutex := move_disk.locked(paths)) is None:
         return None
     try:
         row = move_journal.get(control_plane, move_id)
-        marker = moving.read(paths)
+        marker = move_disk.read(paths)
         if row.source == settings.machine_id and row.state == "routed" and marker is not None and marker.settled:
             return None  # the rest is the target's
         if row.source == settings.machine_id:
@@ -190,13 +190,13 @@ def _attend(settings: Settings, control_plane: ControlPlane, paths: TenantPaths,
 def _remove(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> Swept | None:
     found = "files of a tenant that was moved away"
     paths = TenantPaths.of(settings.tenants_dir, tenant_id)
-    if (mutex := moving.locked(paths)) is None:
+    if (mutex := move_disk.locked(paths)) is None:
         return None
     try:
         # Again under the mutex, which an arrival needs: none can begin from here on.
         if not control_plane.rows("moves_to_remove", machine_id=settings.machine_id, tenant_id=tenant_id):
             return None
-        moving.remove(settings, paths)
+        move_disk.remove(settings, paths)
         control_plane.execute("moves_removed", tenant_id=tenant_id, machine_id=settings.machine_id)
         log.info("moved_files_removed", tenant_id=tenant_id)
         return Swept(tenant_id, found, "removed")

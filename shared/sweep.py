@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import partial
 from uuid import UUID
 
-from shared import generation, lease, moving
+from shared import generation, lease, move_disk
 from shared.control_plane import ControlPlane
 from shared.errors import EngramError, LeaseHeld
 from shared.fence import RestoreMutex
@@ -70,12 +70,12 @@ def _dead_move(settings: Settings, paths: TenantPaths) -> Swept | None:
     """A tenant that has not left its source was never routed away: writes need not wait for the control plane there.
     Its lease keeps restores out until the journal is told."""
     found = "traces of a dead move"
-    if (mutex := moving.locked(paths)) is None:
+    if (mutex := move_disk.locked(paths)) is None:
         return None
     try:
-        if not moving.stays(paths, settings.machine_id):
+        if not move_disk.stays(paths, settings.machine_id):
             return Swept(paths.tenant_id, found, "left to the journal of moves")
-        moving.stay(paths)
+        move_disk.stay(paths)
         log.warning("move_died_before_leaving", tenant_id=paths.tenant_id)
         return Swept(paths.tenant_id, found, "it had not left: writes are let in")
     except (EngramError, OSError) as e:

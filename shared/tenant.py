@@ -11,7 +11,7 @@
         lock                                        flock: shared = in use, exclusive = being swapped
         restore.lock                                flock: one restore at a time on this machine
         maintenance                                 mark: writes answer 503 while it exists
-        moving                                      on its way to or from another machine (`shared.moving`)
+        moving                                      on its way to or from another machine (`shared.move_disk`)
         departed        -> generations/000002       what `current` is called once the tenant has left this machine
 
 Because `engram.db` and `engram.db.bak` both go through `current`, one atomic rename moves the pair: there is

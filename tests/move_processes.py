@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from shared import backup, generation, lease, move, move_journal, move_settle, moving
+from shared import backup, generation, lease, move, move_disk, move_journal, move_settle
 from shared.control_plane import ControlPlane
 from shared.errors import EngramError
 from shared.fence import Fence
@@ -26,15 +26,15 @@ STEPS: dict[str, tuple[Any, str]] = {
     "copy": (move, "_back_up"),
     "step": (move_journal, "step"),
     "lock": (lease, "acquire"),
-    "mark": (moving, "write"),
+    "mark": (move_disk, "write"),
     "raise": (Fence, "raise_"),
-    "leave": (moving, "leave"),
+    "leave": (move_disk, "leave"),
     "route": (move_journal, "route"),
     "forget": (move_settle, "left_for_good"),
-    "room": (moving, "make_room"),
+    "room": (move_disk, "make_room"),
     "fetch": (backup, "fetch"),
     "prepare": (generation, "prepare"),
-    "arrive": (moving, "arrive"),
+    "arrive": (move_disk, "arrive"),
     "done": (move_journal, "done"),
 }
 

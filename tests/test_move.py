@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from pydantic import SecretStr
 
-from shared import catalogue, deletion, fingerprint, keys, move, move_journal, moving, registry, watermark
+from shared import catalogue, deletion, fingerprint, keys, move, move_disk, move_journal, registry, watermark
 from shared import plan as planning
 from shared.errors import (
     CorruptBackup,
@@ -179,7 +179,7 @@ def test_a_deletion_that_is_refused_for_its_own_reasons_leaves_what_the_source_k
     with pytest.raises(Refused, match="case 7"):
         deletion.delete(*arguments, reason="asked", requested_by="test")
     assert sweep(pair.a) == []
-    assert moving.has_left(pair.a.paths)
+    assert move_disk.has_left(pair.a.paths)
 
 
 def test_a_deletion_does_not_wait_for_a_machine_that_is_said_to_be_gone_and_the_receipt_says_so(pair: Pair) -> None:
@@ -198,13 +198,13 @@ def test_a_source_that_died_holding_writes_lets_them_in_without_the_control_plan
     pair: Pair,
 ) -> None:
     """While PostgreSQL is away nobody else can have been told to serve a tenant that is still here."""
-    moving.write(pair.a.paths, moving.Moving(str(uuid4()), pair.tenant_id, A, B, generation=1))
+    move_disk.write(pair.a.paths, move_disk.Moving(str(uuid4()), pair.tenant_id, A, B, generation=1))
     fence = Fence(pair.a.paths, Mark(pair.tenant_id, "move", 1, 1, 1, 0.0))
     fence.raise_(1.0)
     fence.leave_locked()
-    moving.leave(pair.a.paths)
+    move_disk.leave(pair.a.paths)
     assert [s.done for s in sweep_disk(pair.a.settings)] == ["left to the journal of moves"]
-    moving.come_back(pair.a.paths)
+    move_disk.come_back(pair.a.paths)
     with pytest.raises(InMaintenance):
         pair.a.write("held")
     assert [s.done for s in sweep_disk(pair.a.settings)] == ["it had not left: writes are let in"]
@@ -216,7 +216,7 @@ def test_the_source_keeps_its_files_for_their_time_and_never_removes_a_tenant_th
     """The one thing worse than keeping too long."""
     first = perform(pair)
     assert sweep(pair.a) == []
-    assert moving.has_left(pair.a.paths)
+    assert move_disk.has_left(pair.a.paths)
     perform(pair)
     with pair.control_plane.transaction() as connection:
         connection.execute("UPDATE moves SET remove_after = '2000-01-01' WHERE tenant_id = %s", (pair.tenant_id,))
@@ -225,7 +225,7 @@ def test_the_source_keeps_its_files_for_their_time_and_never_removes_a_tenant_th
     assert [s.done for s in sweep(pair.b)] == ["removed"]
     assert pair.a.rows() == ["one", "two"]
     with pytest.raises(Permanent, match="active database"):
-        moving.remove(pair.a.settings, pair.a.paths)
+        move_disk.remove(pair.a.settings, pair.a.paths)
 
 
 def test_a_handle_that_was_open_through_it_all_writes_where_the_tenant_is(pair: Pair) -> None:

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from shared import lease, move, move_journal, moving
+from shared import lease, move, move_disk, move_journal
 from shared.control_plane import ControlPlane
 from shared.errors import (
     ControlPlaneUnavailable,
@@ -75,7 +75,7 @@ def test_when_the_reply_to_the_route_is_lost_nobody_writes_until_it_is_known(
         raise ControlPlaneUnavailable("the connection broke")
 
     def get(control_plane: ControlPlane, move_id: object) -> move_journal.Row:
-        if away[0] and threading.current_thread() is threading.main_thread() and moving.has_left(pair.a.paths):
+        if away[0] and threading.current_thread() is threading.main_thread() and move_disk.has_left(pair.a.paths):
             raise ControlPlaneUnavailable("still away")
         return get_(control_plane, move_id)  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def test_when_the_reply_to_the_route_is_lost_nobody_writes_until_it_is_known(
         wait_until(lambda: len(writers[0].acknowledged) > 3)
         with pytest.raises(ControlPlaneUnavailable):
             perform(pair)
-        assert moving.has_left(pair.a.paths)
+        assert move_disk.has_left(pair.a.paths)
         away[0] = False
         assert all(s.ok for s in sweep(pair.a))
         check_one_serves(pair, writers)
@@ -226,14 +226,14 @@ def test_the_target_does_not_serve_before_the_control_plane_says_so(
 ) -> None:
     """Ready is not routed: nobody can use what was prepared."""
     seen: list[bool] = []
-    real = moving.leave
+    real = move_disk.leave
 
     def look(paths: object) -> None:
         seen.append(pair.can_use(pair.b))
         real(paths)  # type: ignore[arg-type]
         seen.extend((pair.can_use(pair.a), pair.can_use(pair.b)))
 
-    monkeypatch.setattr(moving, "leave", look)
+    monkeypatch.setattr(move_disk, "leave", look)
     perform(pair)
     assert seen == [False, False, False]
 
@@ -270,8 +270,8 @@ def test_a_control_plane_that_goes_away_while_writes_are_held_does_not_hold_them
 
     chosen = pair.plan()
     with monkeypatch.context() as patch:
-        real = moving.write
-        patch.setattr(moving, "write", lambda *a: (patch.setattr(move_journal, "undo", away), real(*a)))
+        real = move_disk.write
+        patch.setattr(move_disk, "write", lambda *a: (patch.setattr(move_journal, "undo", away), real(*a)))
         patch.setattr(move, "_step", lambda d, state, **_: away() if state == "held" else None)
         patch.setattr(move, "wait_staged", lambda _, copied: copied)
         with pytest.raises(ControlPlaneUnavailable):
@@ -316,7 +316,7 @@ def test_a_target_that_lost_its_disk_after_the_route_says_which_backup_holds_all
     *_, left = sweep(pair.b)
     row = move_journal.get(pair.control_plane, move_id)
     assert not left.ok and f"engram restore {pair.tenant_id} --backup {row.final_backup_id}" in left.done
-    assert moving.has_left(pair.a.paths), "the source keeps its files until the target serves"
+    assert move_disk.has_left(pair.a.paths), "the source keeps its files until the target serves"
     lease.release_dead(pair.control_plane, pair.tenant_id)  # or its end, a minute later
     restore_fixtures.perform(pair.b)
     assert sweep(pair.b)[-1].done == f"done, machine {B} serves it"
@@ -331,12 +331,12 @@ def test_a_return_that_is_given_up_leaves_the_earlier_stay_as_it_was(
     perform(pair)
     pair.b.write("three")
     kept = sorted(pair.a.paths.generations.iterdir())
-    monkeypatch.setattr(moving, "leave", failing_once(moving.leave))
+    monkeypatch.setattr(move_disk, "leave", failing_once(move_disk.leave))
     with pytest.raises(OSError, match="no space"):
         perform(pair)
     assert pair.serving() is pair.b and not pair.can_use(pair.a)
     assert sorted(pair.a.paths.generations.iterdir()) == kept
-    marker = moving.read(pair.a.paths)
+    marker = move_disk.read(pair.a.paths)
     assert marker is not None and marker.settled and marker.target == B
     assert sweep(pair.a) == sweep(pair.b) == []
     perform(pair)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from shared import catalogue, moving, registry
+from shared import catalogue, move_disk, registry
 from shared.diagnosis import played
 from shared.diagnosis.finding import Finding, Symptom, bad, good, unseen
 from shared.diagnosis.sight import Sight
@@ -146,7 +146,7 @@ def _backup(sight: Sight, tenant_id: str) -> dict[str, str]:
 
 def _held(sight: Sight, paths: TenantPaths) -> str | None:
     """Who holds the tenant, in words; None when nobody does."""
-    if (marker := moving.read(paths)) is not None and not marker.settled:
+    if (marker := move_disk.read(paths)) is not None and not marker.settled:
         return f"move {marker.move_id} from {marker.source} to {marker.target}"
     if (mark := read_mark(paths)) is not None:
         return mark.holder
