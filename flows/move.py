@@ -14,10 +14,12 @@ from flows import artifact, machine, policy
 from flows.core import configuration, control_plane, objects
 from flows.machine import Elsewhere
 from shared import move as core
-from shared import move_journal
+from shared import move_journal, move_plan
+from shared.departure import Departure, leaving
 from shared.errors import Permanent
 from shared.lease import Lease
-from shared.move import Copied, Departure, Fenced, Held, Moved, MovePlan, Routed
+from shared.move import Copied, Fenced, Held, Moved, Routed
+from shared.move_plan import MovePlan
 from shared.tenant import TENANT_ID_PATTERN
 
 MACHINE_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -25,7 +27,7 @@ MACHINE_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 @task(name="plan", **policy.READ)
 def plan(tenant_id: str, target: str) -> MovePlan:
-    return core.plan(configuration(), control_plane(), tenant_id, target)
+    return move_plan.plan(configuration(), control_plane(), tenant_id, target)
 
 
 @task(name="copy", **policy.READ)
@@ -134,7 +136,7 @@ def move(
 
 def _run(chosen: MovePlan, requested_by: str, reason: str) -> Moved:
     began = time.monotonic()
-    with core.leaving(
+    with leaving(
         configuration(),
         control_plane(),
         chosen,

@@ -1,7 +1,7 @@
 """Moving a tenant to another machine, read aloud; each step takes the receipt of the one before.
 
     source                                                        target (`shared.move_arrive`)
-    plan         how much, how long; changes nothing
+    plan         how much, how long; changes nothing (`shared.move_plan`)
     copy         a backup while writes go on → journal            arrive, stage: fetch it, check all of it
     lock         the lease in the control plane
     final_copy   writes held (503, reads go on); a backup again,  receive: fetch it unless it is the same, check,
@@ -16,6 +16,7 @@ The order is fence, route, serve: at no instant can two machines acknowledge a w
 the one that `tenants.machine_id` names. Each machine has a run of its own, because each step must run where the file
 is, and the two share nothing but the journal's row (`shared.move_journal`): no run waits for another's process, only
 for a state, so either may die at any point and its machine's sweep finishes or undoes its half (`shared.move_settle`).
+What the source's run holds meanwhile, and gives back however it ends, is in `shared.departure`.
 Polling PostgreSQL every 30 ms while writes are held is cheaper than a second way for machines to reach each other.
 
 Writes are held for as long as a snapshot, an upload, a download and SQLite's checks of the whole database take. When
@@ -32,46 +33,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 from shared import backup, fingerprint, generation, lease, move_disk, move_journal, move_settle, registry
 from shared.catalogue import Backup
-from shared.control_plane import ControlPlane
-from shared.engine.database import TenantDatabase
-from shared.errors import ControlPlaneUnavailable, EngramError, LeaseHeld, Permanent, Refused
-from shared.fence import Fence, Mark, RestoreMutex
-from shared.ids import new_id
+from shared.departure import Departure
+from shared.errors import ControlPlaneUnavailable, Permanent
+from shared.fence import Fence, Mark
 from shared.lease import Lease
 from shared.log import get_logger
 from shared.move_disk import Moving
 from shared.move_journal import Row
+from shared.move_plan import MovePlan, check_route
 from shared.move_settle import holder_of
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
-from shared.registry import Tenant
-from shared.repair import repair
-from shared.settings import Settings
-from shared.storage import storage_bytes
-from shared.tenant import TenantPaths
 
 log = get_logger("move")
-
-
-class MovePlan(Receipt, frozen=True):
-    """What a move would do. `window_ms`: the median of what the last moves held writes for, None before the first."""
-
-    move_id: UUID
-    tenant_id: str
-    source: str
-    target: str
-    generation: int
-    memories: int
-    size_bytes: int
-    target_tenants: int
-    window_ms: float | None
 
 
 class Copied(Receipt, frozen=True):
@@ -118,124 +97,6 @@ class Moved(Receipt, frozen=True):
     final_backup_id: UUID
     generation: int
     kept_hours: float
-
-
-class Departure:
-    """What a move's run holds on the source and must give back."""
-
-    def __init__(self, settings: Settings, control_plane: ControlPlane, plan: MovePlan) -> None:
-        self.settings = settings
-        self.control_plane = control_plane
-        self.plan = plan
-        self.paths = TenantPaths.of(settings.tenants_dir, plan.tenant_id)
-        self.mutex = RestoreMutex(self.paths)
-        self.fence: Fence | None = None
-        self.holder = ""  # set before the lease is asked for: the reply may be lost, the grant not
-        self.began = False
-        self.over = False
-
-
-def plan(settings: Settings, control_plane: ControlPlane, tenant_id: str, target: str) -> MovePlan:
-    """Weigh the move; changes nothing. Raises `Refused` (not on this machine, already there), `LeaseHeld`."""
-    tenant = registry.get_active(control_plane, tenant_id)
-    check_route(tenant, target)
-    if tenant.machine_id != settings.machine_id:
-        raise Refused(f"tenant {tenant_id} is on machine {tenant.machine_id}, this is {settings.machine_id}")
-    last = control_plane.row("move_of_tenant", tenant_id=tenant_id)
-    if last is not None and last["state"] != "done":
-        raise LeaseHeld(f"tenant {tenant_id} is being moved from machine {last['source']} to {last['target']}")
-    paths = TenantPaths.of(settings.tenants_dir, tenant_id)
-    database = TenantDatabase(paths, readonly=True)
-    try:
-        with database.read() as connection:
-            memories = int(connection.execute("SELECT count(*) FROM memories").fetchone()[0])
-    finally:
-        database.close()
-    window = control_plane.row("move_window")
-    machines = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
-    return MovePlan(
-        move_id=new_id(),
-        tenant_id=tenant_id,
-        source=settings.machine_id,
-        target=target,
-        generation=generation.active(paths),
-        memories=memories,
-        size_bytes=storage_bytes(paths),
-        target_tenants=machines.get(target, 0),
-        window_ms=window["held_ms"] if window else None,
-    )
-
-
-def check_route(tenant: Tenant, target: str) -> None:
-    """Raises `Refused` when the tenant is there already."""
-    if tenant.machine_id == target:
-        raise Refused(f"tenant {tenant.tenant_id} is on machine {target} already")
-
-
-@contextmanager
-def leaving(
-    settings: Settings,
-    control_plane: ControlPlane,
-    chosen: MovePlan,
-    *,
-    requested_by: str = "",
-    reason: str = "",
-    flow_run_id: str | None = None,
-) -> Iterator[Departure]:
-    """The block inside which the source's half of a move happens. However it is left, the tenant is served by exactly
-    one machine afterwards, or by none until a control plane that is away answers again. Raises `LeaseHeld`,
-    `CorruptDatabase`."""
-    departure = Departure(settings, control_plane, chosen)
-    try:
-        move_disk.refuse(departure.paths)
-        repair(departure.paths)  # what a dead restore left; a database that does not verify is not moved
-        move_journal.begin(
-            control_plane,
-            chosen.move_id,
-            chosen.tenant_id,
-            chosen.source,
-            chosen.target,
-            requested_by=requested_by,
-            reason=reason,
-            flow_run_id=flow_run_id,
-        )
-        departure.began = True
-        yield departure
-    except BaseException as e:
-        _give_up(departure, e)
-        raise
-    finally:
-        try:
-            _free_lease(departure)
-        finally:
-            departure.mutex.release()
-
-
-def _give_up(departure: Departure, error: BaseException) -> None:
-    """What cannot be settled now (a control plane that is away, a full disk) is left to the sweep, and must not hide
-    the cause."""
-    chosen = departure.plan
-    said = f"{type(error).__name__}: {error}"
-    log.error("move_failed", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), cause=said)
-    if not departure.began or departure.over:
-        return
-    fence, departure.fence = departure.fence, None
-    try:
-        row = move_settle.settle_source(
-            departure.settings, departure.control_plane, departure.paths, chosen.move_id, fence, said
-        )
-        if row.state in ("routed", "done"):
-            log.warning("move_goes_on", tenant_id=chosen.tenant_id, move_id=str(chosen.move_id), state=row.state)
-    except (EngramError, OSError) as e:
-        log.error("move_left_to_the_sweep", tenant_id=chosen.tenant_id, cause=str(e))
-
-
-def _free_lease(departure: Departure) -> None:
-    if departure.holder:
-        try:
-            lease.release(departure.control_plane, departure.plan.tenant_id, departure.holder)
-        except ControlPlaneUnavailable as e:
-            log.error("lease_left_to_the_sweep", tenant_id=departure.plan.tenant_id, cause=str(e))
 
 
 def copy(departure: Departure, objects: ObjectStore, *, flow_run_id: str | None = None) -> Copied:

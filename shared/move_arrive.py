@@ -107,14 +107,10 @@ def _check_place(arrival: Arrival) -> None:
 
 
 def _give_up(arrival: Arrival, error: BaseException) -> None:
-    """What cannot be settled now (a control plane that is away, a full disk) is left to the sweep, and must not hide
-    the cause."""
     row, said = arrival.row, f"machine {arrival.row.target}: {type(error).__name__}: {error}"
     log.error("arrival_failed", tenant_id=row.tenant_id, move_id=str(row.move_id), cause=said)
-    try:
+    with move_settle.else_left_to_the_sweep("arrival", row.tenant_id):
         move_settle.settle_target(arrival.settings, arrival.control_plane, arrival.paths, row.move_id, said)
-    except (EngramError, OSError) as e:
-        log.error("arrival_left_to_the_sweep", tenant_id=row.tenant_id, cause=str(e))
 
 
 def stage(arrival: Arrival, objects: ObjectStore, *, progress: Progress | None = None) -> Staged:

@@ -92,6 +92,12 @@ def get(control_plane: ControlPlane, move_id: str | UUID) -> Row:
     return Row(**row)
 
 
+def of_flow_run(control_plane: ControlPlane, flow_run_id: str) -> Row | None:
+    """The move that a run made; None when it began none."""
+    row = control_plane.row("move_by_flow_run", flow_run_id=flow_run_id)
+    return get(control_plane, row["move_id"]) if row is not None else None
+
+
 def step(control_plane: ControlPlane, move_id: UUID, state: State, **facts: Any) -> None:
     """One state further, with what is known now. Raises `Permanent` when the move was given up meanwhile."""
     names = (

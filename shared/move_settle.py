@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC
 from uuid import UUID
 
@@ -34,6 +34,16 @@ from shared.sweep import Swept
 from shared.tenant import TenantPaths, is_tenant_id
 
 log = get_logger("move")
+
+
+@contextmanager
+def else_left_to_the_sweep(what: str, tenant_id: str) -> Iterator[None]:
+    """For a run that failed. What cannot be settled now (a control plane that is away, a full disk) is left to the
+    sweep, and must not hide the cause."""
+    try:
+        yield
+    except (EngramError, OSError) as e:
+        log.error(f"{what}_left_to_the_sweep", tenant_id=tenant_id, cause=str(e))
 
 
 def settle_source(

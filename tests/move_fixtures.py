@@ -21,13 +21,15 @@ from uuid import UUID
 
 import pytest
 
-from shared import move, move_arrive, move_journal, move_settle, registry
+from shared import move, move_arrive, move_journal, move_plan, move_settle, registry
 from shared.control_plane import ControlPlane
+from shared.departure import Departure, leaving
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.errors import EngramError, InMaintenance, TenantDatabaseUnavailable
-from shared.move import Departure, Moved, MovePlan
+from shared.move import Moved
 from shared.move_arrive import Arrived
+from shared.move_plan import MovePlan
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.sweep import Swept, sweep_disk, sweep_records
@@ -78,7 +80,7 @@ class Pair:
 
     def plan(self) -> MovePlan:
         source, target = self.serving(), self.other()
-        return move.plan(source.settings, self.control_plane, self.tenant_id, target.settings.machine_id)
+        return move_plan.plan(source.settings, self.control_plane, self.tenant_id, target.settings.machine_id)
 
     def state(self, move_id: UUID) -> str:
         return move_journal.get(self.control_plane, move_id).state
@@ -106,7 +108,7 @@ def new_pair(directory: Path, url: str, control_plane: ControlPlane, tenant_id: 
 
 def depart(world: World, chosen: MovePlan, between: Callable[[Departure], None] = lambda _: None) -> Moved:
     """The source's half as the flow runs it; `between`, once the first copy is made."""
-    with move.leaving(world.settings, world.control_plane, chosen, requested_by="test", reason="test") as departure:
+    with leaving(world.settings, world.control_plane, chosen, requested_by="test", reason="test") as departure:
         copied = move.copy(departure, world.objects)
         between(departure)
         move.wait_staged(departure, copied)

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from shared import backup, generation, lease, move, move_disk, move_journal, move_settle
+from shared import backup, generation, lease, move, move_disk, move_journal, move_plan, move_settle
 from shared.control_plane import ControlPlane
 from shared.errors import EngramError
 from shared.fence import Fence
@@ -82,7 +82,7 @@ def _child(directory: Path, url: str, tenant_id: str, role: str, text: str, poin
         if role == "source":
             source, target, move_id = text.split(",")
             world = pair.world(source)
-            chosen = move.plan(world.settings, control_plane, tenant_id, target)
+            chosen = move_plan.plan(world.settings, control_plane, tenant_id, target)
             depart(world, msgspec.structs.replace(chosen, move_id=UUID(move_id)))
         else:
             target, move_id = text.split(",")

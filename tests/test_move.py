@@ -8,8 +8,9 @@ from uuid import uuid4
 import pytest
 from pydantic import SecretStr
 
-from shared import catalogue, deletion, fingerprint, keys, move, move_disk, move_journal, registry, watermark
+from shared import catalogue, deletion, fingerprint, keys, move, move_disk, move_journal, move_plan, registry, watermark
 from shared import plan as planning
+from shared.departure import Departure
 from shared.errors import (
     CorruptBackup,
     InMaintenance,
@@ -20,7 +21,6 @@ from shared.errors import (
     TenantDatabaseUnavailable,
 )
 from shared.fence import Fence, Mark
-from shared.move import Departure
 from shared.objects import ObjectStore
 from shared.sweep import sweep_disk
 from tests import restore_fixtures
@@ -297,9 +297,9 @@ def test_a_move_to_nowhere_changes_nothing(pair: Pair, target: str) -> None:
     """To itself it is refused at once; where nobody takes it up it is given up before anything is held."""
     if target == A:
         with pytest.raises(Refused, match="already"):
-            move.plan(pair.a.settings, pair.control_plane, pair.tenant_id, A)
+            move_plan.plan(pair.a.settings, pair.control_plane, pair.tenant_id, A)
         return
-    chosen = move.plan(pair.a.settings, pair.control_plane, pair.tenant_id, target)
+    chosen = move_plan.plan(pair.a.settings, pair.control_plane, pair.tenant_id, target)
     settings = pair.a.settings.model_copy(update={"move_wait_seconds": 0.1})
     world = World(settings, pair.control_plane, pair.a.objects, pair.tenant_id)
     with pytest.raises(Permanent, match="still copied"):

@@ -11,6 +11,7 @@ import pytest
 
 from shared import lease, move, move_disk, move_journal
 from shared.control_plane import ControlPlane
+from shared.departure import Departure
 from shared.errors import (
     ControlPlaneUnavailable,
     EngramError,
@@ -18,7 +19,6 @@ from shared.errors import (
     Permanent,
     Refused,
 )
-from shared.move import Departure
 from tests import restore_fixtures
 from tests.core_fixtures import contents_of, sampled, wait_until
 from tests.move_fixtures import (

@@ -12,7 +12,7 @@ from deployments.cli.output import Json, note, print_json, print_table
 from shared.errors import Permanent
 
 if TYPE_CHECKING:
-    from shared.move import MovePlan
+    from shared.move_plan import MovePlan
 
 
 def register(app: typer.Typer) -> None:
@@ -29,15 +29,14 @@ def move(
     """Move a tenant to another machine without losing a write."""
     from deployments.cli.restore import follow
     from deployments.prefect_api import PrefectApi
-    from shared import move as core
-    from shared import registry
+    from shared import move_journal, move_plan, registry
 
     with beside.control_plane() as (settings, control_plane):
         if dry_run:
-            _show_plan(core.plan(settings, control_plane, tenant_id, machine_id), as_json)
+            _show_plan(move_plan.plan(settings, control_plane, tenant_id, machine_id), as_json)
             return
         tenant = registry.get_active(control_plane, tenant_id)
-        core.check_route(tenant, machine_id)
+        move_plan.check_route(tenant, machine_id)
         api = PrefectApi(settings)
         parameters = {
             "tenant_id": tenant_id,
@@ -48,29 +47,29 @@ def move(
         run = api.start("move/move", parameters, machine_id=tenant.machine_id)
         note(f"move of {tenant_id} from {tenant.machine_id} to {machine_id}: {run.url}")
         ended = follow(api, run, settings.prefect_pick_up_seconds)
-        row = control_plane.row("move_by_flow_run", flow_run_id=ended.id) or {}
-    if ended.state != "COMPLETED":
-        raise Permanent(row.get("error") or ended.message)
+        row = move_journal.of_flow_run(control_plane, ended.id)
+    if ended.state != "COMPLETED" or row is None:
+        raise Permanent((row and row.error) or ended.message)
     result: dict[str, Any] = {
-        "move_id": row["move_id"],
+        "move_id": row.move_id,
         "tenant_id": tenant_id,
-        "source": row["source"],
-        "target": row["target"],
-        "outcome": "moved" if row["state"] == "done" else row["state"],
-        "held_ms": row["held_ms"],
-        "memories": row["memories"],
-        "size_bytes": row["size_bytes"],
-        "backup_id": row["final_backup_id"],
+        "source": row.source,
+        "target": row.target,
+        "outcome": "moved" if row.state == "done" else row.state,
+        "held_ms": row.held_ms,
+        "memories": row.memories,
+        "size_bytes": row.size_bytes,
+        "backup_id": row.final_backup_id,
         "flow_run_id": ended.id,
         "flow_run_url": ended.url,
-        "kept_until": row["remove_after"],
+        "kept_until": row.remove_after,
     }
     if as_json:
         print_json(result)
     else:
         note(
-            f"done; writes were held for {row['held_ms']:.0f} ms; {row['source']} keeps its files until"
-            f" {row['remove_after']:%F %T} UTC"
+            f"done; writes were held for {row.held_ms:.0f} ms; {row.source} keeps its files until"
+            f" {row.remove_after:%F %T} UTC"
         )
 
 

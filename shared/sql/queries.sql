@@ -1000,10 +1000,7 @@ SELECT move_id, tenant_id, source, target, state, first_backup_id, final_backup_
 FROM moves WHERE move_id = %(move_id)s;
 
 -- name: move_by_flow_run
-SELECT move_id, tenant_id, source, target, state, first_backup_id, final_backup_id, fence_epoch, from_generation,
-       to_generation, memories, size_bytes, held_ms, error, created_at, held_at, routed_at, finished_at, remove_after,
-       removed_at
-FROM moves WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
+SELECT move_id FROM moves WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
 
 -- name: move_of_tenant
 -- The tenant's newest move that is over or open.
