@@ -16,7 +16,7 @@ from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
 from shared.errors import Refused
 from shared.objects import ObjectStore
-from shared.playbook import permissions
+from shared.playbook import file_tree, permissions
 from shared.playbook.action import BadRequest
 from shared.settings import Settings
 from shared.tenant import TenantPaths
@@ -107,7 +107,7 @@ def test_an_entry_that_was_exchanged_meanwhile_is_left_alone(
     elsewhere.write_text("x")
     elsewhere.chmod(0o666)
     (paths.root / "victim").write_text("x")
-    entry = next(e for e in permissions._walk(paths) if e.path == "victim")
+    entry = next(e for e in file_tree.walk(paths) if e.path == "victim")
     (paths.root / "victim").unlink()
     (paths.root / "victim").symlink_to(elsewhere)
     assert permissions._apply(paths, [(entry, 0, 0, 0o600)]) == 0
@@ -129,7 +129,7 @@ def test_looking_at_a_live_databases_files_does_not_drop_its_locks(stack: Stack,
     with closing(TenantDatabase(paths)) as database, database.write() as connection:
         memories.create(connection, NewMemory("held"))
         before = _locks(file)
-        entries = list(permissions._walk(paths))
+        entries = list(file_tree.walk(paths))
         permissions._apply(paths, [(e, e.uid, e.gid, e.mode) for e in entries if e.type == "file"])
         assert before and _locks(file) == before
 

@@ -4,36 +4,30 @@
     directory    rwx for the owner; nothing at all for others at the top, no writing by others further down
     file         rw for the owner, no writing by others
 
-Nothing outside of the directory is ever touched: entries are reached from their directory's descriptor, links are
-neither followed nor changed, and a file with a second name (a hard link) is left alone, for that name may be anywhere.
-No file is opened: an `O_PATH` descriptor is none of the file's data, so closing it does not drop the locks that SQLite
-holds on a live database in this process (FACTS; `close(2)` of any other would).
+Nothing outside of the directory is ever touched (`shared.playbook.file_tree`): links are neither followed nor changed,
+and a file with a second name (a hard link) is left alone, for that name may be anywhere.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-import stat
-from collections.abc import Iterator
 from contextlib import closing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
 from msgspec import Meta
 
 from shared.engine.database import TenantDatabase
-from shared.errors import CorruptDatabase, EngramError, InMaintenance, Permanent, Refused, UnknownTenant
+from shared.errors import CorruptDatabase, EngramError, InMaintenance, Permanent, Refused
 from shared.playbook.action import BadRequest, Context, Finding, Outcome, Request
+from shared.playbook.file_tree import Entry, reach, walk
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 
-MAX_ENTRIES = 10_000
 MAX_ROUNDS = 5  # a directory that could not be read hides what is below it until it is fixed
 _LISTED = 100
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FixPermissions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,19 +38,6 @@ class FixPermissions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class NotPermitted(Permanent):
     """This process may not change the owner or mode of a file."""
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """`path` is relative to the tenant's directory, `.` itself. `mode` is the twelve permission bits."""
-
-    path: str
-    type: Literal["directory", "file", "link", "other"]
-    uid: int
-    gid: int
-    mode: int
-    links: int
-    device: int
-    inode: int
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -113,7 +94,7 @@ def fix(context: Context, request: Request, arguments: FixPermissions) -> Outcom
         after += [Change.of(e.path, *to) for e, *to in changes]
         if request.dry_run or not changes or _apply(paths, changes) == 0:
             break
-        entries = list(_walk(paths))
+        entries = list(walk(paths))
     verified: bool | None = None
     trouble = ""
     if not request.dry_run:
@@ -153,73 +134,7 @@ def _seen(settings: Settings, request: Request) -> tuple[TenantPaths, list[Entry
     assert request.tenant_id is not None  # `perform` refuses a request without one
     paths = TenantPaths.of(settings.tenants_dir, request.tenant_id)
     top = os.stat(settings.tenants_dir)
-    return paths, list(_walk(paths)), (top.st_uid, top.st_gid)
-
-
-def _walk(paths: TenantPaths) -> Iterator[Entry]:
-    """The directory and all below it, from descriptor to descriptor. Raises `UnknownTenant`, or `Refused` when the
-    directory itself is a link or holds absurdly much."""
-    parent = os.open(paths.root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        root = _open(paths.root.name, parent)
-    finally:
-        os.close(parent)
-    try:
-        for found, entry in enumerate(_below(root, ".")):
-            if found >= MAX_ENTRIES:
-                raise Refused(f"{paths.root} holds more than {MAX_ENTRIES} entries; look at it by hand")
-            yield entry
-    finally:
-        os.close(root)
-
-
-def _open(name: str, parent: int) -> int:
-    try:
-        root = os.open(name, _PATH, dir_fd=parent)
-    except FileNotFoundError:
-        raise UnknownTenant(f"tenant {name} has no directory on this machine") from None
-    if not stat.S_ISDIR(os.fstat(root).st_mode):
-        os.close(root)
-        raise Refused(f"the directory of tenant {name} is no directory but a link or a file; it is not followed")
-    return root
-
-
-def _below(fd: int, path: str) -> Iterator[Entry]:
-    """The entry of an `O_PATH` descriptor and, of a directory, those below it. A directory that may not be read is
-    only itself: once it is fixed a second look sees further."""
-    entry = _entry(fd, path)
-    yield entry
-    if entry.type != "directory":
-        return
-    try:
-        opened = os.open(".", _DIRECTORY, dir_fd=fd)
-    except PermissionError:
-        return
-    try:
-        for name in sorted(os.listdir(opened)):
-            try:
-                below = os.open(name, _PATH, dir_fd=opened)
-            except FileNotFoundError:  # a -wal that was removed meanwhile
-                continue
-            try:
-                yield from _below(below, name if path == "." else f"{path}/{name}")
-            finally:
-                os.close(below)
-    finally:
-        os.close(opened)
-
-
-def _entry(fd: int, path: str) -> Entry:
-    found = os.fstat(fd)
-    kind: Literal["directory", "file", "link", "other"] = "other"
-    if stat.S_ISDIR(found.st_mode):
-        kind = "directory"
-    elif stat.S_ISREG(found.st_mode):
-        kind = "file"
-    elif stat.S_ISLNK(found.st_mode):
-        kind = "link"
-    mode = stat.S_IMODE(found.st_mode)
-    return Entry(path, kind, found.st_uid, found.st_gid, mode, found.st_nlink, device=found.st_dev, inode=found.st_ino)
+    return paths, list(walk(paths)), (top.st_uid, top.st_gid)
 
 
 def _wanted(entry: Entry, owner: tuple[int, int]) -> tuple[int, int, int]:
@@ -251,7 +166,7 @@ def _apply(paths: TenantPaths, changes: list[tuple[Entry, int, int, int]]) -> in
     """How many were made. Each entry is reached again and must be the one that was seen."""
     done = 0
     for entry, uid, gid, mode in changes:
-        fd = _reach(paths, entry)
+        fd = reach(paths, entry)
         if fd is None:
             continue
         try:
@@ -266,29 +181,6 @@ def _apply(paths: TenantPaths, changes: list[tuple[Entry, int, int, int]]) -> in
         finally:
             os.close(fd)
     return done
-
-
-def _reach(paths: TenantPaths, entry: Entry) -> int | None:
-    """An `O_PATH` descriptor of the entry; None when it left, or is another one by now."""
-    steps = [] if entry.path == "." else entry.path.split("/")
-    parent = os.open(paths.root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fd = _open(paths.root.name, parent)
-    finally:
-        os.close(parent)
-    for step in steps:
-        try:
-            below = os.open(step, _PATH, dir_fd=fd)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        finally:
-            os.close(fd)
-        fd = below
-    now = _entry(fd, entry.path)
-    if (now.device, now.inode, now.type, now.links > 1) != (entry.device, entry.inode, entry.type, entry.links > 1):
-        os.close(fd)
-        return None
-    return fd
 
 
 def _works(paths: TenantPaths) -> str:
