@@ -22,7 +22,8 @@ from flows.core import configuration, control_plane
 from shared import registry
 from shared.diagnosis import check as core
 from shared.diagnosis.check import Check
-from shared.diagnosis.finding import Diagnosis, Finding, Proposal, Subject
+from shared.diagnosis.finding import Diagnosis, Finding, Subject
+from shared.diagnosis.proposal import Proposal
 from shared.diagnosis.sight import Sight
 from shared.errors import ControlPlaneUnavailable
 from shared.tenant import TENANT_ID_PATTERN

@@ -13,7 +13,8 @@ import yaml
 
 from deployments.cli import COMMANDS, app
 from shared.diagnosis import table
-from shared.diagnosis.finding import Finding, Proposal, Symptom, bad, good, unseen
+from shared.diagnosis.finding import Finding, Symptom, bad, good, unseen
+from shared.diagnosis.proposal import Proposal
 from shared.playbook.table import ACTIONS
 from tests.core_fixtures import ROOT
 

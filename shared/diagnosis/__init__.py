@@ -4,7 +4,7 @@
     edge, issuer, tenant, books, store, played    the checks, one function each: Sight → findings
     check     which checks a subject has, and how one runs: what cannot be seen is a finding, never green
     table     the decision table: findings → one proposal, in plain code
-    finding   the words for all that
+    finding, proposal    the words for all that
 
 Two shells: `flows/diagnose.py` runs the checks side by side as tasks; `engram diagnose` does without Prefect.
 """

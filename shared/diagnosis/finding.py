@@ -1,14 +1,14 @@
-"""What a check saw, what follows from it, and the whole of a diagnosis."""
+"""What a check saw, and the whole of a diagnosis."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
 
+from shared.diagnosis.proposal import Proposal
 from shared.playbook.action import Finding as Seen
 from shared.receipt import Receipt
 
@@ -71,19 +71,6 @@ class Finding(Seen, frozen=True):
     facts: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Proposal(Receipt, frozen=True):
-    """The one thing to do now. `deployment` names the one whose run form does it with `parameters`; None: only the
-    command does. `destructive`: it replaces data, so a person starts it; nothing here ever does."""
-
-    action: str
-    arguments: Mapping[str, Any]
-    command: str
-    why: str
-    destructive: bool = False
-    deployment: str | None = None
-    parameters: Mapping[str, Any] = msgspec.field(default_factory=dict)
-
-
 class Diagnosis(Receipt, frozen=True):
     """`proposal` None: nothing to do. `looked_at` is when the checks had ended."""
 
@@ -118,8 +105,3 @@ def bad(name: str, seen: Any, normal: str, symptom: Symptom, **facts: Any) -> Fi
 
 def unseen(name: str, cause: object, normal: str = "") -> Finding:
     return Finding(name, f"not seen: {' '.join(str(cause).split())[:300]}", normal, None, "not_seen")
-
-
-def words(*parts: str) -> str:
-    """A command as it is typed."""
-    return shlex.join(parts)

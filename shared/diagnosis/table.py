@@ -9,13 +9,14 @@ Where no action of ours helps, the proposal is to look closer and `why` says wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+import shlex
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from shared.diagnosis.finding import Finding, Proposal, Symptom, words
+from shared.diagnosis.finding import Finding, Symptom
+from shared.diagnosis.proposal import Proposal, act, by_hand, run
 from shared.engine import schema
 
-_TTL_SECONDS = 3600.0
 _MOST_TENANTS = 20  # named in one command
 Answer = Callable[[Finding], Proposal]
 
@@ -34,48 +35,6 @@ def decide(findings: Iterable[Finding]) -> Proposal | None:
     return next((row.answer(found[row.symptom]) for row in ROWS if row.symptom in found), None)
 
 
-def _act(
-    name: str,
-    why: str,
-    *options: str,
-    tenant: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    reads: bool = False,
-    ttl: bool = False,
-    form: bool = True,
-) -> Proposal:
-    """An action of the playbook, by `engram act NAME [TENANT] …` and, with `form`, by the `act` deployment."""
-    given = dict(arguments or {})
-    reason = f"diagnosis: {why}"[:200]
-    last = [] if reads else [*(("--ttl", f"{_TTL_SECONDS:g}") if ttl else ()), "--reason", reason]
-    parameters = {
-        "name": name,
-        "tenant_id": tenant,
-        "arguments": given,
-        "reason": reason,
-        "dry_run": False,
-        "ttl_seconds": _TTL_SECONDS if ttl else None,
-    }
-    return Proposal(
-        action=name,
-        arguments=given | ({"tenant_id": tenant} if tenant else {}),
-        command=words("engram", "act", name, *([tenant] if tenant else []), *options, *last),
-        why=why,
-        deployment="act" if form else None,
-        parameters=parameters if form else {},
-    )
-
-
-def _run(deployment: str, why: str, *command: str, destructive: bool = False, **parameters: Any) -> Proposal:
-    """A run of another deployment."""
-    return Proposal(deployment, parameters, words("engram", *command), why, destructive, deployment, parameters)
-
-
-def _by_hand(why: str, *command: str) -> Proposal:
-    """Nothing of ours mends it: what a person does, and the command that shows where."""
-    return Proposal("by-hand", {}, words("engram", *command), why)
-
-
 def _volume(finding: Finding) -> str:
     return f"the volume {finding.facts.get('path', '')}".strip()
 
@@ -85,13 +44,13 @@ def _restore(finding: Finding) -> Proposal:
     tenant, backup_id = finding.facts["tenant_id"], finding.facts.get("backup_id")
     what = "is missing" if finding.symptom == "database_missing" else "is corrupt"
     if backup_id is None:
-        return _by_hand(
+        return by_hand(
             f"the database of {tenant} {what} and there is no verified backup: look for one, and at engram.db.bak, "
             f"before anything is written",
             *("backups", tenant),
         )
     reason = f"diagnosis: the database {what}"
-    return _run(
+    return run(
         "restore",
         f"the database of {tenant} {what}: {finding.seen}; the newest verified backup is from "
         f"{finding.facts.get('backup_at', '?')}",
@@ -106,15 +65,15 @@ def _restore(finding: Finding) -> Proposal:
 def _open_failures(finding: Finding) -> Proposal:
     why = f"the gateway fails to open a database that is whole on disk ({finding.seen}): its handles are stale"
     if tenant := finding.facts.get("tenant_id"):
-        return _act("restart-tenant", why, tenant=tenant)
-    return _act("restart-workers", f"{why}, and no tenant is named")
+        return act("restart-tenant", why, tenant=tenant)
+    return act("restart-workers", f"{why}, and no tenant is named")
 
 
 def _wal(finding: Finding) -> Proposal:
     why = f"a write-ahead log grows ({finding.seen}): a reader in the gateway never ends"
     if tenant := finding.facts.get("tenant_id"):
-        return _act("restart-tenant", why, tenant=tenant)
-    return _act("restart-workers", why)
+        return act("restart-tenant", why, tenant=tenant)
+    return act("restart-workers", why)
 
 
 def _backup(finding: Finding) -> Proposal:
@@ -122,8 +81,8 @@ def _backup(finding: Finding) -> Proposal:
     tenants: list[str] = list(finding.facts.get("tenants", ()))
     why = f"{finding.name}: {finding.seen}"
     if 0 < len(tenants) <= _MOST_TENANTS:
-        return _run("backup", why, "backup", *tenants, tenants=tenants, all=False)
-    return _run("backup", why, "backup", "--all", all=True)
+        return run("backup", why, "backup", *tenants, tenants=tenants, all=False)
+    return run("backup", why, "backup", "--all", all=True)
 
 
 def _again(finding: Finding) -> Proposal:
@@ -131,7 +90,7 @@ def _again(finding: Finding) -> Proposal:
     return Proposal(
         "wait",
         {"tenant_id": tenant},
-        words("engram", "diagnose", "tenant-db", tenant),
+        shlex.join(("engram", "diagnose", "tenant-db", tenant)),
         f"a restore of {tenant} is running ({finding.seen}): its writes come back by themselves; look again when it "
         f"has ended",
     )
@@ -141,7 +100,7 @@ def _rate(finding: Finding) -> Proposal:
     """Half of what the tenant asks for now: it stays served, the others get room."""
     tenant = finding.facts["tenant_id"]
     rps = max(1.0, float(round(finding.facts.get("rps", 2.0) / 2)))
-    return _act(
+    return act(
         "set-rate-limit",
         f"{tenant} takes most of this machine: {finding.seen}",
         *("--rps", f"{rps:g}"),
@@ -152,14 +111,14 @@ def _rate(finding: Finding) -> Proposal:
 
 
 def _shed(classes: list[str], why: str) -> Proposal:
-    return _act("shed", why, ",".join(classes), arguments={"classes": classes}, ttl=True)
+    return act("shed", why, ",".join(classes), arguments={"classes": classes}, ttl=True)
 
 
 ROWS: tuple[Row, ...] = (
     # What everything stands on.
     Row(
         "control_plane_down",
-        lambda f: _by_hand(
+        lambda f: by_hand(
             f"PostgreSQL does not answer ({f.seen}): bring it back. Requests are still served and usage waits on disk; "
             f"backups and restores do not run",
             "status",
@@ -167,7 +126,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "volume_read_only",
-        lambda f: _act(
+        lambda f: act(
             "volume-health",
             f"{_volume(f)} cannot be written ({f.name}: {f.seen}): mount it read-write again; its file system may have "
             f"found errors (dmesg)",
@@ -176,35 +135,33 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "volume_full",
-        lambda f: _act(
+        lambda f: act(
             "volume-health",
             f"{_volume(f)} is full ({f.name}: {f.seen}): make it larger, or free space outside of tenants/ and spool/",
             reads=True,
         ),
     ),
-    Row(
-        "gateway_down", lambda f: _by_hand(f"the gateway does not answer ({f.seen}): start it, read its log", "status")
-    ),
-    Row("worker_silent", lambda f: _act("restart-workers", f"a worker does not answer: {f.seen}")),
+    Row("gateway_down", lambda f: by_hand(f"the gateway does not answer ({f.seen}): start it, read its log", "status")),
+    Row("worker_silent", lambda f: act("restart-workers", f"a worker does not answer: {f.seen}")),
     # Tokens.
     Row(
         "clock_off",
-        lambda f: _by_hand(f"this machine's clock is wrong ({f.seen}): tokens expire early or late; set it", "status"),
+        lambda f: by_hand(f"this machine's clock is wrong ({f.seen}): tokens expire early or late; set it", "status"),
     ),
     Row(
         "issuer_down",
-        lambda f: _act(
+        lambda f: act(
             "jwks-status",
             f"the token issuer gives no keys ({f.seen}): call whoever runs it. Workers go on with the keys they have",
             reads=True,
         ),
     ),
     Row(
-        "keys_unknown", lambda f: _act("refresh-jwks", f"tokens are signed with keys the workers do not have: {f.seen}")
+        "keys_unknown", lambda f: act("refresh-jwks", f"tokens are signed with keys the workers do not have: {f.seen}")
     ),
     Row(
         "tokens_refused",
-        lambda f: _act(
+        lambda f: act(
             "explain-token",
             f"tokens are refused although the keys are right ({f.seen}): find the check that one of them fails, and "
             f"compare issuer, audience and claims with the settings",
@@ -214,16 +171,16 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "tokens_missing",
-        lambda f: _act("top", f"requests without a usable token ({f.seen}): a client, or somebody trying", reads=True),
+        lambda f: act("top", f"requests without a usable token ({f.seen}): a client, or somebody trying", reads=True),
     ),
     # One tenant's database: what a repair would trip over comes before the repair.
     Row(
-        "restore_left", lambda f: _run("sweep", f"a dead restore left {f.facts['tenant_id']} locked: {f.seen}", "sweep")
+        "restore_left", lambda f: run("sweep", f"a dead restore left {f.facts['tenant_id']} locked: {f.seen}", "sweep")
     ),
     Row("in_maintenance", _again),
     Row(
         "permissions_wrong",
-        lambda f: _act(
+        lambda f: act(
             "fix-permissions", f"the gateway may not open its files: {f.seen}", tenant=f.facts.get("tenant_id")
         ),
     ),
@@ -231,7 +188,7 @@ ROWS: tuple[Row, ...] = (
     Row("database_corrupt", _restore),
     Row(
         "schema_too_new",
-        lambda f: _by_hand(
+        lambda f: by_hand(
             f"{f.facts['tenant_id']} was written by a newer build ({f.seen}; this one knows "
             f"v{schema.SCHEMA_VERSION}): start that build again",
             *("tenant", "show", f.facts["tenant_id"]),
@@ -239,7 +196,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "database_unreadable",
-        lambda f: _act(
+        lambda f: act(
             "volume-health",
             f"the database of {f.facts['tenant_id']} cannot be read ({f.seen}) and is not corrupt: the disk below it",
             reads=True,
@@ -250,12 +207,12 @@ ROWS: tuple[Row, ...] = (
     # Load.
     Row(
         "volume_slow",
-        lambda f: _act("volume-health", f"{_volume(f)} is slow ({f.seen}): every write waits", reads=True),
+        lambda f: act("volume-health", f"{_volume(f)} is slow ({f.seen}): every write waits", reads=True),
     ),
     Row("tenant_dominates", _rate),
     Row(
         "memory_short",
-        lambda f: _act(
+        lambda f: act(
             "cap-pool",
             f"memory is short: {f.seen}",
             "--open-databases",
@@ -266,40 +223,40 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("machine_busy", lambda f: _shed(["search", "list"], f"the machine has more work than it can do: {f.seen}")),
     Row("searches_slow", lambda f: _shed(["search"], f"searches are slow: {f.seen}")),
-    Row("slow", lambda f: _act("top", f"slow ({f.seen}) without a cause seen here: who asks for what?", reads=True)),
-    Row("errors", lambda f: _act("top", f"errors ({f.seen}) without a cause seen here: whose, and where?", reads=True)),
-    Row("rate_limited", lambda f: _act("top", f"many are refused by their limits ({f.seen}): who?", reads=True)),
+    Row("slow", lambda f: act("top", f"slow ({f.seen}) without a cause seen here: who asks for what?", reads=True)),
+    Row("errors", lambda f: act("top", f"errors ({f.seen}) without a cause seen here: whose, and where?", reads=True)),
+    Row("rate_limited", lambda f: act("top", f"many are refused by their limits ({f.seen}): who?", reads=True)),
     # Usage.
     Row(
         "partitions_missing",
-        lambda f: _run(
+        lambda f: run(
             "retention",
             f"too few days have a partition ({f.seen}); its first step makes them",
             "retention",
             dry_run=False,
         ),
     ),
-    Row("usage_late", lambda f: _run("metering", f"usage waits on this machine: {f.seen}", "drain")),
-    Row("spool_half_full", lambda f: _run("metering", f"the spool fills: {f.seen}", "drain")),
-    Row("segments_stuck", lambda f: _run("metering", f"{f.seen}; given back to the drain when due", "drain")),
-    Row("flush_failures", lambda f: _act("volume-health", f"usage could not be written: {f.seen}", reads=True)),
-    Row("usage_lost", lambda f: _run("reconcile", f"{f.seen}: say for which tenants and days", "reconcile", days=3)),
+    Row("usage_late", lambda f: run("metering", f"usage waits on this machine: {f.seen}", "drain")),
+    Row("spool_half_full", lambda f: run("metering", f"the spool fills: {f.seen}", "drain")),
+    Row("segments_stuck", lambda f: run("metering", f"{f.seen}; given back to the drain when due", "drain")),
+    Row("flush_failures", lambda f: act("volume-health", f"usage could not be written: {f.seen}", reads=True)),
+    Row("usage_lost", lambda f: run("reconcile", f"{f.seen}: say for which tenants and days", "reconcile", days=3)),
     Row(
         "segments_quarantined",
-        lambda f: _run(
+        lambda f: run(
             "reconcile", f"{f.seen} with damage or what cannot be billed; see what the books lack", "reconcile", days=3
         ),
     ),
     # Backups.
-    Row("store_refuses", lambda f: _by_hand(f"the object store refuses us ({f.seen}): credentials, bucket", "status")),
+    Row("store_refuses", lambda f: by_hand(f"the object store refuses us ({f.seen}): credentials, bucket", "status")),
     Row(
-        "store_down", lambda f: _by_hand(f"the object store does not answer ({f.seen}): its side, or the way", "status")
+        "store_down", lambda f: by_hand(f"the object store does not answer ({f.seen}): its side, or the way", "status")
     ),
     Row("backups_corrupt", _backup),
     Row("backups_stale", _backup),
     Row("drill_failed", _backup),
-    Row("drills_late", lambda f: _run("restore-test", f"restore tests: {f.seen}", "restore-test")),
+    Row("drills_late", lambda f: run("restore-test", f"restore tests: {f.seen}", "restore-test")),
     Row(
-        "not_seen", lambda f: _by_hand(f"{f.name} could not be seen ({f.seen}): nothing is known to be wrong", "status")
+        "not_seen", lambda f: by_hand(f"{f.name} could not be seen ({f.seen}): nothing is known to be wrong", "status")
     ),
 )
