@@ -50,16 +50,17 @@ def _play(settings: Settings, conversations: list[Conversation]) -> Checks:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from deployments.demo import steps
+    from deployments.demo import steps, usage
     from deployments.demo.checks import Checks
+    from deployments.demo.stage import Stage, cast
     from deployments.prefect_api import PrefectApi
     from shared.control_plane import ControlPlane
     from shared.objects import ObjectStore
 
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ControlPlane(settings) as control_plane, Progress(*columns, console=Console(stderr=True)) as progress:
-        actors = steps.cast(settings, control_plane, conversations)
-        stage = steps.Stage(settings, control_plane, PrefectApi(settings), ObjectStore(settings), Checks(), actors)
+        actors = cast(settings, control_plane, conversations)
+        stage = Stage(settings, control_plane, PrefectApi(settings), ObjectStore(settings), Checks(), actors)
         total = sum(len(c.memories) for c in conversations)
         writing = progress.add_task(f"{len(actors)} tenants write over REST", total=total)
         steps.write(stage, lambda: progress.advance(writing))
@@ -78,7 +79,7 @@ def _play(settings: Settings, conversations: list[Conversation]) -> Checks:
             step(stage)
             progress.advance(task)
         task = progress.add_task("usage in PostgreSQL", total=1)
-        steps.usage(stage, lambda: steps.metering_link(stage))
+        usage.compare(stage)
         progress.advance(task)
     return stage.checks
 

@@ -1,86 +1,27 @@
-"""The steps of a demo. Each takes the `Stage` (the stack, its tenants, the table) and adds rows to the table."""
+"""The steps of a demo. Each takes the `Stage` and adds rows to its table. What was billed is in `usage`."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import httpx
-
-from deployments.demo.checks import Checks
-from deployments.demo.client import Counted, TenantClient, mcp_session
-from deployments.demo.corpus import Conversation
-from deployments.issuer import mint
-from deployments.prefect_api import PrefectApi, Run
-from shared import catalogue, registry
-from shared.control_plane import ControlPlane
+from deployments.demo.client import mcp_session
+from deployments.demo.stage import Actor, Stage, client_of, run_deployment
+from shared import catalogue
 from shared.errors import EngramError
-from shared.objects import ObjectStore
-from shared.settings import Settings
 from shared.tenant import TenantPaths
 
-SCOPES = ("memories:read", "memories:write", "search")
-_TOKEN_TTL_SECONDS = 3_600
-_USAGE_WAIT_SECONDS = 60.0
 Advance = Callable[[], None]
-
-
-@dataclass(slots=True)
-class Actor:
-    """One tenant of the demo: its conversation, its client's counts, what the gateway acknowledged."""
-
-    tenant_id: str
-    conversation: Conversation
-    token: str
-    counted: Counted = field(default_factory=Counted)
-    acknowledged: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Stage:
-    settings: Settings
-    control_plane: ControlPlane
-    prefect: PrefectApi
-    objects: ObjectStore
-    checks: Checks
-    actors: list[Actor]
-
-    @property
-    def victim(self) -> Actor:
-        return self.actors[0]
-
-
-def cast(settings: Settings, control_plane: ControlPlane, conversations: list[Conversation]) -> list[Actor]:
-    """Make one tenant a conversation; ids carry the time, so that a demo can be repeated on one stack."""
-    run = format(int(time.time()), "x")
-    actors = []
-    for conversation in conversations:
-        name = "".join(c if c.isalnum() else "-" for c in conversation.name.lower())[:40].strip("-") or "tenant"
-        tenant_id = f"demo-{name}-{run}"
-        registry.create(control_plane, settings, tenant_id)
-        token, _ = mint(settings, tenant_id, SCOPES, ttl_seconds=_TOKEN_TTL_SECONDS)
-        actors.append(Actor(tenant_id, conversation, token))
-    return actors
-
-
-@asynccontextmanager
-async def _client(stage: Stage, actor: Actor) -> AsyncIterator[TenantClient]:
-    limits = httpx.Limits(max_connections=16)
-    async with httpx.AsyncClient(base_url=stage.settings.gateway_url, timeout=30.0, limits=limits) as http:
-        yield TenantClient(http, actor.tenant_id, actor.token, actor.counted)
 
 
 def write(stage: Stage, advance: Advance) -> None:
     """Every memory of every conversation over REST, tenants side by side."""
 
     async def one(actor: Actor) -> None:
-        async with _client(stage, actor) as client:
+        async with client_of(stage, actor) as client:
             actor.acknowledged = await client.create_all(actor.conversation.memories, advance)
 
     async def everyone() -> None:
@@ -98,7 +39,7 @@ def use(stage: Stage, advance: Advance) -> None:
     """Searches, reads, updates and deletes; another tenant's memory must not be seen, a bad query is a 400."""
 
     async def one(actor: Actor, stranger: Actor) -> bool:
-        async with _client(stage, actor) as client:
+        async with client_of(stage, actor) as client:
             query, content = actor.conversation.distinctive()
             answer = await client.search(query)
             found = [hit["memory"]["content"] for hit in answer["results"]] == [content]
@@ -132,7 +73,7 @@ def use_mcp(stage: Stage, advance: Advance) -> None:
 
     async def one(actor: Actor) -> bool:
         url = stage.settings.gateway_url
-        async with mcp_session(url, actor.token, actor.counted) as mcp, _client(stage, actor) as client:
+        async with mcp_session(url, actor.token, actor.counted) as mcp, client_of(stage, actor) as client:
             made = await mcp.call("memory_create", content=f"stored by {actor.tenant_id} over MCP", tags=["mcp"])
             batch = [{"content": f"one of several, number {n}", "tags": ["mcp"]} for n in range(3)]
             several = await mcp.call("memory_create_batch", memories=batch)
@@ -153,15 +94,6 @@ def use_mcp(stage: Stage, advance: Advance) -> None:
 
     served = asyncio.run(everyone())
     stage.checks.equal("tenants served over MCP, with what REST reads", len(stage.actors), sum(served))
-
-
-def run_deployment(stage: Stage, deployment: str, parameters: dict[str, Any]) -> tuple[Run, str]:
-    """Start a deployment and wait for its end; the run and "completed", or its cause."""
-    run = stage.prefect.start(deployment, parameters)
-    try:
-        return stage.prefect.finish(run), "completed"
-    except EngramError as e:
-        return run, str(e)
 
 
 def back_up(stage: Stage) -> None:
@@ -224,7 +156,7 @@ def restore(stage: Stage) -> None:
     stage.checks.equal("its steps", "plan download lock swap verify release", " ".join(steps), run.url)
 
     async def compare() -> dict[str, dict[str, Any]]:
-        async with _client(stage, victim) as client:
+        async with client_of(stage, victim) as client:
             found = await client.all_memories()
             query, _ = victim.conversation.distinctive()
             await client.search(query)
@@ -243,7 +175,7 @@ def others_untouched(stage: Stage) -> None:
     """Every other tenant still has exactly what it was acknowledged."""
 
     async def one(actor: Actor) -> bool:
-        async with _client(stage, actor) as client:
+        async with client_of(stage, actor) as client:
             return await client.all_memories() == actor.acknowledged
 
     same = [asyncio.run(one(actor)) for actor in stage.actors[1:]]
@@ -260,56 +192,3 @@ def drill(stage: Stage) -> None:
             "SELECT outcome FROM restore_tests WHERE flow_run_id = %s AND tenant_id = %s", (run.id, tenant_id)
         ).fetchone()
     stage.checks.equal("its row in restore_tests", "pass", row["outcome"] if row else "missing", run.url)
-
-
-def usage(stage: Stage, link: Callable[[], str]) -> None:
-    """Wait until what the clients counted is in PostgreSQL; then events and both rollups must equal it."""
-    expected = {a.tenant_id: (a.counted.requests, *_billed(a.counted)) for a in stage.actors}
-    deadline = time.monotonic() + _USAGE_WAIT_SECONDS
-    while (seen := _events(stage)) != expected and time.monotonic() < deadline:
-        time.sleep(0.5)
-    metering = link()
-    for position, name in enumerate(("requests", "api_calls", "search_queries", "memories_created")):
-        want = sum(row[position] for row in expected.values())
-        have = sum(row[position] for row in seen.values())
-        what = "requests the clients sent = usage events" if name == "requests" else f"{name}: clients = events"
-        stage.checks.equal(what, want, have, metering)
-    stage.checks.equal(
-        "tenants whose usage is exact", len(expected), sum(seen.get(t) == row for t, row in expected.items())
-    )
-    billed = {tenant: row[1:] for tenant, row in expected.items()}
-    for table in ("usage_hourly", "usage_daily"):
-        rollup = _rollup(stage, table)
-        exact = sum(rollup.get(tenant) == row for tenant, row in billed.items())
-        stage.checks.equal(f"tenants whose {table} is exact", len(billed), exact, metering)
-
-
-def _billed(counted: Counted) -> tuple[int, int, int]:
-    return counted.api_calls, counted.search_queries, counted.memories_created
-
-
-def _events(stage: Stage) -> dict[str, tuple[int, ...]]:
-    return _sums(
-        stage,
-        "SELECT tenant_id, count(*), sum(api_calls), sum(search_queries), sum(memories_created)"
-        " FROM usage_events WHERE tenant_id = ANY (%s) GROUP BY tenant_id",
-    )
-
-
-def _rollup(stage: Stage, table: str) -> dict[str, tuple[int, ...]]:
-    select = "SELECT tenant_id, sum(api_calls), sum(search_queries), sum(memories_created) FROM "
-    where = " WHERE tenant_id = ANY (%s) GROUP BY tenant_id"
-    return _sums(stage, select + ("usage_hourly" if table == "usage_hourly" else "usage_daily") + where)
-
-
-def _sums(stage: Stage, statement: Any) -> dict[str, tuple[int, ...]]:
-    from psycopg.rows import tuple_row
-
-    with stage.control_plane.transaction() as connection, connection.cursor(row_factory=tuple_row) as cursor:
-        rows = cursor.execute(statement, ([a.tenant_id for a in stage.actors],)).fetchall()
-    return {tenant: tuple(int(value) for value in values) for tenant, *values in rows}
-
-
-def metering_link(stage: Stage) -> str:
-    """The newest metering run's page."""
-    return stage.prefect.newest_run_url("metering")
