@@ -75,19 +75,6 @@ def server_environment(settings: Settings, database_url: str) -> dict[str, str]:
     return environment
 
 
-# What several replicas of the server need beside `server_environment`, and PREFECT_REDIS_MESSAGING_URL and
-# PREFECT_SERVER_DOCKET_URL, which hold a password: what one of them is told must reach all. The migrations are run
-# before them (`prefect server database upgrade`): of two that start on an empty database one dies.
-REPLICATED = {
-    "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
-    "PREFECT_SERVER_EVENTS_MESSAGING_BROKER": "prefect_redis.messaging",
-    "PREFECT_SERVER_EVENTS_MESSAGING_CACHE": "prefect_redis.messaging",
-    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
-    "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
-}
-
-
 def server_argv(port: int) -> list[str]:
     return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 

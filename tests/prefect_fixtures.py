@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_SECONDS = 200.0
 MACHINE = "here"
 WORKER_LIMIT = 2
+# What one replica is told must reach all: the names of the brokers are the shipped file's, so that they are tried.
+REPLICA: dict[str, str] = tomllib.loads((ROOT / "deployments/fly/prefect.toml").read_text())["env"]
 
 
 @flow(name="busy")
@@ -162,8 +165,8 @@ class Production:
         return made
 
     def server(self, name: str, *words: str, ready: Callable[[], bool] = lambda: True, **more: str) -> Child:
-        """A process of the server, not started, with the settings that the compose and Fly files give."""
-        told = orchestration.server_environment(self.settings(), self.database_url) | orchestration.REPLICATED
+        """A process of the server, not started, with the settings that the Fly file gives."""
+        told = REPLICA | orchestration.server_environment(self.settings(), self.database_url)
         redis = {"PREFECT_REDIS_MESSAGING_URL": self.redis_url, "PREFECT_SERVER_DOCKET_URL": self.redis_url}
         told |= {"PREFECT_HOME": str(self.directory / name)}  # they are machines of their own
         argv = [sys.executable, "-m", "prefect", "server", *words]

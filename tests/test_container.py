@@ -330,13 +330,13 @@ def test_each_prefect_server_is_told_what_ours_is() -> None:
     ours = orchestration.server_environment(Settings(prefect_api_url="http://x/api"), "postgresql://x")
     by_place = ("PREFECT_SERVER_UI_API_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
     told = {k: v for k, v in ours.items() if k.startswith("PREFECT_SERVER_") and k not in by_place}
-    told |= orchestration.REPLICATED
+    fly = tomllib.loads((ROOT / "deployments/fly/prefect.toml").read_text())["env"]
+    assert {k: fly.get(k) for k in told} == told
+    told |= {k: v for k, v in fly.items() if k.startswith("PREFECT_SERVER_") and k not in by_place}
     servers = [s["environment"] for s in OURS.values() if s.get("entrypoint") == ["prefect"]]
     assert len(servers) == 4  # the upgrade, two replicas, the services
-    fly = tomllib.loads((ROOT / "deployments/fly/prefect.toml").read_text())["env"]
-    for given in (*servers, fly):
-        assert {k: given.get(k) for k in told} == told
     for given in servers:
+        assert {k: given.get(k) for k in told} == told
         assert given["PREFECT_SERVER_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
         assert given["PREFECT_SERVER_DOCKET_URL"] == given["PREFECT_REDIS_MESSAGING_URL"]
         assert given["PREFECT_SERVER_API_AUTH_STRING"] == OURS["worker"]["environment"]["PREFECT_API_AUTH_STRING"]
