@@ -7,16 +7,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from pydantic import SecretStr
 
 from deployments import parts as composition
 from deployments.ports import PortReservations
+from deployments.postgres import EmbeddedPostgres
 from deployments.stack import _HURRIED_STOP_SECONDS
 from shared.metrics import ROUTES
 from shared.settings import Settings
 from tests.environment_fixtures import SAFE, engram
-from tests.test_help import commands
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "deployments" / "fly"
 MACHINE_TEXT = (DIRECTORY / "engram.toml").read_text()
@@ -75,10 +76,23 @@ def test_fly_waits_longer_than_a_stop_can_take(tmp_path: Path, point_in_time: st
     assert MACHINE["kill_signal"] == "SIGTERM"
 
 
-def test_the_release_command_is_a_command_that_needs_no_volume() -> None:
+def test_the_release_command_migrates_an_empty_control_plane_and_needs_no_volume(
+    postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
     """Fly runs it on a machine of its own, before anything is replaced; its words follow the image's entrypoint."""
-    assert MACHINE["deploy"]["release_command"] in commands()
-    assert MACHINE["deploy"]["release_command"] == "migrate"
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE released")
+    url, volume = postgres.url("released"), tmp_path / "volume"
+    here = {
+        "ENGRAM_ENV": "dev",
+        "ENGRAM_CONTROL_PLANE_URL": url,
+        "ENGRAM_DATA_DIR": str(volume),
+    }  # prod takes no local one
+    command = MACHINE["deploy"]["release_command"].split()
+    for said in ("applied 0001", "up to date"):
+        done = engram(*command, **{**SAFE, **MACHINE["env"], **here})
+        assert done.returncode == 0 and done.stderr.startswith(said), done.stderr
+    assert not volume.exists()
 
 
 def test_checks_and_metrics_ask_for_routes_that_exist_where_the_gateway_listens() -> None:
@@ -88,7 +102,6 @@ def test_checks_and_metrics_ask_for_routes_that_exist_where_the_gateway_listens(
     assert service["internal_port"] == alive["port"] == metrics["port"] == port
     assert [service["checks"][0]["path"], alive["path"], metrics["path"]] == ["/ready", "/health", "/metrics"]
     assert {"/ready", "/health", "/metrics"} <= set(ROUTES)
-    assert configured(Path("/data")).model_copy(update={"gateway_host": "x"}).data_dir == Path("/data")
     assert MACHINE["mounts"]["destination"] == MACHINE["env"]["ENGRAM_DATA_DIR"]
 
 
