@@ -18,11 +18,10 @@ The header's change counter is no help, it does not move in WAL mode (FACTS).
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from pathlib import Path
 
+from shared import boot
 from shared.receipt import Receipt
 from shared.tenant import TenantPaths
 
@@ -46,25 +45,16 @@ def look(paths: TenantPaths) -> Seen:
         wal = os.stat(f"{file}-wal")
     except FileNotFoundError:
         wal = None
-    parts = [_boot_id(), os.path.basename(current), _of(main)]
+    parts = [boot.boot_id(), os.path.basename(current), _of(main)]
     newest = max(main.st_mtime, main.st_ctime)
     size = main.st_size
     if wal is not None and wal.st_size:
         parts.append(_of(wal))
         newest = max(newest, wal.st_mtime, wal.st_ctime)
         size += wal.st_size
-    settled = now - newest >= _SETTLED_SECONDS and bool(parts[0])
+    settled = now - newest >= _SETTLED_SECONDS and bool(parts[0])  # which boot is not told outside of Linux
     return Seen(" ".join(parts) if settled else None, size)
 
 
 def _of(stat: os.stat_result) -> str:
     return f"{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-
-@functools.cache
-def _boot_id() -> str:
-    """Empty where it cannot be told (not Linux): then nothing counts as unchanged."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import backup, catalogue, fingerprint, fleet, fleet_run, generation, snapshot
+from shared import backup, boot, catalogue, fingerprint, fleet, fleet_run, generation, snapshot
 from shared.engine.database import connect
 from shared.errors import CorruptBackup, LeaseHeld, NoSpace, ObjectStoreUnavailable, Permanent
 from shared.fleet_run import Done, holding
@@ -113,7 +113,7 @@ def test_whatever_touches_the_files_makes_a_tenant_changed(
 def test_a_mark_from_before_a_reboot_proves_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power loss can keep a commit and lose the mtime that told of it."""
     unchanged(machine)
-    monkeypatch.setattr(fingerprint, "_boot_id", lambda: "another-boot")
+    monkeypatch.setattr(boot, "boot_id", lambda: "another-boot")
     taken: list[str] = []
     take = backup.take
     monkeypatch.setattr(backup, "take", lambda s, t, d: (taken.append(t), take(s, t, d))[1])
