@@ -91,6 +91,12 @@ def unlink(path: Path) -> None:
     fsync_path(path.parent)
 
 
+def unlink_database(file: Path) -> None:
+    """Remove a database that nobody uses, and what SQLite left beside it; absent is fine. Not durable by itself."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
+
+
 def remove_tree(directory: Path) -> None:
     """Remove a directory with all it holds, while others may still close databases in it: SQLite removes `-wal` and
     `-shm` at the last close, whoever comes first. Not durable by itself: fsync the parent."""

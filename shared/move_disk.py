@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from shared import generation, litestream
-from shared.durable import fsync_path, remove_tree, unlink, write_file
+from shared.durable import fsync_path, remove_tree, unlink, unlink_database, write_file
 from shared.errors import LeaseHeld, Permanent
 from shared.fence import Fence, Mark, RestoreMutex
 from shared.settings import Settings
@@ -109,8 +109,7 @@ def arrive(paths: TenantPaths, number: int) -> None:
 
 def give_up_arrival(settings: Settings, paths: TenantPaths, number: int) -> None:
     """Remove what was staged for a tenant that does not come; what an earlier stay left is kept for its time."""
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        paths.restore_file.with_name(paths.restore_file.name + suffix).unlink(missing_ok=True)
+    unlink_database(paths.restore_file)
     if not os.path.lexists(paths.departed):
         remove(settings, paths)
         return

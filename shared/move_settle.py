@@ -31,7 +31,7 @@ from shared.log import get_logger
 from shared.move_journal import Row
 from shared.settings import Settings
 from shared.sweep import Swept
-from shared.tenant import TenantPaths, is_tenant_id
+from shared.tenant import TenantPaths, tenants_on_disk
 
 log = get_logger("move")
 
@@ -160,11 +160,7 @@ def sweep_moves(settings: Settings, control_plane: ControlPlane) -> list[Swept]:
 
 
 def _unsettled(settings: Settings) -> Iterator[tuple[TenantPaths, move_disk.Moving]]:
-    try:
-        tenants = sorted(entry.name for entry in os.scandir(settings.tenants_dir) if is_tenant_id(entry.name))
-    except FileNotFoundError:
-        return
-    for tenant_id in tenants:
+    for tenant_id in tenants_on_disk(settings.tenants_dir, missing_ok=True):
         paths = TenantPaths.of(settings.tenants_dir, tenant_id)
         with suppress(Permanent, OSError):
             if (marker := move_disk.read(paths)) is not None and not marker.settled:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import generation
+from shared.durable import unlink_database
 from shared.engine import schema
 from shared.engine.database import connect
 from shared.errors import CorruptDatabase, EngramError
@@ -78,8 +79,7 @@ def _lower(fence: Fence) -> None:
 
 def clear(paths: TenantPaths, *, keep_previous: int) -> None:
     """Remove a snapshot on its way in, and what was prepared and never activated. The caller holds the mutex."""
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        paths.restore_file.with_name(paths.restore_file.name + suffix).unlink(missing_ok=True)
+    unlink_database(paths.restore_file)
     if read_mark(paths) is None:
         generation.collect(paths, keep_previous=keep_previous)
 

@@ -20,6 +20,7 @@ from uuid import UUID
 from shared import generation, lease, litestream, previous, registry, snapshot
 from shared import plan as planning
 from shared.backup import fetch
+from shared.durable import unlink_database
 from shared.engine import schema
 from shared.engine.database import connect
 from shared.errors import CorruptBackup, CorruptDatabase, LitestreamUnavailable, Permanent, Refused
@@ -125,8 +126,7 @@ def copy_previous(hold: Hold, chosen: Plan) -> Staged:
 
 
 def clear_staged(file: Path) -> Path:
-    for leftover in (file, file.with_name("restore.sqlite-wal"), file.with_name("restore.sqlite-shm")):
-        leftover.unlink(missing_ok=True)
+    unlink_database(file)
     return file
 
 

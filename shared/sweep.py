@@ -16,7 +16,6 @@ it has not left yet.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -30,7 +29,7 @@ from shared.log import get_logger
 from shared.receipt import Receipt
 from shared.repair import Outcome, clear, repair
 from shared.settings import Settings
-from shared.tenant import TenantPaths, is_tenant_id
+from shared.tenant import TenantPaths, tenants_on_disk
 
 log = get_logger("sweep")
 
@@ -115,11 +114,7 @@ def _left(paths: TenantPaths, found: str, cause: Exception) -> Swept:
 
 
 def _suspects(settings: Settings) -> Iterator[TenantPaths]:
-    try:
-        tenants = sorted(entry.name for entry in os.scandir(settings.tenants_dir) if is_tenant_id(entry.name))
-    except FileNotFoundError:
-        return
-    for tenant_id in tenants:
+    for tenant_id in tenants_on_disk(settings.tenants_dir, missing_ok=True):
         paths = TenantPaths.of(settings.tenants_dir, tenant_id)
         with suppress(OSError):
             if paths.mark.exists() or paths.restore_lock.stat().st_size > 0:

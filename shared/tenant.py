@@ -1,4 +1,4 @@
-"""Every path and every object key of a tenant, and nothing else.
+"""Every path and every object key of a tenant, and who has a directory; nothing else.
 
     {data_dir}/tenants/{tenant_id}/
         engram.db       -> current/engram.db        the active database (a link that never changes)
@@ -48,6 +48,17 @@ def check_tenant_id(tenant_id: str) -> str:
 
 def is_tenant_id(text: str) -> bool:
     return _TENANT_ID.match(text) is not None
+
+
+def tenants_on_disk(tenants_dir: Path, *, missing_ok: bool = False) -> list[str]:
+    """The ids that have a directory there, sorted. Raises `FileNotFoundError` unless `missing_ok`."""
+    try:
+        with os.scandir(tenants_dir) as entries:
+            return sorted(entry.name for entry in entries if is_tenant_id(entry.name))
+    except FileNotFoundError:
+        if missing_ok:
+            return []
+        raise
 
 
 @dataclass(frozen=True, slots=True)

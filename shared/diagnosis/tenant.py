@@ -30,7 +30,7 @@ from shared.errors import (
 from shared.fence import in_use, read_mark
 from shared.playbook import restore
 from shared.settings import Settings
-from shared.tenant import TenantPaths, is_tenant_id
+from shared.tenant import TenantPaths, tenants_on_disk
 
 LOOK_SECONDS = 10.0
 _NORMAL = "opens, is the tenant's own, has a known schema"
@@ -91,7 +91,7 @@ def _tenants(sight: Sight) -> list[str]:
         rows = sight.control_plane.rows("tenants_of_machine", machine_id=sight.settings.machine_id)
         return [row["tenant_id"] for row in rows]
     except ControlPlaneUnavailable:
-        return sorted(entry.name for entry in os.scandir(sight.settings.tenants_dir) if is_tenant_id(entry.name))
+        return tenants_on_disk(sight.settings.tenants_dir)
 
 
 def _wrong(settings: Settings, tenant_id: str, *, whole: bool) -> tuple[Symptom, str] | None:

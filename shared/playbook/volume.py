@@ -15,7 +15,7 @@ import msgspec
 
 from shared.playbook.action import Context, Finding, Outcome, Request
 from shared.storage import storage_bytes
-from shared.tenant import TenantPaths, is_tenant_id
+from shared.tenant import TenantPaths, tenants_on_disk
 
 FREE_SHARE = 0.1
 FSYNC_MS = 100.0  # a healthy SSD or network volume takes 0.3 to 20
@@ -148,9 +148,10 @@ def _probe(directory: Path) -> tuple[float, float]:
 
 def _wals(tenants_dir: Path) -> list[dict[str, Any]]:
     """Every tenant of this machine with its WAL's size: two `stat`s each."""
-    with os.scandir(tenants_dir) as entries:
-        names = [entry.name for entry in entries if is_tenant_id(entry.name)]
-    return [{"tenant": name, "wal_bytes": _wal_bytes(TenantPaths.of(tenants_dir, name))} for name in names]
+    return [
+        {"tenant": name, "wal_bytes": _wal_bytes(TenantPaths.of(tenants_dir, name))}
+        for name in tenants_on_disk(tenants_dir)
+    ]
 
 
 def _wal_bytes(paths: TenantPaths) -> int:
