@@ -72,7 +72,11 @@ def test_every_command_the_readme_names_exists() -> None:
     assert set(re.findall(r"`engram ([a-z-]+)", README)) <= names
 
 
-def test_every_test_the_readme_points_to_exists() -> None:
+def test_every_file_and_folder_the_readme_points_to_exists() -> None:
     """A promise whose proof was renamed is a promise without one."""
-    for path in set(re.findall(r"`((?:tests|shared|flows|gateway|deployments)/[\w/]+\.py)`", README)):
+    for path in set(
+        re.findall(
+            r"`((?:tests|shared|flows|gateway|deployments|\.ci)/[\w./-]*)`", README.replace("/ENV.env", "/prod.env")
+        )
+    ):
         assert (ROOT / path).exists(), path
