@@ -7,6 +7,7 @@ fails, and so does a rule whose command is gone.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -45,7 +46,7 @@ FILLED = FILLED_IN | {"FILE": "events.jsonl", "FILE.jsonl": "conversation.jsonl"
 
 @dataclass(frozen=True)
 class Rule:
-    """What is run for a command ("": itself, with what its placeholders stand for) and what it answers."""
+    """What is run for a command ("": itself, with what its placeholders stand for) and what it answers (a pattern)."""
 
     line: str = ""
     says: str = ""
@@ -60,7 +61,7 @@ RULES = {
     "engram sweep": Rule(says="traces of dead runs"),
     "engram backups --stale": Rule(says="last good"),
     "engram restore TENANT --at TIME": Rule('engram restore acme --at "$(date -u +%FT%TZ)" --dry-run', "source_at"),
-    "engram restore-test": Rule(),
+    "engram restore-test": Rule(says=r"\bpass\b"),
     "engram restore-test TENANT": Rule(says="acme: pass"),
     "engram reconcile": Rule(says="agree"),
     "engram retention": Rule(says="backups deleted"),
@@ -71,11 +72,11 @@ RULES = {
     "engram diagnose metering": LOOKS,
     "engram diagnose tenant-db": LOOKS,
     "engram diagnose tenant-db TENANT": LOOKS,
-    "engram act": Rule("engram act volume-health"),
-    "engram act NAME": Rule("engram act jwks-status"),
-    "engram act top": Rule(),
+    "engram act": Rule("engram act volume-health", r"^result +(healthy|not as it should be)"),
+    "engram act NAME": Rule("engram act jwks-status", r"^result +[1-9]\d* keys served"),
+    "engram act top": Rule(says=r"^result +\d+ requests in "),
     "engram act history": Rule(says="reason"),
-    "engram act restart-workers": Rule("engram act restart-workers --reason why"),
+    "engram act restart-workers": Rule("engram act restart-workers --reason why", r"([1-9]\d*) of \1 workers replaced"),
     "engram usage TENANT": Rule(says="complete until"),
     "engram usage-import FILE --reason …": Rule(says=r"events\s+1\b"),
     "engram usage-dry-runs --bill": Rule(says="given back"),
@@ -86,11 +87,15 @@ RULES = {
     "engram token": Rule("engram token acme", r"^ey"),
     "engram migrate": Rule(says="up to date"),
     "engram drain": Rule(
-        "engram drain 2> drain.log & until grep -q drain_started drain.log; do sleep 0.2; done; kill $!; wait $!"
+        "engram drain 2> drain.log & until grep -q drain_started drain.log; do sleep 0.2; done; kill $!; wait $!;"
+        " cat drain.log",
+        "drain_stopped",
     ),
     "engram keys new": Rule(says="AGE-SECRET-KEY"),
     "engram keys rotate [TENANT]": Rule("engram keys rotate; engram keys rotate acme", "keys wrapped anew"),
-    "age -d -i master.key wrapped > tenant.key": Rule(),
+    "age -d -i master.key wrapped > tenant.key": Rule(
+        "age -d -i master.key wrapped > tenant.key; cat tenant.key", "^AGE-SECRET-KEY-"
+    ),
     "age -d -i tenant.key OBJECT | zstd -d > engram.db": Rule(
         "age -d -i master.key wrapped > own.key; age -d -i own.key OBJECT | zstd -d > engram.db; head -c 15 engram.db",
         "^SQLite format 3",
@@ -206,15 +211,31 @@ def test_every_command_is_covered_and_every_rule_has_its_command() -> None:
     covered = RULES.keys() | ELSEWHERE.keys() | NOT_RUN.keys() | set(BENCHMARKS)
     assert [c for c in FOUND if c not in covered and filled(c) not in lines] == []
     assert sorted((RULES.keys() | ELSEWHERE.keys() | NOT_RUN.keys()) - FOUND.keys()) == []
+    assert [command for command, rule in RULES.items() if not rule.says] == []
 
 
 def test_what_another_test_runs_is_there() -> None:
     """A pointer to a test that no longer does it would be worse than none."""
     for command, file in ELSEWHERE.items():
         words = command.removeprefix("python3 -m deployments ").removeprefix("engram ").split()
-        words = [word for word in words if word.islower()]
-        text = (ROOT / file).read_text()
-        assert all(f'"{word}"' in text for word in words), (command, file)
+        name, *options = [word for word in words if word.islower()]
+        started = [line for line in _started(ROOT / file) if line[:1] == [name] and {*options} <= {*line}]
+        assert started, (command, file)
+
+
+def _started(file: Path) -> Iterator[list[str]]:
+    """The command lines that a test starts, each without what is no literal: `stack.engram("up", …)`, or a list or
+    `arguments` for the module of the command line."""
+    for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+        if getattr(call.func, "attr", "") in ("run", "start", "engram", "json"):
+            yield _literals(call.args)
+        for given in (*call.args[:1], *(k.value for k in call.keywords if k.arg == "arguments")):
+            if isinstance(given, ast.List | ast.Tuple):
+                yield [word for word in _literals(given.elts) if word not in ("-m", "deployments.cli")]
+
+
+def _literals(given: list[ast.expr]) -> list[str]:
+    return [node.value for node in given if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 @pytest.mark.parametrize("command", NOT_RUN)
