@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import sys
+from pathlib import Path
 
 import anyio
 from prefect.workers.process import ProcessWorker
@@ -65,5 +68,7 @@ async def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     configured = Settings()
+    # The `python` of prefect.yaml is this one, also when nobody activated its environment.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     logs.configure(configured.log_level)
     asyncio.run(main(configured))

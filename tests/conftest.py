@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -48,6 +49,33 @@ def _scope(nodeid: str) -> str:
     return "acceptance/restores" if name.startswith(_RESTORES) else "acceptance"
 
 
+# Marked `unit`: no test is by being forgotten. What they start beside PostgreSQL ends with the test that started it.
+_UNIT = frozenset(
+    f"test_{name}"
+    for name in (
+        *("auth", "backup", "batch", "bootstrap", "control_plane", "database", "database_creation"),
+        *("deleted_tenant", "deletion", "diagnosis", "diagnosis_table", "docs", "drill", "durable", "engine", "expiry"),
+        *("export", "gateway_busiest", "gateway_edge", "gateway_forward", "gateway_headers"),
+        *("gateway_patience", "gateway_pool", "gateway_proxy", "gateway_shed", "gateway_steering", "gateway_threads"),
+        *("help", "ids", "imports", "issuer", "jwks", "lease", "limits", "log", "metering", "metering_dry_run"),
+        *("metering_quarantine", "metering_stuck", "metrics", "monitoring", "move", "objects", "pack"),
+        *("plan", "playbook", "recency", "reconcile", "registry", "restore", "restore_refusals", "retention"),
+        *("selection", "settings", "slo", "snapshot", "spool", "spool_faults", "spool_frames"),
+        *("spool_limit", "spool_model", "storage", "strays", "supply_licences", "sweep", "tenant", "usage"),
+        *("usage_batch", "verify", "write_lock"),
+    )
+)
+_SERVERS = frozenset(("stack", "s3", "alone", "running", "scraped", "limited", "layered", "subject", "worker"))
+_UNIT_SECONDS = 30  # on a machine that does ten other things; nearly all take less than one
+
+
+def _is_unit(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    uses = {*getattr(item, "fixturenames", ()), *(map(str, parameters.params.values()) if parameters else ())}
+    slow = item.get_closest_marker("slow") or _SERVERS & uses
+    return _scope(item.nodeid) in _UNIT and not slow
+
+
 class _ByFile(LoadScopeScheduling):
     """By `_scope`. (`--dist loadgroup` would be the plain way; with pytest 9.2 xdist 3.8 sets a group where pytest no
     longer reads it, and spreads every file.)"""
@@ -56,9 +84,19 @@ class _ByFile(LoadScopeScheduling):
         return _scope(nodeid)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Importing what `-m unit` leaves out would take longer than many of its tests, in each process."""
+    others = config.option.markexpr == "unit" and collection_path.suffix == ".py"
+    return True if others and collection_path.stem not in _UNIT and collection_path.stem != "conftest" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {scope: n for n, scope in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(_scope(item.nodeid), len(rank)))
+    for item in items:
+        if _is_unit(item):
+            item.add_marker("unit")
+            item.add_marker(pytest.mark.timeout(_UNIT_SECONDS))
 
 
 @pytest.hookimpl(optionalhook=True)

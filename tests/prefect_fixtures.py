@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+import yaml
 from prefect import flow
 from pydantic import SecretStr
 
@@ -132,6 +133,7 @@ class Production:
             "ENGRAM_MACHINE_ID": MACHINE,
             "ENGRAM_PREFECT_WORKER_LIMIT": str(WORKER_LIMIT),
             "PYTHONPATH": str(ROOT),
+            "PATH": os.defpath,  # a service's: nobody activated this environment
         }
         return kept | ours | orchestration.client_environment(self.settings())
 
@@ -264,7 +266,9 @@ def deploy_busy(production: Production) -> str:
         "pull_steps": [],
         "work_pool_name": "engram",
         "work_queue_name": queues.SHARED,
-        "job_variables": {"stream_output": False},
+        "job_variables": yaml.safe_load((ROOT / "prefect.yaml").read_text())["definitions"]["work_pool"][
+            "job_variables"
+        ],
     }
     production.call("POST", "deployments/", body)
     return "busy/busy"

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -139,21 +140,34 @@ def make_late(production: Production, flow: str, keep: int) -> list[str]:
     return ids
 
 
-def test_schedules_outlive_the_services(production: Production) -> None:
-    """They are in PostgreSQL: what was scheduled stays, and services that come back go on making runs."""
-    before = scheduled(production)
-    services = production.children["services"]
-    os.kill(services.pid, signal.SIGKILL)
-    services.stop(5.0)
+def test_schedules_outlive_the_whole_server(production: Production) -> None:
+    """They are in PostgreSQL: what was scheduled stays, and a server that comes back goes on making runs."""
+    before, schedules = scheduled(production), active_schedules(production)
+    assert {"backup", "restore-test", "slo-report"} <= schedules.keys()
     gone = make_late(production, "slo-report", 3)
+    names = ("services", "api-0", "api-1")
+    for child in [production.children[name] for name in names]:
+        os.kill(child.pid, signal.SIGKILL)
+        child.stop(5.0)
+    assert not orchestration.http_ok(f"{production.api()}/health")
+    servers = (production.services(), production.replica(0), production.replica(1))
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.wait_ready(READY_SECONDS)
     for run_id in gone:
         production.call("DELETE", f"flow_runs/{run_id}")
-    services = production.services()
-    services.start()
-    services.wait_ready(READY_SECONDS)
 
-    wait_for(lambda: len(scheduled(production, "slo-report")) >= 3)
+    wait_for(lambda: len(scheduled(production, "slo-report") - before) >= 3)
     assert before - set(gone) <= scheduled(production)
+    assert active_schedules(production) == schedules
+
+
+def active_schedules(production: Production) -> dict[str, list[str]]:
+    """{deployment: ids of its schedules that make runs}"""
+    found = production.call("POST", "deployments/filter", {})
+    kept = {d["name"]: sorted(s["id"] for s in d["schedules"] if s["active"]) for d in found}
+    return {name: ids for name, ids in kept.items() if ids}
 
 
 def test_what_was_missed_without_a_worker_is_run_once(production: Production, missed: list[str], worker: Child) -> None:
@@ -181,6 +195,63 @@ def test_what_was_missed_under_a_worker_that_stayed_is_run_once(production: Prod
     wait_for(lambda: {production.state(older), production.state(newest)} <= ENDED)
     assert production.call("GET", f"flow_runs/{older}")["state"]["message"].startswith("missed; the run due ")
     assert production.state(newest) == "FAILED", "it did its work: there is no backup to test"
+
+
+def test_a_run_is_one_process_of_its_own_that_can_be_cancelled(
+    production: Production, worker: Child, tmp_path: Path
+) -> None:
+    """The worker's own Python, whatever its PATH says, and no second one before it; out of reach of signals to the
+    worker's group, but not of the button in the UI."""
+    file = tmp_path / "busy"
+    file.touch()
+    run_id = production.start_run(deploy_busy(production), {"file": str(file)})
+    wait_for(lambda: production.state(run_id) == "RUNNING")
+    [run] = [p for p in psutil.Process(worker.pid).children() if p.environ().get("PREFECT__FLOW_RUN_ID") == run_id]
+    assert run.cmdline()[1:] == ["-m", "deployments.flow_process"] and run.children() == []
+    assert Path(run.exe()).samefile(sys.executable)
+    assert os.getsid(run.pid) == os.getpgid(run.pid) == run.pid
+
+    cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    assert production.call("POST", f"flow_runs/{run_id}/set_state", cancelling)["status"] == "ACCEPT"
+    wait_for(lambda: production.state(run_id) in ENDED)
+    assert production.state(run_id) == "CANCELLED"
+    assert not psutil.pid_exists(run.pid) or run.status() == psutil.STATUS_ZOMBIE
+
+
+def test_queues_have_the_priorities_of_their_table(production: Production, worker: Child) -> None:
+    """As the server has them, with a second machine too: a free place goes to what waits for nobody else first."""
+    assert orchestration.ensure_queues(production.settings(machine_id="there"))
+    found = production.call("POST", "work_pools/engram/queues/filter", {})
+    by_priority = [queue["name"] for queue in sorted(found, key=lambda queue: queue["priority"])]
+    assert len({queue["priority"] for queue in found}) == len(found)
+    assert set(by_priority[:2]) == {queues.urgent(MACHINE), queues.urgent("there")}
+    assert by_priority[2:] == [queues.SHARED_URGENT, queues.UPKEEP, queues.SHARED, MACHINE, "there"]
+
+
+@pytest.mark.parametrize("name", ["verify", "diagnose"])
+def test_a_run_beyond_the_limit_of_its_deployment_waits_or_is_cancelled(
+    production: Production, worker: Child, name: str
+) -> None:
+    """By what prefect.yaml says: a second nightly reading is dropped, a third alert's diagnosis waits its turn."""
+    [wanted] = [d["concurrency_limit"] for d in DEPLOYMENTS if d["name"] == name]
+    deployed = production.call("GET", f"deployments/name/{name}/{name}")
+    assert deployed["global_concurrency_limit"]["limit"] == wanted["limit"]
+    assert deployed["concurrency_options"]["collision_strategy"] == wanted["collision_strategy"]
+    taken = {"names": [deployed["global_concurrency_limit"]["name"]], "slots": wanted["limit"]}
+    production.call("POST", "v2/concurrency_limits/increment", taken | {"mode": "concurrency"})
+    run_id = production.start_run(f"{name}/{name}", {"subject": "metering"} if name == "diagnose" else {})
+
+    def state() -> tuple[str, str]:
+        found = production.call("GET", f"flow_runs/{run_id}")["state"]
+        return found["type"], found["name"]
+
+    if wanted["collision_strategy"] == "CANCEL_NEW":
+        wait_for(lambda: state()[0] == "CANCELLED")
+    else:
+        wait_for(lambda: state() == ("SCHEDULED", "AwaitingConcurrencySlot"))
+    production.call("POST", "v2/concurrency_limits/decrement", taken)
+    if wanted["collision_strategy"] == "ENQUEUE":
+        wait_for(lambda: state()[0] in ENDED - {"CANCELLED"})
 
 
 @pytest.fixture(scope="module")
