@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,10 @@ from deployments.process import STACK_MARK, Child, catches_sigterm
 from deployments.running import resolved_values
 from shared import litestream
 from shared.errors import Permanent
+from shared.safety import NOT_A_GATEWAYS
 from shared.settings import Settings, variable
 
 _LOOPBACK = "127.0.0.1"
-_NOT_A_GATEWAYS = ("ENGRAM_BACKUP_MASTER_KEY", "PREFECT_API_AUTH_STRING")  # what it has no use for
 _ENGRAM = (sys.executable, "-m", "deployments.cli")
 
 
@@ -107,7 +108,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
         gateway=Child(
             "gateway",
             [*_ENGRAM, "serve"],
-            env={k: v for k, v in environment.items() if not k.startswith(_NOT_A_GATEWAYS)},
+            env=_without(environment, NOT_A_GATEWAYS),
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{resolved.gateway_url}/ready", own=True),
         ),
@@ -124,6 +125,12 @@ def child_environment(settings: Settings) -> dict[str, str]:
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), _LOOPBACK, "localhost"]
     ours["NO_PROXY"] = ours["no_proxy"] = ",".join(filter(None, direct))  # a proxy cannot reach our loopback
     return {**os.environ, **ours, **orchestration.client_environment(settings)}
+
+
+def _without(environment: dict[str, str], names: Collection[str]) -> dict[str, str]:
+    """The environment but for these settings, however their variables are spelt."""
+    left_out = {variable(name) for name in names}
+    return {key: value for key, value in environment.items() if key.upper() not in left_out}
 
 
 def _issuer(settings: Settings, environment: dict[str, str]) -> Child:
@@ -188,7 +195,7 @@ def _litestream(settings: Settings, environment: dict[str, str]) -> Child:
     return Child(
         "litestream",
         [*_ENGRAM, "litestream"],
-        env={k: v for k, v in environment.items() if not k.startswith("ENGRAM_BACKUP_MASTER_KEY")},  # not its trade
+        env=_without(environment, {"backup_master_key", "backup_master_keys_older", "bridge_token"}),
         log_path=settings.data_dir / "logs" / "litestream.log",
         ready=lambda: litestream.answers(settings),
     )

@@ -22,7 +22,9 @@ from prefect.workers.process import ProcessWorker
 from flows import missed
 from shared import log as logs
 from shared import queues
+from shared.errors import exit_code
 from shared.log import get_logger
+from shared.safety import refuse_unsafe
 from shared.settings import Settings
 
 log = get_logger("worker")
@@ -67,7 +69,8 @@ async def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    configured = Settings()
+    with exit_code():
+        refuse_unsafe(configured := Settings())
     # The `python` of prefect.yaml is this one, also when nobody activated its environment.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     logs.configure(configured.log_level)

@@ -45,7 +45,7 @@ from gateway.pulse import Pulse
 from gateway.silence import STOPPING, speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
-from shared.errors import Permanent
+from shared.errors import Permanent, exit_code
 from shared.limits import Watch
 from shared.log import configure
 from shared.orphan import end_with_parent
@@ -196,6 +196,9 @@ def _free_port(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
+    from shared.safety import NOT_A_GATEWAYS, refuse_unsafe
     from shared.settings import settings as settings_from_environment
 
-    serve(settings_from_environment())
+    with exit_code():
+        refuse_unsafe(settings_from_environment(), NOT_A_GATEWAYS)
+        serve(settings_from_environment())

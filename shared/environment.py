@@ -43,6 +43,14 @@ class BadSettings(Permanent):
     exit_code = 2
 
 
+class UnknownSettings(BadSettings):
+    """Variables with the prefix that are no settings: `found` says of each what it is and what may have been meant."""
+
+    def __init__(self, found: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name} {what}" for name, what in found.items()))
+        self.found = found
+
+
 def value_file(env: str) -> Path:
     return DIRECTORY / f"{env}.env"
 
@@ -68,7 +76,7 @@ def read(path: Path, known: frozenset[str]) -> Mapping[str, str]:
             wrong.append(f"{found[1]} is there twice")
         else:
             values[found[1]] = found[2].strip()
-    wrong += _unknown(values, known)
+    wrong += [f"{name} {what}" for name, what in _unknown(values, known).items()]
     if "ENGRAM_ENV" in values:
         wrong.append("ENGRAM_ENV chooses the file and cannot be in it")
     if wrong:
@@ -77,19 +85,18 @@ def read(path: Path, known: frozenset[str]) -> Mapping[str, str]:
 
 
 def check_names(names: Iterable[str], known: frozenset[str]) -> None:
-    """Raises `BadSettings` naming every variable with the prefix that is no setting."""
+    """Raises `UnknownSettings` naming every variable with the prefix that is no setting."""
     ours = [n for n in names if n.upper().startswith(PREFIX) and not n.upper().startswith(_TESTS)]
-    wrong = _unknown([n for n in ours if n.upper() not in NOT_SETTINGS], known)
-    if wrong:
-        raise BadSettings("; ".join(wrong))
+    if wrong := _unknown([n for n in ours if n.upper() not in NOT_SETTINGS], known):
+        raise UnknownSettings(wrong)
 
 
-def _unknown(names: Iterable[str], known: frozenset[str]) -> list[str]:
-    found = []
+def _unknown(names: Iterable[str], known: frozenset[str]) -> dict[str, str]:
+    found = {}
     for name in sorted(names):
         field = name.upper().removeprefix(PREFIX).lower()
         if name.upper().startswith(PREFIX) and field in known:
             continue
         near = difflib.get_close_matches(field, known, n=1, cutoff=0.6)
-        found.append(f"{name} is no setting" + (f": did you mean {PREFIX}{near[0].upper()}?" if near else ""))
+        found[name] = "is no setting" + (f": did you mean {PREFIX}{near[0].upper()}?" if near else "")
     return found

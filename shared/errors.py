@@ -10,6 +10,11 @@ Messages name the thing and the cause, never a secret, a token or memory content
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
 
 class EngramError(Exception):
     """Base of everything the core raises on purpose."""
@@ -124,3 +129,18 @@ class ControlPlaneUnavailable(Transient):
 
 class SpoolUnavailable(Transient):
     """The usage spool cannot take an event; billable requests must be refused."""
+
+
+@contextmanager
+def exit_code() -> Iterator[None]:
+    """At a process's edge: an error of ours ends it with one line on stderr and the error's exit code."""
+    try:
+        yield
+    except EngramError as e:
+        leave(str(e), e.exit_code)
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End this process: one line on stderr, whatever the message holds."""
+    sys.stderr.write(f"engram: {' '.join(message.split())}\n")
+    sys.exit(code)

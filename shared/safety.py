@@ -4,7 +4,8 @@ A pure function over settings: nothing is connected to, no file is opened. dev i
 setting (some beside others) and says why the value harms and what is wanted instead; all are judged, so that an
 environment is mended in one go.
 
-Secrets are told apart by being there or not, never by their content; `shown` is the only way a value leaves here.
+Secrets are told apart by being there or not, and Prefect's credential by its length; `shown` is the only way a value
+leaves here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,11 +27,26 @@ from shared.settings import Settings, by_machine, redact_url, variable, words
 HSTS_LEAST_SECONDS = 15_552_000  # half a year, below which preload lists and audits call it none
 LEEWAY_MOST_SECONDS = 120.0
 LEASE_LEAST_SECONDS = 10.0
+STALE_KEYS_MOST_SECONDS = 604_800.0  # a week: an issuer is mended by then
+USAGE_LEAST_DAYS = 62  # a month, and the next one to dispute its bill in
+BACKUP_AGE_LEAST_HOURS = 1.0
+PASSWORD_LEAST_CHARACTERS = 12
+# The least prefix of a proxy's network that is public: those of the largest, Cloudflare and CloudFront, are longer.
+_PROXIES_LEAST_PREFIX = {4: 12, 6: 28}
+# What is empty after a restart of the machine, or may be emptied while it runs.
+_PASSING = tuple(map(Path, ("/tmp", "/dev/shm", "/run", "/var/run")))
 _STAGING_AND_PROD = frozenset({"staging", "prod"})
 _PROD = frozenset({"prod"})
 _HIDDEN = "***"
-# What only those hold who make or open backups, or start runs: a gateway needs none of it.
-OF_BACKUPS = frozenset({"s3_access_key_id", "s3_secret_access_key", "backup_master_key", "prefect_api_auth_string"})
+# What only those hold who make, open or delete backups.
+OF_BACKUPS = frozenset(
+    {
+        *(f"s3_{role}{part}" for role in ("", "read_", "delete_") for part in ("access_key_id", "secret_access_key")),
+        *("backup_master_key", "backup_master_keys_older"),
+    }
+)
+# What a gateway is not given: who breaks into one must find nothing to open backups or to start runs with.
+NOT_A_GATEWAYS = OF_BACKUPS | {"prefect_api_auth_string", "bridge_token"}
 
 
 class Finding(NamedTuple):
@@ -101,7 +118,8 @@ def _is(name: str, *values: Any) -> Callable[[Settings], bool]:
 
 def _is_here(host: str) -> bool:
     """This machine: what is said to it no network sees."""
-    return host in ("", "localhost") or host.startswith(("/", "@")) or _is_address(host, "is_loopback")
+    named = host == "localhost" or host.endswith(".localhost") or host.startswith(("/", "@"))
+    return named or _is_address(host, "is_loopback") or _is_address(host, "is_unspecified")
 
 
 def _is_inside(host: str) -> bool:
@@ -111,7 +129,7 @@ def _is_inside(host: str) -> bool:
 
 def _is_address(host: str, kind: str) -> bool:
     try:
-        return bool(getattr(ipaddress.ip_address(host), kind))
+        return bool(getattr(ipaddress.ip_address(host.strip("[]")), kind))
     except ValueError:
         return False
 
@@ -126,8 +144,10 @@ def _open_database(settings: Settings) -> bool:
     except psycopg.Error:
         return True
     hosts = str(parts.get("hostaddr") or parts.get("host") or "").split(",")
+    if "service" in parts or not all(hosts):
+        return True  # where to is left to a file, or to PGHOST
     if all(_is_here(host) for host in hosts):
-        return "service" in parts  # which may say anything
+        return False
     mode, binding = parts.get("sslmode"), parts.get("channel_binding")
     return mode not in ("verify-full", "verify-ca") and not (mode == "require" and binding == "require")
 
@@ -151,17 +171,25 @@ def _is_open(address: str, allowed: Callable[[str], bool]) -> bool:
     return not host or not (url.scheme == "https" or (url.scheme == "http" and allowed(host)))
 
 
-def _dev_issuer(settings: Settings) -> bool:
-    """Tokens that anybody on this machine could sign."""
-    return _not_https("jwt_issuer")(settings) or (
-        bool(settings.jwt_issuer) and _is_here(urlsplit(settings.jwt_issuer).hostname or "")
-    )
+def _is_of_dev(name: str) -> Callable[[Settings], bool]:
+    """Of an issuer that anybody on this machine could be."""
+
+    def judge(settings: Settings) -> bool:
+        value = getattr(settings, name)
+        return bool(value) and (_is_open(value, lambda _: False) or _is_here(urlsplit(value).hostname or ""))
+
+    return judge
 
 
 def _wide_proxies(settings: Settings) -> bool:
     """More of the public internet than any proxy has addresses."""
     networks = [ipaddress.ip_network(network) for network in words(settings.trusted_proxies)]
-    return any(not n.is_private and n.prefixlen < (8 if n.version == 4 else 16) for n in networks)
+    return any(not n.is_private and n.prefixlen < _PROXIES_LEAST_PREFIX[n.version] for n in networks)
+
+
+def _short_password(settings: Settings) -> bool:
+    credential = settings.prefect_api_auth_string.get_secret_value()
+    return bool(credential) and len(credential.partition(":")[2]) < PASSWORD_LEAST_CHARACTERS
 
 
 def _open_routing(settings: Settings) -> bool:
@@ -171,8 +199,10 @@ def _open_routing(settings: Settings) -> bool:
 
 
 def _loose_origins(settings: Settings) -> bool:
-    origin = re.compile(r"https://(?!localhost\b|127\.)[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?/?\Z")
-    return not all(origin.match(word) for word in words(settings.cors_allowed_origins))
+    """One that is not an https address in full, or that each browser finds somewhere else: in its own network."""
+    origin = re.compile(r"https://([a-z0-9-]+(\.[a-z0-9-]+)*)(:\d{1,5})?/?\Z")
+    found = [origin.match(word) for word in words(settings.cors_allowed_origins)]
+    return not all(match and not _is_here(match[1]) and not _is_address(match[1], "is_private") for match in found)
 
 
 RULES = (
@@ -191,10 +221,13 @@ RULES = (
     Rule("backup_master_key", _STAGING_AND_PROD, lambda s: s.backup_encryption == "age" and not s.backup_master_key,
          "no encrypted backup could be made or opened", "the key `engram keys new` printed"),
     Rule("jwt_issuer", _STAGING_AND_PROD, _empty("jwt_issuer"), "tokens could not be judged", "the issuer's https URL"),
-    Rule("jwt_issuer", _STAGING_AND_PROD, _dev_issuer, "it is a development issuer's", "the issuer's https URL"),
+    Rule("jwt_issuer", _STAGING_AND_PROD, _is_of_dev("jwt_issuer"),
+         "it is a development issuer's", "the issuer's https URL"),
     Rule("jwks_url", _STAGING_AND_PROD, _empty("jwks_url"), "tokens could not be judged", "https://…"),
-    Rule("jwks_url", _STAGING_AND_PROD, _not_https("jwks_url"),
-         "who is on the way could add keys of their own", "https://…"),
+    Rule("jwks_url", _STAGING_AND_PROD, _is_of_dev("jwks_url"),
+         "who is on the way, or on this machine, could add keys of their own", "the issuer's https://…"),
+    Rule("jwks_stale_max_seconds", _STAGING_AND_PROD, lambda s: s.jwks_stale_max_seconds > STALE_KEYS_MOST_SECONDS,
+         "keys that were taken back would be believed while nobody answers", f"at most {STALE_KEYS_MOST_SECONDS:g}"),
     Rule("jwt_leeway_seconds", _PROD, lambda s: s.jwt_leeway_seconds > LEEWAY_MOST_SECONDS,
          "tokens would live on after their end", f"at most {LEEWAY_MOST_SECONDS:g}"),
     Rule("prefect_api_url", _STAGING_AND_PROD, _empty("prefect_api_url"),
@@ -204,6 +237,8 @@ RULES = (
     Rule("prefect_api_auth_string", _STAGING_AND_PROD, _empty("prefect_api_auth_string"),
          "a Prefect server that asks nobody lets everybody near it start restores",
          "user:password, as in the server's PREFECT_SERVER_API_AUTH_STRING"),
+    Rule("prefect_api_auth_string", _STAGING_AND_PROD, _short_password, "whoever guesses it can start restores",
+         f"user:password with {PASSWORD_LEAST_CHARACTERS} characters or more after the colon"),
     Rule("tls_certificate", _STAGING_AND_PROD, lambda s: not s.tls_certificate and not words(s.trusted_proxies),
          "tokens and memories would travel in plain text",
          "a certificate and ENGRAM_TLS_KEY, or in ENGRAM_TRUSTED_PROXIES the proxies that end TLS"),
@@ -230,11 +265,21 @@ RULES = (
          "nobody would see whom prod will refuse", "shadow or enforce"),
     Rule("usage_dry_run", _PROD, _is("usage_dry_run", True), "nothing would be billed", "false"),
     Rule("usage_at_limit", _PROD, _is("usage_at_limit", "drop"), "usage would be lost on a full disk", "refuse"),
+    Rule("usage_retention_days", _PROD, lambda s: s.usage_retention_days < USAGE_LEAST_DAYS,
+         "a bill could not be explained any more", f"at least {USAGE_LEAST_DAYS}"),
+    Rule("retention_min_age_hours", _STAGING_AND_PROD, lambda s: s.retention_min_age_hours < BACKUP_AGE_LEAST_HOURS,
+         "a backup could be deleted as soon as it was made", f"at least {BACKUP_AGE_LEAST_HOURS:g}"),
+    Rule("data_dir", _STAGING_AND_PROD, lambda s: any(s.data_dir.is_relative_to(place) for place in _PASSING),
+         "tenants would be gone after a restart of the machine", "a directory on a disk that stays"),
+    Rule("monitoring_minute_seconds", _STAGING_AND_PROD, lambda s: s.monitoring_minute_seconds < 60,
+         "alerts would speak of other times than they say", "60"),
     Rule("lease_seconds", _STAGING_AND_PROD, lambda s: s.lease_seconds < LEASE_LEAST_SECONDS,
          "a restore would lose its lease to a pause", f"at least {LEASE_LEAST_SECONDS:g}"),
     Rule("machine_id", _STAGING_AND_PROD, _is("machine_id", "local", ""),
          "two machines of that name would each back up the other's tenants", "a name no other machine has"),
     Rule("prometheus_url", _PROD, _empty("prometheus_url"),
          "nobody could be told that an alert fires", "the Prometheus that watches this environment"),
+    Rule("prometheus_url", _STAGING_AND_PROD, _not_https("prometheus_url", _is_inside),
+         "who is on the way could tell diagnoses anything", "https://…, or an address of a private network"),
     Rule("log_level", _PROD, _is("log_level", "debug"), "libraries log what they send", "info, warning or error"),
 )  # fmt: skip

@@ -336,26 +336,34 @@ class Settings(BaseSettings):
         self.data_dir = self.data_dir.expanduser().absolute()
         if not self.object_store_url and self.env == "dev":
             self.object_store_url = (self.data_dir / "objects").as_uri()
-        if self.usage_durability == "sync" and self.usage_at_limit == "drop":
-            raise ValueError("usage_durability=sync loses no event and usage_at_limit=drop does: choose one")
-        if self.point_in_time == "litestream" and self.backup_encryption != "none":
-            raise ValueError("litestream cannot encrypt its copies: choose point_in_time or backup_encryption")
-        if self.s3_checksum == "none" and not self.object_store_read_back:
-            raise ValueError("without s3_checksum an upload must be read back: set object_store_read_back")
-        if self.routing == "fly-replay" and not (self.routing_apps and words(self.trusted_proxies)):
-            raise ValueError("routing=fly-replay needs routing_apps, and Fly's proxy in trusted_proxies")
-        if self.routing == "forward" and not self.routing_urls:
-            raise ValueError("routing=forward needs routing_urls")
-        if bool(self.tls_certificate) != bool(self.tls_key):
-            raise ValueError("tls_certificate and tls_key belong together: set both or none")
-        for role in ("read_", "delete_"):
-            if bool(getattr(self, f"s3_{role}access_key_id")) != bool(getattr(self, f"s3_{role}secret_access_key")):
-                raise ValueError(
-                    f"s3_{role}access_key_id and s3_{role}secret_access_key belong together: set both or none"
-                )
+        if found := self._contradictions():
+            raise Contradictions(found)
         # Assigning marks a field as set; `is_set` must go on telling what the person set.
         self.__pydantic_fields_set__.intersection_update(set_by_person)
         return self
+
+    def _contradictions(self) -> list[tuple[tuple[str, ...], str]]:
+        """Settings that do not go together: which to leave out and the others do, and what is wrong."""
+        found: list[tuple[tuple[str, ...], str]] = []
+        if self.usage_durability == "sync" and self.usage_at_limit == "drop":
+            both = "usage_durability=sync loses no event and usage_at_limit=drop does: choose one"
+            found.append((("usage_at_limit",), both))
+        if self.point_in_time == "litestream" and self.backup_encryption != "none":
+            plain = "litestream cannot encrypt its copies: choose point_in_time or backup_encryption"
+            found.append((("point_in_time",), plain))
+        if self.s3_checksum == "none" and not self.object_store_read_back:
+            unread = "without s3_checksum an upload must be read back: set object_store_read_back"
+            found.append((("s3_checksum",), unread))
+        if self.routing == "fly-replay" and not (self.routing_apps and words(self.trusted_proxies)):
+            found.append((("routing",), "routing=fly-replay needs routing_apps, and Fly's proxy in trusted_proxies"))
+        if self.routing == "forward" and not self.routing_urls:
+            found.append((("routing",), "routing=forward needs routing_urls"))
+        pairs = [("tls_certificate", "tls_key")]
+        pairs += [(f"s3_{role}_access_key_id", f"s3_{role}_secret_access_key") for role in ("read", "delete")]
+        for one, other in pairs:
+            if bool(_plain(getattr(self, one))) != bool(_plain(getattr(self, other))):
+                found.append(((one, other), f"{one} and {other} belong together: set both or none"))
+        return found
 
     def is_set(self, name: str) -> bool:
         """Whether the environment or the value file set this value, rather than a default filling it."""
@@ -402,6 +410,14 @@ class Settings(BaseSettings):
     @property
     def prefect_ui_url(self) -> str:
         return self.prefect_api_url.removesuffix("/").removesuffix("/api")
+
+
+class Contradictions(ValueError):
+    """All settings that do not go together: names and what is wrong with them."""
+
+    def __init__(self, found: list[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("; ".join(what for _, what in found))
+        self.found = found
 
 
 _QUEUES = frozenset({"default", "urgent", "upkeep"})  # those that all machines share: shared/queues.py

@@ -23,7 +23,7 @@ SAFE: Mapping[str, str] = {
     "ENGRAM_JWT_ISSUER": "https://issuer.test",
     "ENGRAM_JWKS_URL": "https://issuer.test/jwks.json",
     "PREFECT_API_URL": "http://prefect.internal:4200/api",
-    "PREFECT_API_AUTH_STRING": "engram:secret",
+    "PREFECT_API_AUTH_STRING": "engram:a-long-password",
     "ENGRAM_TRUSTED_PROXIES": "172.16.0.0/12",
     "ENGRAM_MACHINE_ID": "m1",
     "ENGRAM_PROMETHEUS_URL": "http://prometheus.internal:9090",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from deployments.cli import PANELS
 from deployments.running import RESOLVED
 from shared import environment
 from shared.environment import BadSettings
 from shared.errors import Refused
-from shared.safety import OF_BACKUPS, RULES, refuse_unsafe, shown, unsafe
+from shared.safety import NOT_A_GATEWAYS, OF_BACKUPS, RULES, refuse_unsafe, shown, unsafe
 from shared.settings import Settings
 from tests.core_fixtures import ROOT
-from tests.environment_fixtures import SAFE, bare, engram
+from tests.environment_fixtures import SAFE, Done, bare, engram
 
 CANARY = "hunter2-never-print-me"
 KNOWN = frozenset(Settings.model_fields)
@@ -68,6 +70,9 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("control_plane_url", "postgresql://u:p@127.0.0.1/d?hostaddr=192.0.2.1", "staging prod"),
     ("control_plane_url", "service=elsewhere", "staging prod"),
     ("control_plane_url", "nonsense", "staging prod"),
+    ("control_plane_url", "postgresql:///engram", "staging prod"),
+    ("control_plane_url", "dbname=engram", "staging prod"),
+    ("control_plane_url", "postgresql://u:p@127.0.0.1,/d", "staging prod"),
     ("object_store_url", "", "staging prod"),
     ("object_store_url", "file:///data/objects", "staging prod"),
     ("object_store_url", "s3://", "staging prod"),
@@ -82,12 +87,21 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("jwks_url", "http://issuer.test/jwks.json", "staging prod"),
     ("jwks_url", "http://127.0.0.1:8081/jwks.json", "staging prod"),
     ("jwks_url", "https://[", "staging prod"),
+    ("jwks_url", "https://localhost:8081/jwks.json", "staging prod"),
+    ("jwks_url", "https://issuer.localhost/jwks.json", "staging prod"),
+    ("jwks_url", "https://[::1]/jwks.json", "staging prod"),
+    ("jwks_stale_max_seconds", 1e12, "staging prod"),
     ("jwt_leeway_seconds", 121, "prod"),
     ("prefect_api_url", "", "staging prod"),
     ("prefect_api_url", "http://prefect.test/api", "staging prod"),
     ("prefect_api_auth_string", "", "staging prod"),
+    ("prefect_api_auth_string", "x", "staging prod"),
+    ("prefect_api_auth_string", "engram:engram", "staging prod"),
+    ("prefect_api_auth_string", "a-long-user-name:x", "staging prod"),
     ("trusted_proxies", "0.0.0.0/0", "staging prod"),
     ("trusted_proxies", "10.0.0.0/8, ::/0", "staging prod"),
+    ("trusted_proxies", "10.0.0.0/8, 104.0.0.0/8", "staging prod"),
+    ("trusted_proxies", "2400::/12", "staging prod"),
     ("routing_urls", "http://{machine_id}.example:8080", "staging prod"),
     ("routing_urls", "http://engram-{machine_id}.internal:8080,data-7=http://data-7.example", "staging prod"),
     ("routing_urls", "engram-{machine_id}", "staging prod"),
@@ -96,6 +110,10 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("cors_allowed_origins", "http://app.example", "staging prod"),
     ("cors_allowed_origins", "https://app.example, https://*.example", "staging prod"),
     ("cors_allowed_origins", "https://localhost:3000", "staging prod"),
+    ("cors_allowed_origins", "https://dev.localhost:3000", "staging prod"),
+    ("cors_allowed_origins", "https://0.0.0.0", "staging prod"),
+    ("cors_allowed_origins", "https://app.example, https://10.0.0.5", "staging prod"),
+    ("cors_allowed_origins", "https://127.0.0.1:3000", "staging prod"),
     ("cors_localhost", True, "prod"),
     ("hsts_seconds", 86_400, "prod"),
     ("docs_pages", True, "prod"),
@@ -107,9 +125,16 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("quota_mode", "shadow", "prod"),
     ("usage_dry_run", True, "prod"),
     ("usage_at_limit", "drop", "prod"),
+    ("usage_retention_days", 1, "prod"),
+    ("retention_min_age_hours", 0, "staging prod"),
+    ("data_dir", "/tmp/x", "staging prod"),
+    ("data_dir", "/dev/shm", "staging prod"),
+    ("monitoring_minute_seconds", 1, "staging prod"),
     ("lease_seconds", 1, "staging prod"),
     ("machine_id", "local", "staging prod"),
     ("prometheus_url", "", "prod"),
+    ("prometheus_url", "nonsense", "staging prod"),
+    ("prometheus_url", "http://prometheus.example", "staging prod"),
     ("log_level", "debug", "prod"),
 ]
 
@@ -150,6 +175,8 @@ def test_every_rule_was_seen_to_object() -> None:
         ("prefect_api_url", "http://10.0.0.7:4200/api"),
         ("prefect_api_url", "https://prefect.test/api"),
         ("trusted_proxies", "fdaa::/16, 172.16.0.0/12, 192.0.2.7/32"),
+        ("trusted_proxies", "104.16.0.0/13, 2400:cb00::/32"),
+        ("data_dir", "/tmpfiles"),
         ("cors_allowed_origins", "https://app.example, https://app.example:8443/"),
         ("cors_allowed_origins", ""),
         ("routing_urls", "http://engram-{machine_id}.internal:8080,data-7=https://data-7.example"),
@@ -169,7 +196,8 @@ def test_a_refusal_names_everything_at_once_with_why_and_what_instead() -> None:
     assert refused.value.exit_code == 3
     assert str(refused.value) == (
         "prod is not safe to start, 3 to mend: "
-        "ENGRAM_JWKS_URL is http://x.test (who is on the way could add keys of their own), want https://…; "
+        "ENGRAM_JWKS_URL is http://x.test (who is on the way, or on this machine, could add keys of their own), "
+        "want the issuer's https://…; "
         "ENGRAM_USAGE_DRY_RUN is true (nothing would be billed), want false; "
         "ENGRAM_MACHINE_ID is local (two machines of that name would each back up the other's tenants), "
         "want a name no other machine has"
@@ -177,19 +205,23 @@ def test_a_refusal_names_everything_at_once_with_why_and_what_instead() -> None:
 
 
 def test_a_gateway_needs_no_key_of_the_backups() -> None:
-    """Least privilege: `engram serve` starts where the others would not."""
+    """Least privilege: `engram serve` starts where the others would not, and the bridge without the keys alone."""
     held = {"s3_access_key_id": "", "s3_secret_access_key": "", "prefect_api_auth_string": ""}
     lacking = settings("prod", **held, backup_encryption="age")
-    assert {f.name for f in unsafe(lacking)} == {_variable(name) for name in OF_BACKUPS}
-    refuse_unsafe(lacking, OF_BACKUPS)
+    assert {f.name for f in unsafe(lacking)} == {_variable(name) for name in (*held, "backup_master_key")}
+    assert {name for name in SECRET | KEY_IDS if name != "control_plane_url"} == NOT_A_GATEWAYS
+    refuse_unsafe(lacking, NOT_A_GATEWAYS)
+    assert [f.name for f in unsafe(lacking, OF_BACKUPS)] == ["PREFECT_API_AUTH_STRING"]
 
 
-PROCESSES = (("serve",), ("worker",), ("drain",), ("migrate",), ("up",), ("up", "--detach"))
+MODULES = ("gateway.serve", "deployments.worker")
+PROCESSES = [("up",), ("up", "--detach"), *((name,) for name in PANELS["Single processes, as production runs them"])]
 
 
-def test_no_process_starts_unsafe_and_config_check_says_the_same(tmp_path: Path) -> None:
+def test_no_process_starts_unsafe_and_config_check_says_the_same() -> None:
     """Exit 3, one line, nothing written; the list of `config check` is the list of the process."""
-    variables = SAFE | {"ENGRAM_ENV": "prod", "ENGRAM_DATA_DIR": str(tmp_path / "data")}
+    data_dir = Path("/var/tmp") / f"engram-{secrets.token_hex(8)}"
+    variables = SAFE | {"ENGRAM_ENV": "prod", "ENGRAM_DATA_DIR": str(data_dir)}
     variables |= {"ENGRAM_RATE_LIMIT_MODE": "shadow", "ENGRAM_JWKS_URL": "http://issuer.test"}
     check = engram("config", "check", "--json", **variables)
     checked = json.loads(check.stdout)
@@ -197,13 +229,47 @@ def test_no_process_starts_unsafe_and_config_check_says_the_same(tmp_path: Path)
     names = [found["name"] for found in checked["unsafe"]]
     assert names == ["ENGRAM_JWKS_URL", "ENGRAM_RATE_LIMIT_MODE"]
     assert check.stderr == f"engram: prod is not safe to start, 2 to mend: {', '.join(names)}\n"
-    for arguments in PROCESSES:
-        done = engram(*arguments, **variables)
-        assert (done.returncode, done.stdout) == (3, ""), arguments
-        [line] = done.stderr.splitlines()
+    alone = [
+        subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=bare() | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for module in MODULES
+    ]
+    done: dict[object, Done] = {arguments: engram(*arguments, **variables) for arguments in PROCESSES}
+    for module, process in zip(MODULES, alone, strict=True):
+        done[module] = Done(process.wait(60), *process.communicate())
+    assert len(done) == 10
+    for what, answer in done.items():
+        assert (answer.returncode, answer.stdout) == (3, ""), (what, answer.stderr)
+        [line] = answer.stderr.splitlines()
         for found in checked["unsafe"]:
-            assert f"{found['name']} is {found['value']} ({found['why']}), want {found['want']}" in line, arguments
-    assert not (tmp_path / "data").exists()
+            assert f"{found['name']} is {found['value']} ({found['why']}), want {found['want']}" in line, what
+    assert not data_dir.exists()
+
+
+def test_check_names_what_no_process_could_read_beside_what_is_unsafe() -> None:
+    """One list, one edit: names that are none, values that are none, a certificate without its key, unsafe values."""
+    wrong = {"ENGRAM_QQQ": CANARY, "ENGRAM_GATEWAY_PORT": CANARY, "ENGRAM_TLS_CERTIFICATE": "c.pem"}
+    wrong |= {"ENGRAM_ROUTING": "forward", "ENGRAM_S3_READ_ACCESS_KEY_ID": CANARY}
+    wrong |= {"ENGRAM_MACHINE_ID": "local", "ENGRAM_DOCS_PAGES": "true", "ENGRAM_RATE_LIMIT_MODE": "shadow"}
+    check = engram("config", "check", "--json", ENGRAM_ENV="prod", **SAFE | wrong)
+    assert check.returncode == 3 and CANARY not in check.stdout + check.stderr
+    found = [name for f in json.loads(check.stdout)["unsafe"] for name in f["name"].split()]
+    assert found == [
+        *("ENGRAM_QQQ", "ENGRAM_GATEWAY_PORT", "ENGRAM_ROUTING", "ENGRAM_TLS_CERTIFICATE", "ENGRAM_TLS_KEY"),
+        *("ENGRAM_S3_READ_ACCESS_KEY_ID", "ENGRAM_S3_READ_SECRET_ACCESS_KEY"),
+        *("ENGRAM_DOCS_PAGES", "ENGRAM_RATE_LIMIT_MODE", "ENGRAM_MACHINE_ID"),
+    ]
+    process = engram("serve", ENGRAM_ENV="prod", ENGRAM_TLS_KEY="k.pem", ENGRAM_ROUTING="forward", **SAFE)
+    assert process.returncode == 2 and "needs routing_urls; tls_certificate and tls_key" in process.stderr
+    dev = engram("config", "check", ENGRAM_TLS_KEY="k.pem")
+    assert dev.returncode == 3 and dev.stderr.startswith(
+        "engram: dev would not start, 1 to mend: ENGRAM_TLS_CERTIFICATE"
+    )
 
 
 def test_check_looks_at_the_certificate_too(tmp_path: Path) -> None:

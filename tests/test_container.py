@@ -27,7 +27,8 @@ from packaging.requirements import Requirement
 
 from deployments import healthcheck, orchestration
 from shared import environment
-from shared.settings import Settings
+from shared.safety import NOT_A_GATEWAYS
+from shared.settings import Settings, variable
 from tests.environment_fixtures import SAFE, bare
 from tests.test_help import commands
 
@@ -173,7 +174,9 @@ def run_in(built: Path, data_dir: Path, *argv: str, **variables: str) -> subproc
     return subprocess.run(
         [*as_nobody, str(built / argv[0]), *argv[1:]],
         cwd=data_dir,
-        env=bare() | {"HOME": str(data_dir), "ENGRAM_ENV": "prod", "PYTHONDONTWRITEBYTECODE": "1"} | variables,
+        env={k: v for k, v in bare().items() if k != "PYTHONPATH"}
+        | {"HOME": str(data_dir), "ENGRAM_ENV": "prod", "PYTHONDONTWRITEBYTECODE": "1"}
+        | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -294,6 +297,16 @@ def test_no_secret_is_written_down_and_no_port_leaves_the_machine() -> None:
         for key, value in service.get("environment", {}).items():
             if re.search(r"PASSWORD|SECRET|TOKEN|CONTROL_PLANE_URL|CONNECTION_URL|AUTH|MESSAGING_URL|DOCKET", key):
                 assert re.search(r"\$\{\w+:\?\}", value), f"{name}: {key}"
+
+
+def test_the_gateway_has_no_key_of_the_backups_and_can_start_no_run() -> None:
+    """Whoever breaks in there is in the one place that strangers can reach."""
+    keys = {variable(name) for name in NOT_A_GATEWAYS}
+    held = {name: keys & service.get("environment", {}).keys() for name, service in OURS.items()}
+    s3, runs = {"ENGRAM_S3_ACCESS_KEY_ID", "ENGRAM_S3_SECRET_ACCESS_KEY"}, {"PREFECT_API_AUTH_STRING"}
+    assert held["gateway"] == held["migrate"] == held["issuer"] == set()
+    assert held["worker"] == held["drain"] == s3 | runs
+    assert held["bridge"] == {"ENGRAM_BRIDGE_TOKEN"} | runs
 
 
 def test_every_container_of_ours_can_do_no_more_than_it_must() -> None:

@@ -11,7 +11,9 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ def over_tls(issuer: Issuer, files: Pair) -> Iterator[str]:
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"https://127.0.0.1:{server.server_port}/jwks.json"
+        yield f"https://{socket.gethostname()}:{server.server_port}/jwks.json"  # an issuer on localhost is refused
     finally:
         server.shutdown()
         server.server_close()
@@ -107,8 +109,9 @@ def places(request: pytest.FixtureRequest, stack: Stack, files: Pair) -> dict[st
         jwks_url = closing.enter_context(over_tls(stack.issuer, files))
         starts = {}
         for env in ENVIRONMENTS:
-            data_dir = stack.settings.data_dir.parent / f"environment-{env}"
-            data_dir.mkdir()
+            # Not in /tmp, where staging and prod refuse to keep tenants.
+            directory = tempfile.TemporaryDirectory(prefix=f"engram-{env}-", dir="/var/tmp")
+            data_dir = Path(closing.enter_context(directory))
             (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
             values = {
                 "env": env,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,7 +28,8 @@ class Pair:
 
 
 def pair(directory: Path, *, key: Any = None, days: tuple[float, float] = (-1, 1), name: str = "gateway") -> Pair:
-    """A new pair for localhost and 127.0.0.1, valid between two days from now, signed by an authority of its own."""
+    """A new pair for localhost, 127.0.0.1 and this host's name, valid between two days from now, signed by an authority
+    of its own."""
     authority, key = ec.generate_private_key(ec.SECP256R1()), key or ec.generate_private_key(ec.SECP256R1())
     ca = _signed("test authority", authority.public_key(), "test authority", authority, (-1, 1), ca=True)
     leaf = _signed(name, key.public_key(), "test authority", authority, days, ca=False)
@@ -48,7 +50,11 @@ def _signed(
     name: str, public_key: Any, issuer: str, authority: Any, days: tuple[float, float], *, ca: bool
 ) -> x509.Certificate:
     now = datetime.now(UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names = [
+        x509.DNSName("localhost"),
+        x509.DNSName(socket.gethostname()),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    ]
     builder = (
         x509.CertificateBuilder()
         .subject_name(_name(name))

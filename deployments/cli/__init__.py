@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from shared.errors import EngramError
+from shared.errors import exit_code, leave
 
 # A module of this package, each with `register(app)`.
 COMMANDS = (
@@ -81,17 +80,16 @@ def main() -> None:
     for name in COMMANDS:
         importlib.import_module(f"{__name__}.{name}").register(app)
     try:
-        app(prog_name="engram")
-    except EngramError as e:
-        _fail(str(e), e.exit_code)
+        with exit_code():
+            app(prog_name="engram")
     except ValueError as e:
-        _fail(_setting_error(e), 2)
+        leave(_setting_error(e), 2)
     except OSError as e:
-        _fail(str(e), 1)
+        leave(str(e), 1)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        leave("interrupted", 130)
     except _lacking_in_schema() as e:
-        _fail(f"the control plane lacks what this build needs, run `engram migrate`: {str(e).splitlines()[0]}", 1)
+        leave(f"the control plane lacks what this build needs, run `engram migrate`: {str(e).splitlines()[0]}", 1)
 
 
 def _lacking_in_schema() -> tuple[type[Exception], ...]:
@@ -113,8 +111,3 @@ def _setting_error(e: ValueError) -> str:
         name = name if name.startswith(("PREFECT_", "ENGRAM_")) or not name else f"ENGRAM_{name}"
         found.append(f"setting {name}: {error['msg']}" if name else error["msg"].removeprefix("Value error, "))
     return "; ".join(found)
-
-
-def _fail(message: str, exit_code: int) -> None:
-    print(f"engram: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
-    sys.exit(exit_code)

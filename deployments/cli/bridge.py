@@ -12,9 +12,7 @@ def register(app: typer.Typer) -> None:
 def bridge() -> None:
     """The bridge alone: it takes alerts from Alertmanager and hands them to Prefect, which starts their diagnoses."""
     from deployments.bridge import serve
-    from deployments.running import running_settings
-    from shared import log
+    from deployments.cli.process import settings_of_process
+    from shared.safety import OF_BACKUPS
 
-    settings = running_settings("prefect_api_url")
-    log.configure(settings.log_level)
-    serve(settings)
+    serve(settings_of_process("prefect_api_url", without=OF_BACKUPS))

@@ -11,6 +11,9 @@ from deployments.cli.output import Json, print_json, print_table
 from shared import environment
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from shared.safety import Finding
     from shared.settings import Settings
 
 config = typer.Typer(name="config", help="What an environment runs with, and whether it may.", no_args_is_help=True)
@@ -25,10 +28,11 @@ def check(as_json: Json = False) -> None:
     """Name every unsafe value of this environment (ENGRAM_ENV) at once. Exit code 3 if there is one."""
     from shared.errors import Permanent, Refused
     from shared.safety import Finding, unsafe
-    from shared.settings import Settings
+    from shared.settings import variable
 
-    settings = Settings()
-    found = unsafe(settings)
+    settings, found = _readable()
+    named = " ".join(f.name for f in found).split()
+    found += unsafe(settings, {name for name in type(settings).model_fields if variable(name) in named})
     try:
         _load_certificate(settings)
     except Permanent as e:
@@ -42,7 +46,8 @@ def check(as_json: Json = False) -> None:
         typer.echo(f"{settings.env}: nothing to object to")
     if found:
         names = dict.fromkeys(f.name for f in found)
-        raise Refused(f"{settings.env} is not safe to start, {len(found)} to mend: {', '.join(names)}")
+        verdict = "would not start" if settings.env == "dev" else "is not safe to start"
+        raise Refused(f"{settings.env} {verdict}, {len(found)} to mend: {', '.join(names)}")
 
 
 @config.command()
@@ -84,6 +89,42 @@ def show(as_json: Json = False) -> None:
         print_json([{"name": name, "value": value, "from": origin} for name, value, origin in rows])
     else:
         print_table(("name", "value", "from"), rows)
+
+
+def _readable() -> tuple[Settings, list[Finding]]:
+    """This environment's settings without the variables that no process could read, and a finding for each of these.
+    Raises what a process would where leaving them out does not help."""
+    from pydantic import ValidationError
+
+    from shared.environment import UnknownSettings
+    from shared.safety import Finding
+    from shared.settings import Settings
+
+    found: list[Finding] = []
+    while True:
+        try:
+            return Settings(), found
+        except (UnknownSettings, ValidationError) as e:
+            wrong = list(e.found.items()) if isinstance(e, UnknownSettings) else _not_valid(e)
+            left_out = [key for key in os.environ if any(key.upper() in names.upper().split() for names, _ in wrong)]
+            if not left_out:
+                raise
+            for key in left_out:
+                del os.environ[key]
+            found += [Finding(names, "not shown", what, "a value that fits") for names, what in wrong]
+
+
+def _not_valid(e: ValidationError) -> list[tuple[str, str]]:
+    """The variables, separated by spaces, and what is wrong with them."""
+    from shared.settings import Contradictions, variable
+
+    wrong = []
+    for error in e.errors(include_input=False, include_url=False):
+        if isinstance(together := error.get("ctx", {}).get("error"), Contradictions):
+            wrong += [(" ".join(map(variable, names)), what) for names, what in together.found]
+        else:
+            wrong.append((variable(str(error["loc"][0]).lower()), error["msg"]))
+    return wrong
 
 
 def _load_certificate(settings: Settings) -> None:

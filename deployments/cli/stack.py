@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,8 +28,10 @@ def up(
     supervise: Annotated[bool, typer.Option(hidden=True, help="The other end of --detach.")] = False,
 ) -> None:
     """Start the whole stack on embedded defaults; Ctrl-C stops it in order."""
+    from shared.safety import refuse_unsafe
+
     settings = _configured()
-    _refuse_unsafe(settings)
+    refuse_unsafe(settings)
     if detach:
         from deployments import detached
 
@@ -73,22 +74,21 @@ def status(as_json: Json = False) -> None:
 
 def serve() -> None:
     """The gateway alone, as production runs it."""
+    from deployments.cli.process import settings_of_process
     from gateway.serve import serve as serve_gateway
-    from shared.safety import OF_BACKUPS
+    from shared.safety import NOT_A_GATEWAYS
 
-    settings = _of_process(without=OF_BACKUPS)
-    _log(settings)
-    serve_gateway(settings)
+    serve_gateway(settings_of_process(without=NOT_A_GATEWAYS))
 
 
 def worker() -> None:
     """The Prefect workers of this machine alone, as production runs them: one, and one for what cannot wait."""
     from deployments import orchestration
+    from deployments.cli.process import settings_of_process
     from shared.errors import Transient
     from shared.sweep import sweep_disk
 
-    settings = _of_process("prefect_api_url")
-    _log(settings)
+    settings = settings_of_process("prefect_api_url")
     if not orchestration.ensure_queues(settings):
         raise Transient(f"no work pool {settings.prefect_work_pool} at {settings.prefect_api_url}: is it deployed?")
     sweep_disk(settings)  # a worker that comes back after a crash finds its tenants in order
@@ -99,33 +99,34 @@ def worker() -> None:
 def drain() -> None:
     """The metering drain alone: usage segments into PostgreSQL until stopped, and once more then."""
     from deployments import orchestration
+    from deployments.cli.process import settings_of_process
 
-    settings = _of_process("control_plane_url")
+    settings = settings_of_process("control_plane_url")
     os.environ.update(orchestration.client_environment(settings))  # before Prefect reads it
     from flows.drain import main as drain_usage
 
-    _log(settings)
     drain_usage(settings)
 
 
 def litestream() -> None:
     """Litestream alone: kept on the active database of every tenant of this machine, for restores to any second."""
+    from deployments.cli.process import settings_of_process
     from shared.errors import Permanent
     from shared.litestream import enabled
     from shared.litestream_follow import main as follow
 
-    settings = _of_process("object_store_url")
+    settings = settings_of_process("object_store_url")
     if not enabled(settings):
         raise Permanent("ENGRAM_POINT_IN_TIME is off")
-    _log(settings)
     follow(settings)
 
 
 def migrate(as_json: Json = False) -> None:
     """Bring the control plane's schema up to date."""
+    from deployments.cli.process import settings_of_process
     from shared.control_plane import ControlPlane
 
-    settings = _of_process("control_plane_url")
+    settings = settings_of_process("control_plane_url")
     with ControlPlane(settings) as control_plane:
         applied = control_plane.migrate()
     if as_json:
@@ -152,34 +153,13 @@ def token(
         sys.stdout.write(signed + "\n")
 
 
-def _of_process(*needed: str, without: Collection[str] = ()) -> Settings:
-    """The settings of a single process. In staging and prod it does not start while a value is unsafe."""
-    from deployments.running import running_settings
-    from shared.settings import Settings
-
-    _refuse_unsafe(Settings(), without)
-    return running_settings(*needed)
-
-
-def _refuse_unsafe(settings: Settings, without: Collection[str] = ()) -> None:
-    if settings.env != "dev":
-        from shared.safety import refuse_unsafe
-
-        refuse_unsafe(settings, without)
-
-
 def _configured() -> Settings:
+    from shared import log
     from shared.settings import Settings
 
     settings = Settings()
-    _log(settings)
-    return settings
-
-
-def _log(settings: Settings) -> None:
-    from shared import log
-
     log.configure(settings.log_level)
+    return settings
 
 
 def _welcome(settings: Settings, as_json: bool) -> None:
