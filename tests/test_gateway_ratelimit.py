@@ -1,13 +1,8 @@
-"""Rate limits: exact over all workers, whatever happens to one of them, and never the wrong one's."""
+"""Rate limits: exact over all workers, and never the wrong one's."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import ratelimit
-from gateway.ratelimit import Bucket, RateLimiter, Table
+from gateway import buckets
+from gateway.ratelimit import RateLimiter
 from shared.limits import Watch, clear, set_limit
 from shared.settings import Settings
 from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, new_key, sign, stack  # noqa: F401
@@ -41,7 +36,7 @@ def test_a_burst_is_granted_at_once_and_then_the_rate(tmp_path: Path, monkeypatc
     """Exactly; what was saved up while nobody asked is never more than the burst."""
     clock = SimpleNamespace(monotonic=lambda: now)
     now = 1_000.0
-    monkeypatch.setattr(ratelimit, "time", clock)
+    monkeypatch.setattr(buckets, "time", clock)
     limit = limiter(tmp_path, rate_limit_rps=200, rate_limit_burst=10)
     assert granted(limit, 50) == 10
     for _ in range(100):
@@ -98,99 +93,11 @@ def test_a_limit_raised_at_run_time_works_at_once_for_a_tenant_that_was_refused(
     assert granted(limit, 5) == 0
 
 
-def test_the_table_serves_more_keys_than_it_has_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest idle make room; the key in use keeps its state."""
-    monkeypatch.setattr(ratelimit, "SLOTS", 64)
-    table = Table(tmp_path / "t.rates")
-    busy = Bucket.of("busy", SLOW, 3)
-    assert [table.take([busy]).allowed for _ in range(4)] == [True, True, True, False]
-    for n in range(1_000):
-        assert table.take([Bucket.of(f"other {n}", 1e6, 1)]).allowed
-    assert not table.take([busy]).allowed
-
-
 def test_without_room_for_the_table_each_worker_limits_alone(tmp_path: Path) -> None:
     """A full or read-only disk must not stop the gateway."""
     (tmp_path / "run").write_text("in the way")
     limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=3)
     assert granted(limit, 10) == 3
-
-
-def test_a_table_of_another_boot_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its times are of a clock that no longer runs; whoever has it mapped is not disturbed."""
-    bucket = Bucket.of("acme", SLOW, 1)
-    before = Table(tmp_path / "t.rates")
-    assert before.take([bucket]).allowed and not Table(tmp_path / "t.rates").take([bucket]).allowed
-    monkeypatch.setattr(ratelimit, "_boot_id", lambda: b"the next one")
-    assert Table(tmp_path / "t.rates").take([bucket]).allowed
-    assert not before.take([bucket]).allowed
-
-
-_PROCESS = """
-import sys, time
-from gateway.ratelimit import Bucket, Table
-table, bucket = Table(__import__("pathlib").Path(sys.argv[1])), Bucket.of("acme", 400, 20)
-print("ready", flush=True)
-begins, ends = (float(x) for x in sys.stdin.readline().split())
-while time.monotonic() < begins:
-    pass
-count = 0
-while time.monotonic() < ends:
-    count += table.take([bucket]).allowed
-print(count, flush=True)
-"""
-
-_HOLDER = """
-import fcntl, sys, time
-fd = open(sys.argv[1], "rb+")
-fcntl.flock(fd, fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def _process(code: str, path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    return process
-
-
-def test_processes_that_hammer_one_bucket_get_no_more_than_the_limit_together(tmp_path: Path) -> None:
-    """At most 1.05 × (burst + rate · time), the worst contention there is."""
-    processes = [_process(_PROCESS, tmp_path / "t.rates") for _ in range(3)]
-    begins = time.monotonic() + 0.3
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(f"{begins} {begins + 1.5}\n")
-        process.stdin.flush()
-    total = sum(int(process.communicate(timeout=30)[0]) for process in processes)
-    limit = 20 + 400 * 1.5
-    assert 20 <= total <= 1.05 * limit
-
-
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_stops_or_dies_inside_the_lock_holds_up_nobody(tmp_path: Path, number: signal.Signals) -> None:
-    """The others go on deciding, by the same numbers."""
-    path = tmp_path / "t.rates"
-    table, bucket = Table(path), Bucket.of("acme", SLOW, 100)
-    holder = _process(_HOLDER, path)
-    try:
-        os.kill(holder.pid, number)
-        assert sum(table.take([bucket]).allowed for _ in range(500)) == 100
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert not table.take([bucket]).allowed
-
-    def known_to_all() -> bool:
-        """What was granted without the lock is written at the next one, which is not tried for at every request."""
-        assert not table.take([bucket]).allowed
-        return not Table(path).take([bucket], keep=False).allowed
-
-    assert eventually(known_to_all)
 
 
 def limited(stack: Stack, name: str, **settings: Any) -> Any:  # noqa: F811

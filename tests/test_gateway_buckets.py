@@ -1,0 +1,106 @@
+"""Buckets in a file: exact over all processes that map it, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gateway import buckets
+from gateway.buckets import Bucket, Table
+from tests.gateway_stack import eventually
+
+SLOW = 0.001  # requests a second: nothing comes back while a test runs
+
+
+def test_the_table_serves_more_keys_than_it_has_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest idle make room; the key in use keeps its state."""
+    monkeypatch.setattr(buckets, "SLOTS", 64)
+    table = Table(tmp_path / "t.rates")
+    busy = Bucket.of("busy", SLOW, 3)
+    assert [table.take([busy]).allowed for _ in range(4)] == [True, True, True, False]
+    for n in range(1_000):
+        assert table.take([Bucket.of(f"other {n}", 1e6, 1)]).allowed
+    assert not table.take([busy]).allowed
+
+
+def test_a_table_of_another_boot_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times are of a clock that no longer runs; whoever has it mapped is not disturbed."""
+    bucket = Bucket.of("acme", SLOW, 1)
+    before = Table(tmp_path / "t.rates")
+    assert before.take([bucket]).allowed and not Table(tmp_path / "t.rates").take([bucket]).allowed
+    monkeypatch.setattr(buckets, "_boot_id", lambda: b"the next one")
+    assert Table(tmp_path / "t.rates").take([bucket]).allowed
+    assert not before.take([bucket]).allowed
+
+
+_PROCESS = """
+import sys, time
+from gateway.buckets import Bucket, Table
+table, bucket = Table(__import__("pathlib").Path(sys.argv[1])), Bucket.of("acme", 400, 20)
+print("ready", flush=True)
+begins, ends = (float(x) for x in sys.stdin.readline().split())
+while time.monotonic() < begins:
+    pass
+count = 0
+while time.monotonic() < ends:
+    count += table.take([bucket]).allowed
+print(count, flush=True)
+"""
+
+_HOLDER = """
+import fcntl, sys, time
+fd = open(sys.argv[1], "rb+")
+fcntl.flock(fd, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def _process(code: str, path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def test_processes_that_hammer_one_bucket_get_no_more_than_the_limit_together(tmp_path: Path) -> None:
+    """At most 1.05 × (burst + rate · time), the worst contention there is."""
+    processes = [_process(_PROCESS, tmp_path / "t.rates") for _ in range(3)]
+    begins = time.monotonic() + 0.3
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(f"{begins} {begins + 1.5}\n")
+        process.stdin.flush()
+    total = sum(int(process.communicate(timeout=30)[0]) for process in processes)
+    limit = 20 + 400 * 1.5
+    assert 20 <= total <= 1.05 * limit
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_stops_or_dies_inside_the_lock_holds_up_nobody(tmp_path: Path, number: signal.Signals) -> None:
+    """The others go on deciding, by the same numbers."""
+    path = tmp_path / "t.rates"
+    table, bucket = Table(path), Bucket.of("acme", SLOW, 100)
+    holder = _process(_HOLDER, path)
+    try:
+        os.kill(holder.pid, number)
+        assert sum(table.take([bucket]).allowed for _ in range(500)) == 100
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not table.take([bucket]).allowed
+
+    def known_to_all() -> bool:
+        """What was granted without the lock is written at the next one, which is not tried for at every request."""
+        assert not table.take([bucket]).allowed
+        return not Table(path).take([bucket], keep=False).allowed
+
+    assert eventually(known_to_all)
