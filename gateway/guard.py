@@ -25,7 +25,7 @@ from gateway.jwks import JwksUnavailable
 from gateway.limits import cost_of
 from gateway.problems import INACTIVE_TENANT, SPOOL_FULL, Problem, Refusal, forbidden
 from gateway.quota import WARNING_HEADER
-from gateway.ratelimit import TOO_MANY_REQUESTS, too_many
+from gateway.ratelimit import NO_TENANT, TOO_MANY_REQUESTS, too_many
 from gateway.services import Services, services_of
 from shared.registry import Elsewhere
 
@@ -84,8 +84,13 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
     """Whose token it is and what it may; from here on the exchange knows the tenant."""
     headers, rates = scope["headers"], services.rates
 
+    def known(tenant_id: str | None) -> str | None:
+        if tenant_id is None or services.tenants.knows(tenant_id) or tenant_id == services.settings.operator_tenant:
+            return tenant_id
+        return NO_TENANT
+
     def before_signature(tenant_id: str | None) -> None:
-        decision = rates.may_verify(rates.address(scope.get("client")), tenant_id)
+        decision = rates.may_verify(rates.address(scope.get("client")), known(tenant_id))
         if decision is not None:
             raise Refusal(too_many(decision, TOO_MANY_FAILURES))
 
@@ -93,7 +98,7 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
         caller = await services.authenticator.caller([v for k, v in headers if k == b"authorization"], before_signature)
     except Unauthenticated as e:
         exchange.auth_failure = e.reason
-        decision = rates.bad_token(rates.address(scope.get("client")), e.tenant_id)
+        decision = rates.bad_token(rates.address(scope.get("client")), known(e.tenant_id))
         if decision is not None:
             raise Refusal(too_many(decision, TOO_MANY_FAILURES)) from None
         raise Refusal(UNAUTHENTICATED) from None

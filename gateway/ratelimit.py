@@ -9,7 +9,8 @@ signatures and does not shut out those who share the address (NAT, a proxy):
     the answer is 429 instead of 401. Good tokens never see that bucket.
   - a token that is good but for its signature takes a place of that address and that tenant; without a place the
     tokens of that tenant from that address are answered 429 before their signature is verified. Tokens that this
-    worker has verified before, and other tenants behind the same address, go on.
+    worker has verified before, and other tenants behind the same address, go on. The tenant is what the forger wrote:
+    all that nobody knows are one, and of those somebody knows an address gets `FORGED_TENANTS` buckets' worth at most.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from shared.log import get_logger
 from shared.settings import Settings
 
 SHADOW_LOG_SECONDS = 60.0
+NO_TENANT = "?"  # no tenant's id
+FORGED_TENANTS = 8  # at prod's rate a flood of forgeries then costs a worker at most 3% of its loop
 TOO_MANY_REQUESTS = "The tenant's rate limit is reached."
 _MAX_PLANS = 100_000
 log = get_logger("ratelimit")
@@ -67,18 +70,20 @@ class RateLimiter:
         return self._addresses.take((Bucket.of("operators", settings.admin_rps, settings.admin_burst),))
 
     def bad_token(self, address: str, tenant_id: str | None) -> Decision | None:
-        """Count a failed token; of `tenant_id` when only its signature was wrong. None when it may be told 401."""
+        """Count a failed token; of `tenant_id` when only its signature was wrong (`NO_TENANT` when there is no such
+        tenant). None when it may be told 401."""
         if not self._settings.unauthenticated_rps or self._mode == "off":
             return None
-        decision = self._addresses.take((self._failures(address, tenant_id),))
+        decision = self._addresses.take(self._failures(address, tenant_id))
         judged = self._judged(decision, "unauthenticated", None)
         return None if judged is None or judged.allowed else judged
 
     def may_verify(self, address: str, tenant_id: str | None) -> Decision | None:
-        """Before a signature is verified, of a token for this tenant if its claims are good. None when it may be."""
+        """Before a signature is verified, of a token for this tenant (as in `bad_token`) if its claims are good. None
+        when it may be."""
         if not self._settings.unauthenticated_rps or self._mode != "enforce":
             return None
-        decision = self._addresses.take((self._failures(address, tenant_id),), keep=False)
+        decision = self._addresses.take(self._failures(address, tenant_id), keep=False)
         if decision.allowed:
             return None
         metrics.rate_limited_total.labels("unauthenticated").inc()
@@ -126,9 +131,12 @@ class RateLimiter:
             buckets.append(Bucket.of(f"{rate_class}/{tenant_id}", of_class, burst))
         return tuple(buckets)
 
-    def _failures(self, address: str, tenant_id: str | None) -> Bucket:
-        name = address if tenant_id is None else f"{address} {tenant_id}"
-        return Bucket.of(name, self._settings.unauthenticated_rps, self._settings.unauthenticated_burst)
+    def _failures(self, address: str, tenant_id: str | None) -> tuple[Bucket, ...]:
+        rps, burst = self._settings.unauthenticated_rps, self._settings.unauthenticated_burst
+        if tenant_id is None:
+            return (Bucket.of(address, rps, burst),)
+        of_all = Bucket.of(f"signatures/{address}", FORGED_TENANTS * rps, FORGED_TENANTS * burst)
+        return Bucket.of(f"{address} {tenant_id}", rps, burst), of_all
 
     def _judged(self, decision: Decision, scope: str, tenant_id: str | None) -> Decision | None:
         if self._mode == "enforce":

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from gateway import buckets
-from gateway.ratelimit import RateLimiter
+from gateway.ratelimit import FORGED_TENANTS, RateLimiter
 from shared.limits import Watch, clear, set_limit
 from shared.settings import Settings
 from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, new_key, sign, stack  # noqa: F401
@@ -170,6 +170,30 @@ def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(st
         assert all(r.status_code == 200 for r in ask(served, known, 8)), "verified before"
         assert served.metric("engram_rate_limited_total", scope="unauthenticated") >= 50
         assert all(r.status_code == 200 for r in ask(served, {}, 20, "/health"))
+
+
+def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -> None:  # noqa: F811
+    """The tenant of a token that nobody signed is whatever its sender wrote: invented ones share a bucket, and those
+    that exist are together bounded for each address."""
+    forger = new_key("ES256", stack.issuer.keys[0].kid)
+
+    def told_401(served: Gateway, tenants: list[str]) -> int:
+        tokens = [{"Authorization": "Bearer " + sign(forger, stack.issuer.claims(t))} for t in tenants]
+        with ThreadPoolExecutor(8) as pool:
+            statuses = list(
+                pool.map(lambda token: served.client.get("/v1/memories", headers=token).status_code, tokens)
+            )
+        assert set(statuses) <= {401, 429}
+        return statuses.count(401)
+
+    known = [stack.tenant() for _ in range(FORGED_TENANTS + 4)]
+    own, burst = stack.headers(stack.tenant()), 5
+    flood = {"unauthenticated_rps": SLOW, "unauthenticated_burst": burst, "gateway_workers": 1}
+    with limited(stack, "rotating", **flood) as served:
+        assert told_401(served, [f"invented-{n}" for n in range(100)]) == burst
+        assert served.client.get("/v1/memories", headers=own).status_code == 200, "verified, for the first time"
+        assert told_401(served, known * burst) == (FORGED_TENANTS - 1) * burst
+        assert served.client.get("/v1/memories", headers=own).status_code == 200
 
 
 def test_whose_failures_they_are() -> None:
