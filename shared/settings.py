@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     gateway_workers: int = Field(default=2, ge=1)
     gateway_threads: int = Field(default=4, ge=1, description="threads per worker for SQLite work off the loop")
     gateway_backlog: int = Field(default=1024, ge=128)
+    gateway_connections: int = Field(
+        default=4_096, ge=1, description="open per worker, idle ones too; at most a quarter of the files it may open"
+    )
     gateway_kill_timeout_seconds: int = Field(default=20, ge=1, le=1800)
     tls_certificate: str = Field(default="", description="a PEM file, the leaf first; empty: a proxy ends TLS")
     tls_key: str = Field(default="", description="its private key, a PEM file without a passphrase")

@@ -253,6 +253,21 @@ def test_a_sigterm_while_starting_ends_it_too(stack: Stack, tmp_path, delay_seco
     assert process.wait(15) in (0, -signal.SIGTERM)
 
 
+def test_connections_over_which_nobody_speaks_shut_out_nobody(stack: Stack) -> None:  # noqa: F811
+    """Clients keep connections for later and strangers open them for nothing: more of them than ever are at work at
+    once, and than the queue of the socket holds."""
+    data_dir = stack.settings.data_dir.parent / "idle"
+    small = {"gateway_workers": 1, "gateway_backlog": 128, "header_timeout_seconds": 300}
+    with (
+        gateway(data_dir, stack.control_plane_url, stack.issuer, **small) as served,
+        contextlib.ExitStack() as open_connections,
+    ):
+        where = urlsplit(served.url)
+        for _ in range(200):
+            open_connections.enter_context(socket.create_connection((where.hostname, where.port), timeout=20))
+        assert httpx.get(f"{served.url}/health", trust_env=False, timeout=20).status_code == 200
+
+
 def test_a_port_that_is_taken_is_refused_not_shared(stack: Stack, tmp_path) -> None:  # noqa: F811
     """SO_REUSEPORT would let a second gateway take half of the first one's requests."""
     port = urlsplit(stack.gateway.url).port

@@ -29,6 +29,7 @@ COUNTS = {  # a bare number whose noun is the unit
     "gateway_workers",
     "gateway_threads",
     "gateway_backlog",
+    "gateway_connections",
     "tenant_pool_size",
     "rate_limit_burst",
     "unauthenticated_burst",
