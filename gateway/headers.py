@@ -8,8 +8,12 @@ CORS: a browser may call from the configured origins, with `cors_localhost` from
 is answered here, without a token. Tokens travel in a header, never in a cookie: credentials are not allowed.
 
 Behind trusted proxies the client's own address and scheme are put into the scope here, before anybody asks for them
-(`gateway.proxies`). Outside dev a request of the API that reached such a proxy in plain text is refused: its token has
-been read by whoever listened, and HSTS promised otherwise. No `Strict-Transport-Security` is sent with it (RFC 6797).
+(`gateway.proxies`). Outside dev a request of the API that came in plain text, to such a proxy or past it to us, is
+refused: its token has been read by whoever listened, and HSTS promised otherwise. Only this machine itself may ask so.
+No `Strict-Transport-Security` is sent over plain text (RFC 6797).
+
+A path with repeated slashes is refused: Litestar would take it for the one with single ones, after everything here and
+in front of us that goes by how a path begins took it for another.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 from gateway.edge import ASGIApp, Receive, Scope, Send
 from gateway.exchange import exchange_of
 from gateway.problems import MEDIA_TYPE, Problem
-from gateway.proxies import Proxies
+from gateway.proxies import Proxies, is_loopback
 from shared.settings import Settings, words
 
 MAX_FIELDS = 64
@@ -37,6 +41,7 @@ _ANSWER_FIELDS = (
     b"X-Request-Id, Retry-After, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, RateLimit-Policy, "
     b"X-Engram-Quota-Warning, WWW-Authenticate, Mcp-Session-Id"
 )
+REPEATED_SLASHES = Problem(404, "No path has repeated slashes.")
 NO_HOST = Problem(400, "A request must name exactly one Host.")
 FOREIGN_ORIGIN = Problem(403, "This origin may not call from a browser.")
 PLAIN_TEXT = Problem(
@@ -58,32 +63,35 @@ class Heads:
         self._proxies = Proxies(settings)
         self._proxied = bool(self._proxies)
         self._wants_tls = settings.env != "dev"
-        self._always = [
+        always = [
             (b"x-content-type-options", b"nosniff"),
             (b"referrer-policy", b"no-referrer"),
             (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
         ]
-        self._plain = list(self._always)
-        if self._wants_tls and settings.hsts_seconds:
-            hsts = b"max-age=%d; includeSubDomains" % settings.hsts_seconds
-            self._always.append((b"strict-transport-security", hsts))
         if self._localhost or self._origins:
-            self._always.append((b"vary", b"Origin"))
-        self._under_v1 = [*self._always, (b"cache-control", b"no-store")]
+            always.append((b"vary", b"Origin"))
+        hsts = [(b"strict-transport-security", b"max-age=%d; includeSubDomains" % settings.hsts_seconds)]
+        over_tls = [*always, *hsts] if self._wants_tls and settings.hsts_seconds else always
+        no_store = (b"cache-control", b"no-store")
+        # Each for other paths, and for those under /v1.
+        self._over_tls = over_tls, [*over_tls, no_store]
+        self._in_plain_text = always, [*always, no_store]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange = exchange_of(scope)
-        path: str = scope["path"]
-        if self._proxied and self._proxies.settle(scope) and self._wants_tls and scope["scheme"] == "http":
-            exchange.headers.extend(self._plain)
-            if path.startswith("/v1/"):
+        under_v1 = scope["path"].startswith("/v1/")
+        peer = scope.get("client")
+        proxied = self._proxied and self._proxies.settle(scope)
+        if self._wants_tls and scope["scheme"] == "http":
+            exchange.headers.extend(self._in_plain_text[under_v1])
+            if under_v1 and (proxied or not is_loopback(peer)):
                 await _refuse(PLAIN_TEXT, exchange.request_id, send)
                 return
         else:
-            exchange.headers.extend(self._under_v1 if path.startswith("/v1/") else self._always)
+            exchange.headers.extend(self._over_tls[under_v1])
         size = hosts = 0
         host = b""
         origin = asked = None
@@ -119,6 +127,8 @@ class Heads:
                 leave()
 
     def _problem(self, scope: Scope, size: int, hosts: int, host: bytes) -> Problem | None:
+        if "//" in scope["path"]:
+            return REPEATED_SLASHES
         if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > self._url_limit:
             return Problem(414, f"The URL is longer than {self._url_limit} bytes.")
         if size > self._header_limit:

@@ -92,6 +92,12 @@ class Proxies:
         return found is not None and any(ipaddress.ip_address(found) in network for network in self._networks)
 
 
+def is_loopback(peer: tuple[str, int] | None) -> bool:
+    """Whether a connection's other end is this machine itself; one without an address is a socket in its files."""
+    found = _address(peer[0]) if peer is not None else "127.0.0.1"
+    return found is not None and ipaddress.ip_address(found).is_loopback
+
+
 def _address(text: str) -> str | None:
     """The IP address in `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1` or `[2001:db8::1]:80`; None in anything else."""
     if text.startswith("["):

@@ -15,6 +15,7 @@ from deployments import parts as composition
 from deployments.ports import PortReservations
 from deployments.postgres import EmbeddedPostgres
 from deployments.stack import _HURRIED_STOP_SECONDS
+from gateway.proxies import Proxies
 from shared.metrics import ROUTES
 from shared.settings import Settings
 from tests.environment_fixtures import SAFE, engram
@@ -124,6 +125,20 @@ def test_a_request_for_a_tenant_of_another_machine_finds_its_app_and_its_gateway
     assert urls == f"http://{apps}.internal:{port}"
     # .internal is IPv6 and comes around the proxy, which asks over IPv4 (fly.io/docs/networking/app-services).
     assert env["ENGRAM_GATEWAY_HOST"] == "::"
+
+
+def test_what_another_machine_passes_on_is_believed_and_what_a_stranger_sends_is_not() -> None:
+    """Over the private network (fdaa::/16) requests travel in plain text, and whose they are stands in a field."""
+    proxies = Proxies(Settings(**{k.removeprefix("ENGRAM_").lower(): v for k, v in MACHINE["env"].items()}))
+
+    def client(peer: str) -> tuple[str, str]:
+        headers = [(b"fly-client-ip", b"198.51.100.1"), (b"x-forwarded-proto", b"https")]
+        scope = {"client": (peer, 5), "scheme": "http", "headers": headers}
+        proxies.settle(scope)
+        return scope["client"][0], scope["scheme"]  # type: ignore[return-value]
+
+    assert client("fdaa:0:1:a7b::2") == client("172.19.0.1") == ("198.51.100.1", "https")
+    assert client("2001:db8::1") == ("2001:db8::1", "http")
 
 
 def test_the_machine_finds_the_prefect_server_in_the_private_network() -> None:

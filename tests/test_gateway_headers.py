@@ -37,7 +37,7 @@ def ask(
         raise AssertionError("the body is not read here")
 
     full = {"type": "http", "method": method, "path": path, "query_string": b"", "http_version": "1.1"}
-    full |= {"headers": [HOST, *headers], SCOPE_KEY: exchange} | scope
+    full |= {"headers": [HOST, *headers], SCOPE_KEY: exchange, "scheme": "https", "client": ("203.0.113.9", 5)} | scope
     asyncio.run(Heads(app, settings)(full, receive, send))
     fields = {k.decode(): v.decode() for k, v in [*sent[0]["headers"], *exchange.headers]}
     return sent[0]["status"], fields, sent[1]["body"]
@@ -52,6 +52,40 @@ def test_every_answer_forbids_what_an_api_never_needs() -> None:
         assert ("strict-transport-security" in fields) == (env != "dev")
     assert "strict-transport-security" not in ask(Settings(env="prod", hsts_seconds=0))[1]
     assert "cache-control" not in ask(Settings(), path="/schema/openapi.json")[1]
+
+
+@pytest.mark.parametrize(
+    ("env", "peer", "status"),
+    [
+        ("prod", "203.0.113.9", 403),  # who reaches the port past the proxy
+        ("prod", "10.0.0.9", 403),
+        ("staging", "fdaa:0:1::9", 403),
+        ("prod", "192.0.2.1", 403),  # a proxy that does not say that its client came over TLS
+        ("prod", "127.0.0.1", 299),
+        ("prod", "::1", 299),
+        ("prod", "::ffff:127.0.0.1", 299),
+        ("dev", "203.0.113.9", 299),
+    ],
+)
+def test_outside_dev_the_api_is_spoken_in_plain_text_within_the_machine_alone(env: Any, peer: str, status: int) -> None:
+    """That there is a proxy which ends TLS does not mean that everybody comes through it. A browser is promised
+    nothing over plain text; probes and metrics carry no secret."""
+    settings = Settings(env=env, hsts_seconds=60, trusted_proxies="192.0.2.0/24")
+    scope: dict[str, Any] = {"scheme": "http", "client": (peer, 5)}
+    found, fields, body = ask(settings, **scope)
+    assert found == status and "strict-transport-security" not in fields and fields["cache-control"] == "no-store"
+    assert status == 299 or json.loads(body)["reason"] == "https required"
+    assert ask(settings, path="/health", **scope)[0] == 299
+
+
+@pytest.mark.parametrize("path", ["//v1/memories", "/v1//memories", "///", "/v1/memories//", "//schema"])
+def test_a_path_has_one_spelling(path: str) -> None:
+    """Litestar takes repeated slashes for one, and what goes by a path's beginning would be passed by."""
+    settings = Settings(env="prod", trusted_proxies="192.0.2.0/24")
+    for scheme in ("https", "http"):
+        status, _, body = ask(settings, path=path, scheme=scheme)
+        assert status in (404, 403) and json.loads(body)["status"] == status
+    assert ask(settings, path="/v1/memories/")[0] == 299
 
 
 ORIGINS = ["https://app.example", "http://localhost:3000", "http://127.0.0.1:1", "http://localhost", "null"]
@@ -188,7 +222,7 @@ def test_hostile_heads_and_slow_clients_get_an_answer_or_a_closed_connection(sta
         assert json.loads(answer)["status"] == status, data[:60]
     for path in ("/v1/memories", "/nothing", "/health"):
         response = cut.client.get(path, headers={"Origin": "https://app.example"})
-        assert response.headers["strict-transport-security"].startswith("max-age=31536000")
+        assert "strict-transport-security" not in response.headers, "in plain text"
         assert response.headers["access-control-allow-origin"] == "https://app.example"
         assert response.headers["x-content-type-options"] == "nosniff"
     preflight = cut.client.options(
