@@ -15,8 +15,9 @@ Per machine, since its gateway was started:
     drained     events in the audited segments of these workers
     spooled     events in those of their segments that are still on disk
 
-counted − lost = drained + spooled. The counters are read before and after, so a gateway may serve meanwhile; a worker
-that was killed between its write and its count makes it one event more.
+counted = drained + spooled; what a full spool dropped was never counted there, and is said apart. The counters are read
+before and after, so a gateway may serve meanwhile; a worker that was killed between its write and its count makes it
+one event more.
 
 Nothing is changed by it. A day whose single events were dropped is compared with what was written down then.
 """
@@ -70,7 +71,7 @@ class DayBooks(Receipt, frozen=True):
 
 
 class GatewayBooks(Receipt, frozen=True):
-    """`counted_before` and `counted_after`: the events its workers counted, less those they dropped and said so."""
+    """`counted_before` and `counted_after`: the events its workers wrote; `lost` they dropped instead, and said so."""
 
     workers: int
     counted_before: int
@@ -238,12 +239,11 @@ def _gateway(
             beside=sorted(spooled),
         )
     after = counters.by_process(metrics_dir)
-    lost = _sum(before.values(), "engram_usage_lost_total")
     return GatewayBooks(
         workers=len(before),
-        counted_before=_sum(before.values(), "engram_usage_events_total") - lost,
-        counted_after=_sum(after.values(), "engram_usage_events_total") - lost,
-        lost=lost,
+        counted_before=_sum(before.values(), "engram_usage_events_total"),
+        counted_after=_sum(after.values(), "engram_usage_events_total"),
+        lost=_sum(after.values(), "engram_usage_lost_total"),
         drained=row["events"],
         spooled=sum(spooled.values()),
         killed=_sum(after.values(), "engram_worker_restarts_total"),

@@ -145,6 +145,20 @@ WORKER = """
     print("done", flush=True)
     sys.stdin.readline()
 """
+DROPPER = """
+    import sys
+    from pathlib import Path
+    from tests.core_fixtures import event, settings_in
+    from shared.spool import Spool
+    full = {"usage_spool_limit_bytes": 4096, "usage_spool_reserve_bytes": 4096, "usage_at_limit": "drop"}
+    spool = Spool(settings_in(Path(sys.argv[1]), sys.argv[2], gateway_port=int(sys.argv[3]), **full))
+    for _ in range(120):
+        spool.append(event("t0"))
+    spool.measure()
+    for _ in range(7):
+        assert spool.append(event("t1")) == ""
+    spool.close()
+"""
 
 
 def test_what_the_gateway_counted_is_compared_with_its_segments(
@@ -179,6 +193,26 @@ def test_what_the_gateway_counted_is_compared_with_its_segments(
     found = books(control_plane, settings)
     assert not found.agree
     assert found.where() == ["the gateway counted 30 events, its segments hold 10"]
+
+
+def test_what_a_full_spool_dropped_is_no_difference_and_hides_none(
+    control_plane: ControlPlane, settings: Settings, control_plane_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropped events are said apart: they neither look like missing ones nor make up for those."""
+    settings = settings.model_copy(update={"gateway_port": 7})
+    directory = counters.directory(settings)
+    directory.mkdir(parents=True)
+    counters.begin(directory)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
+    worker = start_child(DROPPER, settings.data_dir, control_plane_url, 7)
+    assert worker.wait() == 0
+    found = books(control_plane, settings)
+    assert found.agree and found.gateway is not None
+    assert (found.gateway.counted_after, found.gateway.spooled, found.gateway.lost) == (120, 120, 7)
+    [path] = spool.sealed(settings.spool_dir)
+    events = spool.read(path).events
+    path.write_bytes(spool.MAGIC + b"".join(map(spool.frame, events[7:])))
+    assert not books(control_plane, settings).agree
 
 
 def test_a_repair_makes_the_rollups_what_the_events_say_and_leaves_a_record(
