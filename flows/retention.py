@@ -3,14 +3,13 @@
 Usage: the days that will be needed are made, those too old dropped. Backups: every tenant's are held against its plan,
 a page of tenants at a time; what has no place is deleted, objects that no row knows are looked at.
 
-What keeps a day or a backup from going is a failed run, not a green one, when it wants a person: rollups that differ
-from the day's events, a plan that does not exist, a store that refuses or is away. The rest goes all the same. An
+What keeps a day or a backup from going is a failed run, not a green one, when it wants a person: a day whose
+books differ, a plan that does not exist, a store that refuses or is away. The rest goes all the same. An
 object lock is no failure: its objects are listed, and tried again by the next run.
 """
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -70,7 +69,7 @@ def ahead(dry_run: bool) -> dict[str, Any]:
 
 @task(name="expired", **policy.READ)
 def expired(_partitions: dict[str, Any]) -> list[Expired]:
-    """The days beyond the retention, each compared with its rollups."""
+    """The days beyond the retention, each with its books."""
     found = core.expired(control_plane(), configuration())
     get_run_logger().info("%d days beyond the retention", len(found))
     return found
@@ -83,8 +82,8 @@ def drop(found: Expired) -> Dropped:
 
 @task(name="audit", **policy.READ)
 def audit(_dropped: list[Dropped]) -> int:
-    """Remove the audit rows of segments drained before the retention; how many."""
-    before = datetime.now(UTC) - timedelta(days=configuration().usage_retention_days)
+    """Remove the audit rows that are of no day whose events are there; how many."""
+    before = core.audit_from(control_plane(), configuration())
     removed = 0
     while portion := control_plane().execute("usage_segments_expire", before=before):
         removed += portion
@@ -154,14 +153,14 @@ def usage(dry_run: bool) -> tuple[dict[str, Any], str, list[str]]:
     if not dry_run:
         facts["audit rows removed"] = audit(dropped)
     outcome = {day.day: "would be dropped" if dry_run else "not dropped" for day in found if day.droppable}
-    outcome |= {day.day: "kept: its events and rollups differ" for day in kept}
+    outcome |= {day.day: f"kept: {day.difference}" for day in kept}
     outcome |= {day.day: "dropped" for day in dropped}
     facts |= {"dropped": [str(d.day) for d in dropped], "expired": [str(d.day) for d in found]}
     table = artifact.table(
-        ("day", "state before", "events", "size_bytes", "tenants_differing", "outcome"),
-        ((d.day, d.state, d.events, d.size_bytes, d.tenants_differing, outcome[d.day]) for d in found),
+        ("day", "state before", "events", "size_bytes", "outcome"),
+        ((d.day, d.state, d.events, d.size_bytes, outcome[d.day]) for d in found),
     )
-    return facts, table, [f"{d.day}: the events and rollups of {d.tenants_differing} tenants differ" for d in kept]
+    return facts, table, [f"kept: {d.difference}" for d in kept]
 
 
 def backups(dry_run: bool) -> tuple[list[Line], list[Removed]]:

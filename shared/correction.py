@@ -27,7 +27,7 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from shared import partitions, reconcile, spool, usage
+from shared import day_books, partitions, spool, usage
 from shared.control_plane import Connection, ControlPlane, rows
 from shared.durable import fsync_path, write_file
 from shared.errors import Permanent, Refused
@@ -44,7 +44,7 @@ class Repaired(Receipt, frozen=True):
     """`before` are the day's books from before; `applied` is False when it was only looked at."""
 
     day: date
-    before: reconcile.DayBooks
+    before: day_books.DayBooks
     hourly_rows: int
     daily_rows: int
     applied: bool
@@ -76,7 +76,7 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 def repair(control_plane: ControlPlane, day: date, *, reason: str, requested_by: str, apply: bool) -> Repaired:
     """Make the rollups of a day what its events say. Raises `Refused` when the events are in doubt."""
-    before = reconcile.of_day(control_plane, day)
+    before = day_books.of_day(control_plane, day)
     if before is None:
         raise Permanent(f"{day}: there is no usage of that day")
     if before.dropped:

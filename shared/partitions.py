@@ -13,8 +13,9 @@ retention). A table is created apart and attached, which takes SHARE UPDATE EXCL
 insert; `CREATE TABLE … PARTITION OF` would take ACCESS EXCLUSIVE. No CHECK is needed for it: an empty table is scanned
 at once, and DETACH CONCURRENTLY leaves one on those that are attached again.
 
-A day is dropped when it ended `_MARGIN` before the retention's edge (no drain still accepts its ids) and its events
-and daily rollups agree, tenant by tenant. What was dropped is counted in `usage_days_dropped`, and such a day takes no
+A day is dropped when it ended `_MARGIN` before the retention's edge (no drain still accepts its ids) and its books
+agree (`shared.day_books`): the events with the hourly and the daily rollups, tenant by tenant, and with what the drains
+inserted. What was dropped is counted in `usage_days_dropped`, and such a day takes no
 event again, whatever the retention is later: the ids that would tell a replay from a new event are gone.
 """
 
@@ -27,6 +28,7 @@ from uuid import UUID
 
 from psycopg import sql
 
+from shared import day_books
 from shared.control_plane import Connection, ControlPlane, rows
 from shared.errors import ControlPlaneUnavailable, Permanent
 from shared.log import get_logger
@@ -47,18 +49,18 @@ log = get_logger("partitions")
 
 
 class Expired(Receipt, frozen=True):
-    """A day beyond the retention. `tenants_differing` do not have the same sums in its events and in usage_daily."""
+    """A day beyond the retention; `difference` is where its books do not agree, which keeps it."""
 
     day: date
     state: State
     events: int  # 0 when it is no longer attached
     size_bytes: int
-    tenants_differing: int
+    difference: str | None
 
     @property
     def droppable(self) -> bool:
-        """A day that is no longer attached was found equal before it was detached, and takes no more events."""
-        return self.state != "attached" or self.tenants_differing == 0
+        """A day that is no longer attached was found to agree before it was detached, and takes no more events."""
+        return self.difference is None
 
 
 class Dropped(Receipt, frozen=True):
@@ -116,29 +118,40 @@ def ensure_ahead(control_plane: ControlPlane, settings: Settings) -> None:
 
 def take_back(control_plane: ControlPlane, settings: Settings) -> list[date]:
     """Attach again what an earlier run took away and today's retention keeps; those days."""
-    kept_from = _kept_from(settings)
-    found = [day for day, state in states(control_plane).items() if state != "attached" and day >= kept_from]
+    first_kept = kept_from(settings)
+    found = [day for day, state in states(control_plane).items() if state != "attached" and day >= first_kept]
     if found:
         ensure(control_plane, found)
     return sorted(found)
 
 
+def kept_from(settings: Settings) -> date:
+    """The first day that is kept: the one in which the retention began an hour ago."""
+    return (datetime.now(UTC) - timedelta(days=settings.usage_retention_days) - _MARGIN).date()
+
+
+def audit_from(control_plane: ControlPlane, settings: Settings) -> datetime:
+    """What drains wrote down before this is no longer needed: it is of no day whose events are there."""
+    attached = [day for day, state in states(control_plane).items() if state == "attached"]
+    return day_books.midnight(min([kept_from(settings), *attached])) - day_books.AUDIT_MARGIN
+
+
 def expired(control_plane: ControlPlane, settings: Settings) -> list[Expired]:
     """Days beyond the retention, oldest first, with what they hold. Reads each of them once."""
-    kept_from = _kept_from(settings)
+    first_kept = kept_from(settings)
     return [
-        _examine(control_plane, day, state) for day, state in sorted(states(control_plane).items()) if day < kept_from
+        _examine(control_plane, day, state) for day, state in sorted(states(control_plane).items()) if day < first_kept
     ]
 
 
 def drop(control_plane: ControlPlane, settings: Settings, found: Expired) -> Dropped:
     """Detach a day without stopping inserts, count it into `usage_days_dropped`, drop it.
 
-    Raises `Permanent` when its rollups differ, `ControlPlaneUnavailable` when another run is dropping days, or when a
+    Raises `Permanent` when its books differ, `ControlPlaneUnavailable` when another run is dropping days, or when a
     query on it did not end within `usage_detach_timeout_seconds`: the day is pending then, the next run goes on.
     """
     if not found.droppable:
-        raise Permanent(f"{found.day}: {found.tenants_differing} tenants' events and daily rollups differ; kept")
+        raise Permanent(f"{found.difference}; kept")
     table, name = sql.Identifier(table_of(found.day)), sql.Literal(table_of(found.day))
     with control_plane.transaction(maintenance=True) as connection:
         # This transaction must not have touched usage_events before the day is detached: that would wait for it.
@@ -161,22 +174,16 @@ def drop(control_plane: ControlPlane, settings: Settings, found: Expired) -> Dro
     return Dropped(found.day, held["events"], held["size_bytes"])
 
 
-def _kept_from(settings: Settings) -> date:
-    """The first day that is kept: the one in which the retention began an hour ago."""
-    return (datetime.now(UTC) - timedelta(days=settings.usage_retention_days) - _MARGIN).date()
-
-
 def _states(connection: Connection) -> dict[date, State]:
     return {row["day"]: row["state"] for row in rows(connection, "partitions_list")}
 
 
 def _examine(control_plane: ControlPlane, day: date, state: State) -> Expired:
-    with control_plane.transaction(maintenance=True) as connection:
-        [size] = rows(connection, "partition_size", table=table_of(day))
-        if state != "attached":
-            return Expired(day, state, 0, size["size_bytes"] or 0, 0)
-        [held] = rows(connection, "usage_day_check", day=datetime(day.year, day.month, day.day, tzinfo=UTC))
-    return Expired(day, state, held["events"], size["size_bytes"] or 0, held["tenants_differing"])
+    [size] = control_plane.rows("partition_size", table=table_of(day))
+    size_bytes = size["size_bytes"] or 0
+    if state != "attached" or (books := day_books.of_day(control_plane, day)) is None:
+        return Expired(day, state, 0, size_bytes, None)
+    return Expired(day, state, books.events, size_bytes, "; ".join(books.where()) or None)
 
 
 def _detach(day: date) -> sql.Composed:

@@ -1,11 +1,8 @@
 """Do the books of usage agree? Counts what the gateway counted, the spool holds, and PostgreSQL says, and compares.
 
-Per tenant and UTC day, in one snapshot of PostgreSQL:
+Per tenant and UTC day:
 
-    events      rows of usage_events whose id was minted that day
-    hourly      must be the same sums, hour by hour
-    daily       must be the same sums
-    audit       what all drains together say they inserted for that day (`usage_segments.by_day`)
+    events, hourly and daily rollups, audit     `shared.day_books`
     waiting     events of that day in this machine's spool that PostgreSQL does not have yet; no difference, but said
     set aside   events that drains refused to bill on these days, by tenant and cause; no difference, but said
 
@@ -19,55 +16,27 @@ counted = drained + spooled; what a full spool dropped was never counted there, 
 before and after, so a gateway may serve meanwhile; a worker that was killed between its write and its count makes it
 one event more.
 
-Nothing is changed by it. A day whose single events were dropped is compared with what was written down then.
+Nothing is changed by it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from uuid import UUID
 
 import msgspec
 
-from shared import billable, counters, partitions, spool, stuck
+from shared import billable, counters, day_books, partitions, spool, stuck
 from shared.control_plane import ControlPlane, rows
+from shared.day_books import DIFFERENCES, DayBooks, midnight
 from shared.receipt import Receipt
 from shared.settings import Settings
-from shared.usage import Counters, UsageEvent
+from shared.usage import UsageEvent
 
-DIFFERENCES = 1_000  # of a day that are listed
-_AUDIT_MARGIN = timedelta(hours=1)
 _KNOWN_BATCH = 5_000
-
-
-class Difference(Receipt, frozen=True):
-    """One tenant's sums of a day, where they are not all the same."""
-
-    tenant_id: str
-    events: Counters
-    hourly: Counters
-    daily: Counters
-    hours_differing: int
-
-
-class DayBooks(Receipt, frozen=True):
-    """`audited` is None when it cannot be known: the day, or a part of its audit, is older than that record."""
-
-    day: date
-    dropped: bool
-    tenants: int
-    events: int
-    audited: int | None
-    waiting: int
-    tenants_differing: int
-    differences: list[Difference]
-
-    @property
-    def agree(self) -> bool:
-        return self.tenants_differing == 0 and self.audited in (None, self.events)
 
 
 class GatewayBooks(Receipt, frozen=True):
@@ -110,12 +79,7 @@ class Books(Receipt, frozen=True):
 
     def where(self) -> list[str]:
         """Each disagreement in a line."""
-        found = []
-        for day in self.days:
-            if day.tenants_differing:
-                found.append(f"{day.day}: {day.tenants_differing} tenants' events, hours and days differ")
-            if day.audited not in (None, day.events):
-                found.append(f"{day.day}: the drains inserted {day.audited} events, {day.events} are there")
+        found = [line for day in self.days for line in day.where()]
         if self.gateway is not None and not self.gateway.agree:
             seen = self.gateway.drained + self.gateway.spooled
             found.append(f"the gateway counted {self.gateway.counted_after} events, its segments hold {seen}")
@@ -133,57 +97,21 @@ def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last
         batch, _ = billable.sort(events, timedelta(days=settings.usage_retention_days))
         waiting.update(_waiting(control_plane, batch.events))
     gateway = _gateway(control_plane, settings, metrics_dir, before, spooled)
-    retained_from = (datetime.now(UTC) - timedelta(days=settings.usage_retention_days) + _AUDIT_MARGIN).date()
+    audited_from = partitions.kept_from(settings)
     days = []
     for n in range((last - first).days + 1):
         day = first + timedelta(days=n)
-        found = of_day(control_plane, day, audit=day > retained_from)
+        found = day_books.of_day(control_plane, day, audit=day >= audited_from)
         if found is not None:
             of_this_day = sum(count for (_, of), count in waiting.items() if of == day)
             days.append(msgspec.structs.replace(found, waiting=of_this_day))
     refused = control_plane.rows(
         "usage_set_aside_between",
-        **{"from": _midnight(first), "to": _midnight(last + timedelta(days=1)), "limit": DIFFERENCES},
+        **{"from": midnight(first), "to": midnight(last + timedelta(days=1)), "limit": DIFFERENCES},
     )
     return Books(
         days, gateway, dict(waiting), len(stuck.segments(settings.spool_dir)), [SetAside(**row) for row in refused]
     )
-
-
-def of_day(control_plane: ControlPlane, day: date, *, audit: bool = True) -> DayBooks | None:
-    """One day of PostgreSQL, without the spool; None when it holds nothing of that day."""
-    midnight = _midnight(day)
-    with control_plane.transaction(maintenance=True) as connection:
-        [row] = rows(
-            connection,
-            "usage_books_of_day",
-            day=midnight,
-            day_text=str(day),
-            audited_from=midnight - _AUDIT_MARGIN,
-            limit=DIFFERENCES,
-        )
-    dropped = row["dropped_events"] is not None
-    if not row["tenants"] and not dropped and not row["audited"]:
-        return None
-    if dropped:
-        differing = int(row["dropped_sums"] != row["daily_sums"])
-        return DayBooks(day, True, row["tenants"], row["dropped_events"], None, 0, differing, [])
-    audited = row["audited"] if audit and not row["unaudited"] else None
-    differences = [
-        Difference(
-            tenant_id=one["tenant_id"],
-            events=Counters(*one["events"]),
-            hourly=Counters(*one["hourly"]),
-            daily=Counters(*one["daily"]),
-            hours_differing=one["hours_differing"],
-        )
-        for one in row["differences"] or []
-    ]
-    return DayBooks(day, False, row["tenants"], row["events"], audited, 0, row["tenants_differing"], differences)
-
-
-def _midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def _spooled(settings: Settings) -> Iterator[tuple[str, list[UsageEvent]]]:

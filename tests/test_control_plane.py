@@ -85,7 +85,6 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     "usage_segments_named": {"segments": ["a-segment"]},
     "usage_watermark_set": {"complete_until": datetime.now(UTC)},
     "usage_known": {"request_id": [uuid4()], "first": uuid4(), "last": uuid4()},
-    "usage_day_check": {"day": datetime.now(UTC)},
     "usage_days_dropped": {"days": [datetime.now(UTC).date()]},
     "usage_segments_expire": {"before": datetime.now(UTC)},
     "usage_segment_insert": {

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from shared import lease, metering, partitions, registry, spool
+from shared import day_books, lease, metering, partitions, registry, spool
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, LeaseHeld
 from tests.core_fixtures import World, event, new_world, settings_in
@@ -114,7 +114,7 @@ def test_drains_retention_and_quotas_at_once_are_exact_through_the_pooler(pooled
         for _ in range(10):
             control_plane.rows("quota_usage", segments=["none"])
             control_plane.rows("usage_by_bucket", granularity="day", **window)
-            control_plane.rows("usage_day_check", day=now.replace(hour=0, minute=0, second=0, microsecond=0))
+            day_books.of_day(control_plane, now.date())
             control_plane.rows("fleet_ages")
 
     at_once(drain_alone, drain_alone, drain_alone, drop_days, read)

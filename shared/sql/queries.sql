@@ -349,23 +349,6 @@ SET inserted = usage_segments.inserted + EXCLUDED.inserted,
                   GROUP BY key) AS added)
 WHERE EXCLUDED.inserted > 0;
 
--- name: usage_day_check
--- The events of a UTC day (`day` is its midnight), and how many tenants' sums are not those of usage_daily.
-WITH counted AS (
-    SELECT tenant_id, count(*) AS events, sum(api_calls) AS api_calls, sum(search_queries) AS search_queries,
-           sum(memories_created) AS memories_created
-    FROM usage_events
-    WHERE request_id >= usage_id_from(%(day)s) AND request_id < usage_id_from(%(day)s + interval '24 hours')
-    GROUP BY tenant_id
-), rolled AS (
-    SELECT tenant_id, api_calls, search_queries, memories_created FROM usage_daily WHERE bucket = %(day)s
-)
-SELECT coalesce(sum(c.events), 0)::bigint AS events,
-       count(*) FILTER (WHERE (coalesce(c.api_calls, 0), coalesce(c.search_queries, 0), coalesce(c.memories_created, 0))
-                       <> (coalesce(r.api_calls, 0), coalesce(r.search_queries, 0), coalesce(r.memories_created, 0)))
-           AS tenants_differing
-FROM counted c FULL JOIN rolled r USING (tenant_id);
-
 -- name: partitions_list
 -- Every table named as a day of usage_events, and whether it is one now.
 SELECT to_date(right(c.relname, 8), 'YYYYMMDD') AS day,
