@@ -59,11 +59,39 @@ def main(settings: Settings) -> None:
     log.info("drain_stopped")
 
 
+class VisibleRun:
+    """The flow run of this process, in a thread that nobody has to wait for: a server that stops answering holds a run
+    for minutes. There is never a second one beside it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failed: list[str] = []
+
+    def start(self, settings: Settings) -> None:
+        heart.beat()
+        self._failed = []
+        self._thread = threading.Thread(target=_run, args=(settings, self._failed), name="metering", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def failure(self) -> str | None:
+        """Why the last run did not complete; told once."""
+        return self._failed.pop() if self._failed and not self.alive else None
+
+
 def _drain_until_stopped(settings: Settings) -> None:
+    run = VisibleRun()
     pause, backoff = settings.drain_poll_seconds, Backoff(_FIRST_WAIT_SECONDS, _MAX_WAIT_SECONDS)
     log.info("drain_started", spool=str(settings.spool_dir))
     while not stopping.wait(pause):
-        pause = _next_wait(settings, backoff)
+        pause = _next_wait(settings, backoff, run)
     try:
         _drain_directly(settings)
     except _FAULTS as e:
@@ -91,16 +119,18 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
                 log.info("storage_measured", tenants=measured.tenants, storage_bytes=measured.storage_bytes)
         except _FAULTS as e:
             log.error("sweep_failed", cause=str(e))
+        except Exception as e:  # nobody would miss this thread before a tenant stays locked
+            log.error("sweep_failed", cause=str(e), exc_info=e)
         if stop.wait(settings.sweep_seconds):
             return
 
 
-def _next_wait(settings: Settings, backoff: Backoff) -> float:
+def _next_wait(settings: Settings, backoff: Backoff, run: VisibleRun) -> float:
     """Drain if there is something; the seconds to wait before looking again."""
     try:
         if core.pending(settings):
             control_plane().ping()
-            _drain_visibly(settings)
+            _drain_visibly(settings, run)
         else:
             watermark.after_pass(control_plane(), settings, drained=False)
     except _FAULTS as e:
@@ -112,23 +142,21 @@ def _next_wait(settings: Settings, backoff: Backoff) -> float:
     return settings.drain_poll_seconds
 
 
-def _drain_visibly(settings: Settings) -> None:
-    if not _prefect_answers(settings):
-        log.warning("prefect_unavailable", drained="directly")
-        _drain_directly(settings)
-        return
-    failed: list[str] = []
-    heart.beat()
-    # A thread of its own, and one that nobody has to wait for: a server that stops answering holds a run for minutes.
-    run = threading.Thread(target=_run, args=(settings, failed), name="metering", daemon=True)
-    run.start()
-    while run.is_alive() and not (stopping.is_set() and heart.silent_seconds() > _SILENT_SECONDS):
-        run.join(settings.drain_poll_seconds)
-        if run.is_alive() and heart.silent_seconds() > _SILENT_SECONDS and core.pending(settings):
+def _drain_visibly(settings: Settings, run: VisibleRun) -> None:
+    """Beside a run that is silent, and after one that failed, usage is drained directly."""
+    if not run.alive:
+        if not _prefect_answers(settings):
+            log.warning("prefect_unavailable", drained="directly")
+            _drain_directly(settings)
+            return
+        run.start(settings)
+    while run.alive and not (stopping.is_set() and heart.silent_seconds() > _SILENT_SECONDS):
+        run.wait(settings.drain_poll_seconds)
+        if run.alive and heart.silent_seconds() > _SILENT_SECONDS and core.pending(settings):
             log.warning("metering_run_silent", drained="directly")
             _drain_directly(settings)
-    if failed:
-        log.error("metering_run_failed", cause=failed[0])
+    if (cause := run.failure()) is not None:
+        log.error("metering_run_failed", cause=cause)
         _drain_directly(settings)
 
 

@@ -6,7 +6,8 @@
     spool/dry-run/*.seg          segments a dry run examined (`shared.metering`); so does it about these
     spool/stuck/*.seg            segments that could not be drained; they are tried again (`shared.stuck`)
 
-A file that cannot be dealt with never holds up the others: it is logged, counted as a flush failure, and stays.
+A file that cannot be dealt with never holds up the others: it is logged (`usage_flush_failed`) and stays. Adopting is
+the drain's, which has no metrics: a segment that stays shows in the age gauge, which each gateway worker measures.
 """
 
 from __future__ import annotations

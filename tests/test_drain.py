@@ -1,0 +1,155 @@
+"""The resident drain as a process, with a Prefect server that answers its health check and nothing else."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from flows import drain
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
+from tests.core_fixtures import event, settings_in, start_child, wait_until
+from tests.metering_fixtures import query, segment
+
+pytest_plugins = ("tests.core_fixtures",)
+DRAIN = """
+    from flows.drain import main
+    from shared.settings import settings
+    main(settings())
+"""
+
+
+@dataclass
+class FrozenPrefect:
+    """A run begins by asking for the server's version; that is never answered."""
+
+    url: str
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> int:
+        return sum(path.endswith("/admin/version") for path in self.asked)
+
+
+@pytest.fixture
+def frozen_prefect() -> Iterator[FrozenPrefect]:
+    released = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.endswith("/health"):
+                self.do_POST()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def do_POST(self) -> None:
+            prefect.asked.append(self.path)
+            released.wait(120)
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    prefect = FrozenPrefect(f"http://127.0.0.1:{server.server_address[1]}/api")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield prefect
+    released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def control_plane(control_plane_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
+    with ControlPlane(settings_in(tmp_path, control_plane_url)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def settings(tmp_path: Path, control_plane_url: str) -> Settings:
+    return settings_in(tmp_path, control_plane_url)
+
+
+@contextmanager
+def drain_of(settings: Settings, prefect: FrozenPrefect, **more: str) -> Iterator[Path]:
+    """A resident drain; its log."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ENGRAM_", "PREFECT_"))}
+    environment |= {
+        "ENGRAM_DATA_DIR": str(settings.data_dir),
+        "ENGRAM_CONTROL_PLANE_URL": settings.control_plane_url.get_secret_value(),
+        "ENGRAM_DRAIN_POLL_SECONDS": "0.1",
+        "PREFECT_API_URL": prefect.url,
+        "PREFECT_HOME": str(settings.data_dir / "prefect"),
+    } | more
+    log = settings.data_dir / "drain.log"
+    with pytest.MonkeyPatch.context() as patch, log.open("ab") as stderr:
+        for name in [name for name in os.environ if name.startswith(("ENGRAM_", "PREFECT_"))]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        process = start_child(DRAIN, stderr=stderr)
+    try:
+        yield log
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def events_in(control_plane: ControlPlane) -> int:
+    [(count,)] = query(control_plane, "SELECT count(*)::int AS n FROM usage_events")
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_frozen_prefect_delays_usage_by_seconds_and_is_never_asked_for_a_second_run(
+    control_plane: ControlPlane, settings: Settings, frozen_prefect: FrozenPrefect
+) -> None:
+    """The core drains beside the run that hangs, also after PostgreSQL was away meanwhile: a run for each failure would
+    be a herd of them when the server comes back."""
+    segment(settings, [event()])
+    with drain_of(settings, frozen_prefect) as log:
+        wait_until(lambda: events_in(control_plane) == 1, 60)
+        for n in (2, 3):
+            with control_plane.transaction() as connection:
+                connection.execute("ALTER TABLE usage_segments RENAME TO usage_segments_away")
+            segment(settings, [event()])
+            wait_until(lambda n=n: log.read_text().count("drain_failed") >= n - 1, 30)  # type: ignore[misc]
+            with control_plane.transaction() as connection:
+                connection.execute("ALTER TABLE usage_segments_away RENAME TO usage_segments")
+            wait_until(lambda n=n: events_in(control_plane) == n, 30)  # type: ignore[misc]
+        assert frozen_prefect.runs == 1, frozen_prefect.asked
+        assert "metering_run_silent" in log.read_text()
+
+
+def test_a_sweep_that_meets_a_fault_nobody_foresaw_says_so_and_goes_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is the thread that frees tenants of dead restores: it must not end unseen while the drain goes on."""
+    stop, looks = threading.Event(), 0
+
+    def look(_settings: Settings) -> list[object]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ZeroDivisionError("a fault")
+        stop.set()
+        return []
+
+    monkeypatch.setattr(drain.core_sweep, "sweep_disk", look)
+    drain._sweep(settings.model_copy(update={"sweep_seconds": 0.01}), stop)
+    assert looks == 2
+    out = "".join(capfd.readouterr())
+    assert "sweep_failed" in out and "a fault" in out
