@@ -27,7 +27,6 @@ from gateway import admin, document, health, v1
 from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.busiest import LOOK_SECONDS, Busiest
-from gateway.durable import DurableAnswers
 from gateway.edge import ASGIApp, Edge
 from gateway.forward import Forwarder
 from gateway.headers import Heads
@@ -99,8 +98,9 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
         request_max_body_size=settings.body_limit_bytes,
     )
     methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
-    edge = Edge(Heads(Shortcut(app), settings, methods), usage_spool, access_log, busiest, pulse)
-    return DurableAnswers(edge, usage_spool) if settings.usage_durability == "sync" else edge
+    heads = Heads(Shortcut(app), settings, methods)
+    durable = settings.usage_durability == "sync"
+    return Edge(heads, usage_spool, access_log, busiest, pulse, durable=durable)
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,8 @@ as 200). Per request it mints the id, times, counts, writes one access line, and
 
 The event is in the spool BEFORE `http.response.start` leaves: an answer a client has seen is an answer we can
 bill, whatever dies afterwards. Every path ends in `_record` exactly once: at the start of the answer, or, when
-there never was one (the client left, the worker is being stopped), as status 499.
+there never was one (the client left, the worker is being stopped), as status 499. With `usage_durability = sync` the
+answer waits first for its event to be durable, or becomes a 503 (`gateway.durable`).
 
 A request that was passed on to another machine (`gateway.routing`) is that machine's request: there it is billed, timed
 and counted, here it is one access line and one count of what was passed on.
@@ -21,10 +22,12 @@ from typing import Any
 
 from gateway.access_log import AccessLog
 from gateway.busiest import Busiest
+from gateway.durable import GroupSync
 from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
-from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, log_failure
+from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, SPOOL_FULL, Problem, log_failure
 from gateway.pulse import Pulse
 from shared import metrics, usage
+from shared.errors import SpoolUnavailable
 from shared.log import get_logger
 from shared.playbook.table import ACTIONS
 from shared.spool import Spool
@@ -66,9 +69,12 @@ class Edge:
         access_log: AccessLog,
         busiest: Busiest | None = None,
         pulse: Pulse | None = None,
+        *,
+        durable: bool = False,
     ) -> None:
         self._app = app
         self._spool = spool
+        self._durable = GroupSync(spool) if durable else None
         self._line = access_log.request
         self._busy = (busiest or Busiest()).count
         self._pulse = pulse
@@ -91,8 +97,15 @@ class Edge:
             exchange.whole = not message.get("more_body", False)  # also when the client has left
             return message
 
+        refused = b""  # the body of a problem that took the answer's place
+
         async def answer(message: Message) -> None:
+            nonlocal refused
+            if refused:
+                return
             if message["type"] == "http.response.start":
+                if self._durable is not None and exchange.reached:
+                    refused = await self._bill_first(self._durable, exchange, scope, message)
                 self._record(exchange, scope, exchange.outcome or message["status"])
                 if message["status"] >= 400 and message["status"] != 408 and not exchange.whole:
                     await _drop_body(scope["headers"], read, exchange)
@@ -105,6 +118,8 @@ class Edge:
                     (b"x-request-id", exchange.request_id.encode("ascii")),
                 ]
             await send(message)
+            if refused:
+                await send({"type": "http.response.body", "body": refused, "more_body": False})
 
         try:
             await self._app(scope, read, answer)
@@ -117,7 +132,22 @@ class Edge:
             await _send_internal_error(exchange, answer)
         finally:
             if not exchange.status:
-                self._record(exchange, scope, CLIENT_LEFT.status)
+                self._record(exchange, scope, exchange.billed or CLIENT_LEFT.status)
+
+    async def _bill_first(self, durable: GroupSync, exchange: Exchange, scope: Scope, message: Message) -> bytes:
+        """Wait until the event is durable. When it cannot be, `message` becomes the start of a 503 whose body this
+        is."""
+        exchange.billed = exchange.outcome or message["status"]
+        refusal = _event(exchange, scope, SPOOL_FULL.status)
+        try:
+            await durable.append(_event(exchange, scope, exchange.billed), refusal)
+        except SpoolUnavailable as e:
+            log.error("usage_not_durable", request_id=exchange.request_id, instead_of=exchange.billed, cause=str(e))
+            exchange.billed, exchange.outcome, exchange.shed = SPOOL_FULL.status, 0, True
+            start, body = _problem(SPOOL_FULL, exchange)
+            message.update(start)
+            return body
+        return b""
 
     def _record(self, exchange: Exchange, scope: Scope, status: int) -> None:
         """The event, the counts and the access line of one request."""
@@ -125,9 +155,8 @@ class Edge:
         exchange.status = status  # first: a failure below must not record a second time
         route = ROUTE_OF_TEMPLATE.get(scope.get("path_template", ""), "unmatched")
         tenant_id = exchange.tenant_id
-        if exchange.reached and tenant_id is not None:
-            counters = usage.count(route, status, exchange.created, exchange.searches)
-            self._spool.append(UsageEvent(exchange.key, tenant_id, route, status, *counters, exchange.ts_us))
+        if exchange.reached and not exchange.billed:
+            self._spool.append(_event(exchange, scope, status))
         if exchange.routed is not None:
             self._routed[exchange.routed](1.0)
         else:
@@ -175,8 +204,23 @@ async def _drop_body(headers: Headers, read: Receive, exchange: Exchange) -> Non
                 size += len((await read()).get("body", b""))
 
 
+def _event(exchange: Exchange, scope: Scope, status: int) -> UsageEvent:
+    """Of a request that reached its tenant."""
+    route = ROUTE_OF_TEMPLATE.get(scope.get("path_template", ""), "unmatched")
+    assert exchange.tenant_id is not None  # the guard set it
+    counters = usage.count(route, status, exchange.created, exchange.searches)
+    return UsageEvent(exchange.key, exchange.tenant_id, route, status, *counters, exchange.ts_us)
+
+
+def _problem(problem: Problem, exchange: Exchange) -> tuple[Message, bytes]:
+    """The start of an answer, and its body."""
+    body = problem.body(exchange.request_id)
+    more = [(name.lower().encode(), value.encode()) for name, value in problem.all_headers().items()]
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode()), *more]
+    return {"type": "http.response.start", "status": problem.status, "headers": headers}, body
+
+
 async def _send_internal_error(exchange: Exchange, answer: Send) -> None:
-    body = INTERNAL.body(exchange.request_id)
-    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
-    await answer({"type": "http.response.start", "status": INTERNAL.status, "headers": headers})
+    start, body = _problem(INTERNAL, exchange)
+    await answer(start)
     await answer({"type": "http.response.body", "body": body, "more_body": False})

@@ -25,6 +25,7 @@ class Exchange:
 
     __slots__ = (
         "auth_failure",
+        "billed",
         "client_request_id",
         "created",
         "headers",
@@ -67,6 +68,7 @@ class Exchange:
         self.routed: str | None = None  # how it was passed on to another machine, which counts and bills it
         self.auth_failure: str | None = None
         self.status = 0
+        self.billed = 0  # the status its event was given before it was recorded (`gateway.durable`)
         self.whole = False  # the request was read to its end
         self.headers: list[tuple[bytes, bytes]] = []  # of the answer, whatever it will be
         self.leave: Callable[[], None] | None = None  # gives back the place this request took (`gateway.shed`)

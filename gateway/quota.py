@@ -147,8 +147,8 @@ class CountingSpool(Spool):
 
     quotas: Quotas | None = None
 
-    def append(self, event: UsageEvent) -> str:
-        segment = super().append(event)
+    def append(self, event: UsageEvent, refusal: UsageEvent | None = None) -> str:
+        segment = super().append(event, refusal)
         if self.quotas is not None:
             self.quotas.count(event, segment)
         return segment

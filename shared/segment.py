@@ -117,13 +117,14 @@ class Segment:
     __slots__ = (
         "_fd",
         "_named",
+        "_owed",
         "_path",
-        "_sealed",
         "_suspect",
         "dirty",
         "events",
         "name",
         "opened_at",
+        "sealed",
         "size_bytes",
         "torn",
     )
@@ -136,8 +137,9 @@ class Segment:
         self.dirty = True  # something is not yet fsynced
         self.torn = False  # the tail is damage: never append behind it
         self._named = False  # the directory entry is on the disk
-        self._sealed = False
+        self.sealed = False  # the drainer may have it
         self._suspect = False  # a fdatasync failed: see above
+        self._owed = b""  # frames for when it is written anew
 
     def _create(self, directory: Path) -> None:
         """An adopter that comes between creation and lock takes the file for a dead owner's and removes it. Seen on a
@@ -175,6 +177,16 @@ class Segment:
         self.events += 1
         self.dirty = True
 
+    def amend(self, data: bytes) -> None:
+        """One frame more, also on a disk that takes none: then with the rest, when that is written anew."""
+        try:
+            if self.torn:
+                raise OSError(errno.EIO, "the tail is torn")
+            self.append(data)
+        except OSError:
+            self._owed += data
+            self._suspect = True
+
     def sync(self) -> None:
         """What was appended before this call survives power loss when it returns."""
         if not self.dirty:
@@ -198,12 +210,12 @@ class Segment:
 
     def seal(self) -> None:
         """Durable, and the drainer's from now on. After an error it can be tried again."""
-        if not self._sealed:
+        if not self.sealed:
             if self._suspect or not self._path.exists():
                 self._write_anew()
             self._force()
             os.rename(self._path, self._path.with_suffix(".seg"))
-            self._sealed = True
+            self.sealed = True
         fsync_path(self._path.parent)
         os.close(self._fd)
 
@@ -211,7 +223,7 @@ class Segment:
         """The same frames in a new file of the same name; the old one's bytes come from the page cache."""
         tmp = self._path.with_suffix(".tmp")
         tmp.unlink(missing_ok=True)  # of an earlier try
-        data = os.pread(self._fd, self.size_bytes, 0)
+        data = os.pread(self._fd, self.size_bytes, 0) + self._owed
         fd = _locked(tmp)
         try:
             _write_all(fd, data)
@@ -222,6 +234,7 @@ class Segment:
             raise
         os.close(self._fd)
         self._fd, self._suspect = fd, False
+        self.size_bytes, self._owed = len(data), b""
 
     def _abandon(self, fd: int) -> None:
         os.close(fd)

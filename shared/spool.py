@@ -4,7 +4,8 @@ Producer (one `Spool` a gateway worker)
     append   one `os.write` to an O_APPEND file before the answer leaves
     tick     off the loop, every few hundred ms: fdatasync, and seal a segment that is `usage_flush_seconds` old or
              has `usage_flush_events` events
-    sync     off the loop, when answers wait for it (`usage_durability = sync`): everything appended is durable
+    sync     off the loop, when answers wait for it (`usage_durability = sync`): what was appended is durable, or is
+             amended: the request will be refused, and its segment holds a second event of it, which is what counts
     measure  off the loop, every second: how much the directory holds, and what is refused because of it
 Drainer (any process of the machine): `shared.spool_dir` and `shared.segment.read`.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from shared import metrics
 from shared.durable import fsync_path
@@ -75,23 +77,23 @@ class Spool:
         """False: refuse requests that change something. The spool has reached its limit."""
         return self._limit.takes_writes
 
-    def append(self, event: UsageEvent) -> str:
+    def append(self, event: UsageEvent, refusal: UsageEvent | None = None) -> str:
         """Make the event safe against the death of this process; the name of the segment that holds it.
 
         When the disk refuses, it is kept in memory and retried by `tick`; beyond `usage_backlog_events` it is
-        dropped. There is no segment then ("").
+        dropped. There is no segment then (""). `refusal` is what is kept instead, when the request is refused for it.
         """
-        data = frame(event)
+        data, kept = frame(event), frame(refusal) if refusal is not None else b""
         with self._lock:
             if self._backlog:
-                return self._keep(data, "the disk refuses and the backlog is full")
+                return self._keep(kept or data, "the disk refuses and the backlog is full")
             if self._limit.dropping:
                 return self._lose("the spool is full")
             try:
                 segment = self._write(data)
             except OSError as e:
                 flush_failed("write", e)
-                return self._keep(data, e.strerror or str(e))
+                return self._keep(kept or data, e.strerror or str(e))
             _count_event(1.0)  # under the lock, so that whoever appends may be in any thread
             return segment
 
@@ -102,16 +104,23 @@ class Spool:
             self._settle(self._detach_due())
             self._say_what_was_lost()
 
-    def sync(self) -> None:
-        """Every event appended before this call survives power loss when it returns. Blocking.
+    def sync(self, refusals: Iterable[tuple[str, UsageEvent]] = ()) -> list[UsageEvent]:
+        """What `append` has put in a segment before this call survives power loss when it returns. Blocking.
 
-        Raises `SpoolUnavailable` when that cannot be had now; the spool is unavailable then until it can.
+        Where that cannot be had, the spool is unavailable until it can, and those of `refusals` that belong to such a
+        segment are appended to it and returned: of two events of a request the later one counts.
         """
         with self._disk_lock:
             self._retry_backlog()
-            if not self._settle(self._segment) or self._backlog:
-                self._unsynced = True
-                raise SpoolUnavailable(f"usage events could not be made durable in {self.dir}")
+            failed = {segment.name: segment for segment in self._settle(self._segment)}
+            self._unsynced = self._unsynced or bool(failed)
+            refused = [(failed[name], refusal) for name, refusal in refusals if name in failed]
+            for segment, refusal in refused:
+                if not segment.sealed:  # else only its name may be lost, and the drainer may have read it
+                    segment.amend(frame(refusal))
+                    with self._lock:
+                        _count_event(1.0)
+            return [refusal for _, refusal in refused]
 
     def close(self) -> None:
         """Seal everything. Raises `SpoolUnavailable` when events could not be written."""
@@ -179,8 +188,8 @@ class Spool:
                         return
                     self._backlog.popleft()
 
-    def _settle(self, current: Segment | None) -> bool:
-        """fsync `current`, seal what is detached; whether all of it is durable now."""
+    def _settle(self, current: Segment | None) -> list[Segment]:
+        """fsync `current`, seal what is detached; those that are not durable now."""
         if current is not None:
             try:
                 current.sync()
@@ -189,7 +198,7 @@ class Spool:
                 with self._lock:
                     if self._segment is current:
                         self._detach()  # it is written anew below; what comes next goes to another file
-        failed = []
+        failed: list[Segment] = []
         for _ in range(len(self._sealing)):
             segment = self._sealing.popleft()
             try:
@@ -202,7 +211,7 @@ class Spool:
             self._unsynced = True
         elif not failed and not self._backlog:
             self._unsynced = False
-        return not failed
+        return failed
 
     def _say_what_was_lost(self) -> None:
         with self._lock:

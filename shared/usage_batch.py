@@ -52,8 +52,7 @@ class Batch(NamedTuple):
         ordered = sorted(events, key=_ID)
         ids = list(map(_ID, ordered))
         if len(set(ids)) != len(ids):
-            first_of = dict(zip(reversed(ids), reversed(ordered), strict=True))  # of two with one id the first stays
-            ordered = list(first_of.values())[::-1]
+            ordered = list(dict(zip(ids, ordered, strict=True)).values())  # of two with one id the last stays
             ids = list(map(_ID, ordered))
         kinds = list(map(_KIND, ordered))
         return cls(ordered, ids, list(map(_TIME_US, ordered)), kinds, Counter(kinds))

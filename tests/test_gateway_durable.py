@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from gateway.access_log import AccessLog
-from gateway.durable import DurableAnswers
 from gateway.edge import Edge
 from gateway.exchange import exchange_of
+from shared import metrics
 from shared.spool import Spool
+from shared.usage_batch import Batch
 from tests.core_fixtures import settings_in
 from tests.gateway_stack import Gateway, Stack, assert_problem, eventually, gateway, stack
 from tests.test_spool import drain
@@ -55,11 +56,14 @@ class Served:
 
     def __init__(self, directory: Path) -> None:
         self.spool = Spool(settings_in(directory, "", usage_flush_seconds=3600))
-        self.app = DurableAnswers(Edge(self._answer, self.spool, AccessLog()), self.spool)
+        self._lines, lines = os.pipe()
+        self._access_log = AccessLog(lines)
+        self.app = Edge(self._answer, self.spool, self._access_log, durable=True)
         self.answers: list[dict[str, Any]] = []
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         exchange = exchange_of(scope)
+        scope["path_template"] = scope["path"]
         if reached := scope["path"] == "/v1/memories":
             exchange.tenant_id, exchange.reached, exchange.created = "acme", True, 1
         exchange.headers.append((b"x-kept", b"1"))
@@ -74,6 +78,11 @@ class Served:
             return {"type": "http.request", "body": b""}
 
         await self.app({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
+
+    def recorded(self) -> list[int]:
+        """What the access log says."""
+        self._access_log.drain()
+        return [json.loads(line)["status"] for line in os.read(self._lines, 65_536).splitlines()]
 
     def statuses(self) -> list[int]:
         return [m["status"] for m in self.answers if m["type"] == "http.response.start"]
@@ -103,8 +112,10 @@ def test_no_answer_leaves_before_the_fdatasync_and_many_share_one(tmp_path: Path
 def test_without_the_fdatasync_the_answer_is_a_503_problem_and_the_gateway_refuses_until_it_works(
     tmp_path: Path, disk: Disk
 ) -> None:
-    """Nothing is acknowledged that a power loss could take; the event is kept, for the work was done."""
+    """Nothing is acknowledged that a power loss could take, and the event, the metric and the access line say what the
+    client was told: a 503 that costs nothing."""
     served = Served(tmp_path)
+    counted = [requests("503"), requests("201")]
     disk.free.set()
     disk.broken = True
 
@@ -128,8 +139,27 @@ def test_without_the_fdatasync_the_answer_is_a_503_problem_and_the_gateway_refus
         assert headers[b"content-length"] == str(len(body)).encode()
         assert (headers[b"retry-after"], headers[b"x-kept"]) == (b"1", b"1")
         assert problem["reason"] == "spool full"
+    assert [requests("503"), requests("201")] == [counted[0] + 3, counted[1] + 1]
+    assert served.recorded() == [503] * 3 + [201]
     served.spool.close()
-    assert len(drain(served.spool.dir)) == 4
+    billed = Batch.of(drain(served.spool.dir)).events
+    assert [(e.status, e.api_calls, e.memories_created) for e in billed] == [(503, 0, 0)] * 3 + [(201, 1, 1)]
+
+
+def test_an_event_the_disk_takes_no_byte_of_is_a_503_too(tmp_path: Path) -> None:
+    """It waits in memory as what the client was told, and is billed as that when the disk is back."""
+    served = Served(tmp_path)
+    served.spool.dir.rmdir()
+    asyncio.run(served.request())
+    assert served.statuses() == served.recorded() == [503]
+    served.spool.dir.mkdir()
+    served.spool.close()
+    assert [(e.status, e.api_calls) for e in drain(served.spool.dir)] == [(503, 0)]
+
+
+def requests(status: str) -> float:
+    found: float = metrics.requests_total.labels("/v1/memories", "POST", status)._value.get()
+    return found
 
 
 def test_a_client_that_leaves_while_it_waits_disturbs_nobody(tmp_path: Path, disk: Disk) -> None:

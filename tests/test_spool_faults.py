@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from shared.settings import Settings
 from shared.spool import Spool
 from tests.core_fixtures import event, settings_in
 from tests.crash_fixtures import mounted
-from tests.test_spool import drain, segment
+from tests.test_spool import drain, segment, small_disk
+
+assert small_disk  # a fixture
 
 
 @pytest.fixture
@@ -66,16 +69,32 @@ def test_sync_says_when_it_cannot_promise_and_the_spool_is_unavailable_until_it_
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer must not claim what the disk refused; a later tick that succeeds opens the gateway again."""
-    producer, one = Spool(settings), event()
+    producer, one, refusal = Spool(settings), event(), event()
     FailingSync(monkeypatch, 2)
-    producer.append(one)
-    with pytest.raises(SpoolUnavailable):
-        producer.sync()
+    segment = producer.append(one)
+    assert producer.sync([(segment, refusal)]) == [refusal]
     assert not producer.available
     producer.tick()
     assert producer.available
-    producer.sync()
-    assert drain(producer.dir) == [one]
+    assert producer.sync([(segment, refusal)]) == []
+    assert drain(producer.dir) == [one, refusal], "the later one is the one that counts"
+
+
+def test_only_who_is_in_a_segment_that_failed_is_refused_and_its_refusal_needs_no_room(small_disk: Path) -> None:
+    """Others are durable and are told so. On a full disk the refusal comes with the segment's rewriting."""
+    producer = Spool(settings_in(small_disk, "", usage_flush_events=1, usage_flush_seconds=3600))
+    bad, good, refusal = event(), event(), event()
+    first = producer.append(bad)
+    assert producer._segment is not None
+    producer._segment._suspect = True
+    second = producer.append(good)
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert producer.sync([(first, refusal), (second, event())]) == [refusal]
+    (small_disk / "ballast").unlink()
+    producer.close()
+    assert drain(producer.dir) == [bad, refusal, good]
 
 
 def test_a_disk_that_fails_every_fdatasync_closes_the_gateway_before_descriptors_run_out(

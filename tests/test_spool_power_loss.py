@@ -57,9 +57,9 @@ SYNC = """
     async def requests(group):
         while True:
             number = next(numbers)
-            producer.append(event(memories_created=number))
+            one = event(memories_created=number)
             try:
-                await group.wait()
+                await group.append(one, one)
             except SpoolUnavailable:
                 os.write(1, b"refused %d\\n" % number)
                 return

@@ -11,7 +11,7 @@ changes least and of which the ratios are (not for fsyncs, whose time is the dis
     frame               msgpack, crc and head, to nowhere
     append              `Spool.append`, its ticker running as in the gateway: async mode, all that a request pays
     write + fdatasync   bare, one after the other: the floor of what survives power loss, one at a time
-    sync, N waiting     `append` and `GroupSync.wait` by N tasks on one event loop, each with its own event at a time
+    sync, N waiting     `GroupSync.append` by N tasks on one event loop, each with its own event at a time
 
 DIR should be on the disk the spool will lie on: a tmpfs has no fdatasync to speak of.
 """
@@ -25,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from gateway.durable import GroupSync
 from gateway.periodic import Periodic
 from shared import spool
 from shared.spool import Spool
+from shared.usage import UsageEvent
 from tests.core_fixtures import event, settings_in
 
 WAITING = (1, 32)
@@ -46,9 +47,9 @@ Seen = dict[str, list[float]]
 class CountingSpool(Spool):
     syncs = 0
 
-    def sync(self) -> None:
+    def sync(self, refusals: Iterable[tuple[str, UsageEvent]] = ()) -> list[UsageEvent]:
         self.syncs += 1
-        super().sync()
+        return super().sync(refusals)
 
 
 class Bench:
@@ -122,8 +123,7 @@ class Bench:
 
         async def answer(group: GroupSync) -> None:
             for each in events:
-                self.spool.append(each)
-                await group.wait()
+                await group.append(each, each)
 
         async def run() -> None:
             group = GroupSync(self.spool)
