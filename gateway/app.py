@@ -146,6 +146,7 @@ async def _running(
     def look_at_limits() -> None:
         limits.poll()
         announcement.obeys(limits.version)
+        announcement.has(usage_spool.spooled)
         report.publish()
 
     services.tenants.start()

@@ -75,6 +75,7 @@ class Edge:
         self._app = app
         self._spool = spool
         self._durable = GroupSync(spool) if durable else None
+        self._begin, self._end = spool.unfinished.begin, spool.unfinished.end
         self._line = access_log.request
         self._busy = (busiest or Busiest()).count
         self._pulse = pulse
@@ -89,7 +90,9 @@ class Edge:
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        exchange = Exchange(method if method in _METHODS else "OTHER", client_request_id(scope["headers"]))
+        exchange = Exchange(
+            method if method in _METHODS else "OTHER", client_request_id(scope["headers"]), self._begin()
+        )
         scope[SCOPE_KEY] = exchange
 
         async def read() -> Message:
@@ -157,6 +160,7 @@ class Edge:
         tenant_id = exchange.tenant_id
         if exchange.reached and not exchange.billed:
             self._spool.append(_event(exchange, scope, status))
+        self._end(exchange.ticket)
         if exchange.routed is not None:
             self._routed[exchange.routed](1.0)
         else:

@@ -44,11 +44,13 @@ class Exchange:
         "status",
         "subject",
         "tenant_id",
+        "ticket",
         "ts_us",
         "whole",
     )
 
-    def __init__(self, method: str, client_request_id: str | None) -> None:
+    def __init__(self, method: str, client_request_id: str | None, ticket: int = 0) -> None:
+        self.ticket = ticket  # of `shared.unfinished`, taken before the time
         now_ns = time.time_ns()
         self.key = key = mint(now_ns // 1_000_000)
         self.request_id = as_text(key)

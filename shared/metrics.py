@@ -142,7 +142,7 @@ usage_oldest_unflushed_seconds = Gauge(
     "engram_usage_oldest_unflushed_seconds",
     "Age of the oldest usage event not yet in PostgreSQL on this machine.",
     registry=_registry,
-    multiprocess_mode="mostrecent",  # "max" would keep what a dead worker last said
+    multiprocess_mode="mostrecent",  # each sets that of all; "max" would keep what a dead worker last said
 )
 usage_spool_bytes = Gauge(
     "engram_usage_spool_bytes",

@@ -4,6 +4,7 @@
     .open   one `os.write` an event, O_APPEND; the lock says "the owner lives"
     .seg    sealed: fdatasync, renamed, directory fsync; nobody writes to it any more
 
+Name: the microsecond from which on the requests of its events began, the worker's pid, chance.
 File: magic, then frames. Frame: marker u16 | length u32 | crc32 u32 | msgpack event. After a damaged frame the
 reader looks for the next marker whose crc holds: one flipped bit costs one event, which is kept apart.
 
@@ -129,8 +130,9 @@ class Segment:
         "torn",
     )
 
-    def __init__(self, directory: Path) -> None:
-        self._create(directory)
+    def __init__(self, directory: Path, since_us: int | None = None) -> None:
+        """`since_us`: no request whose event will be in it began before; now when it is None."""
+        self._create(directory, since_us)
         self.opened_at = time.monotonic()
         self.size_bytes = len(MAGIC)
         self.events = 0
@@ -141,11 +143,13 @@ class Segment:
         self._suspect = False  # a fdatasync failed: see above
         self._owed = b""  # frames for when it is written anew
 
-    def _create(self, directory: Path) -> None:
+    def _create(self, directory: Path, since_us: int | None) -> None:
         """An adopter that comes between creation and lock takes the file for a dead owner's and removes it. Seen on a
         machine with too much to do; what was to be appended would wait, and everything be refused, until a retry."""
         for tries_left in reversed(range(_TRIES)):
-            self.name = f"{time.time_ns() // 1000:016d}-{os.getpid()}-{secrets.token_hex(4)}"
+            created_us = time.time_ns() // 1000
+            named_us = created_us if since_us is None else min(created_us, since_us)
+            self.name = f"{named_us:016d}-{os.getpid()}-{secrets.token_hex(4)}"
             self._path = directory / f"{self.name}.open"
             try:
                 self._fd = _locked(self._path.with_suffix(".tmp"))

@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from shared import metrics
+from shared import metrics, workers
 from shared.durable import fsync_path
 from shared.errors import SpoolUnavailable
 from shared.log import get_logger
@@ -36,7 +36,9 @@ from shared.segment import MAGIC, Segment, SegmentContent, frame, read
 from shared.settings import Settings
 from shared.spool_dir import adopt, flush_failed, quarantine, sealed, survey
 from shared.spool_limit import SpoolLimit
+from shared.unfinished import Unfinished
 from shared.usage import UsageEvent
+from shared.workers import Spooled
 
 __all__ = ["MAGIC", "SegmentContent", "Spool", "adopt", "frame", "quarantine", "read", "sealed", "survey"]
 
@@ -47,9 +49,10 @@ log = get_logger("spool")
 
 
 class Spool:
-    """The producer. `append` and the properties are for the event loop; everything else is for a thread."""
+    """The producer. `append` and most properties are for the event loop; everything else is for a thread."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.dir = settings.spool_dir
         self._flush_seconds = settings.usage_flush_seconds
         self._flush_events = settings.usage_flush_events
@@ -59,7 +62,8 @@ class Spool:
         self._segment: Segment | None = None
         self._sealing: deque[Segment] = deque()
         self._backlog: deque[bytes] = deque()
-        self._backlog_since = 0.0
+        self._backlog_since_us = 0  # of what waits there, and may have gone to a segment since
+        self.unfinished = Unfinished()
         self._lock = threading.Lock()  # held for a write(2) or for detaching a segment, never across an fsync
         self._disk_lock = threading.Lock()  # taken before `_lock`; whoever fsyncs or seals has it
         self._unsynced = False  # a `sync` failed, or too much could not be sealed, and it has not succeeded since
@@ -77,6 +81,18 @@ class Spool:
         """False: refuse requests that change something. The spool has reached its limit."""
         return self._limit.takes_writes
 
+    @property
+    def spooled(self) -> Spooled:
+        """For any thread."""
+        since_us = self.unfinished.since_us()  # first: an event goes from there to the backlog, and on to a segment
+        with self._lock:
+            return self._spooled(since_us)
+
+    def _spooled(self, since_us: int) -> Spooled:
+        if not self._backlog:
+            return Spooled(since_us, 0)
+        return Spooled(min(since_us, self._backlog_since_us), self._backlog_since_us)
+
     def append(self, event: UsageEvent, refusal: UsageEvent | None = None) -> str:
         """Make the event safe against the death of this process; the name of the segment that holds it.
 
@@ -86,14 +102,14 @@ class Spool:
         data, kept = frame(event), frame(refusal) if refusal is not None else b""
         with self._lock:
             if self._backlog:
-                return self._keep(kept or data, "the disk refuses and the backlog is full")
+                return self._keep(event, kept or data, "the disk refuses and the backlog is full")
             if self._limit.dropping:
                 return self._lose("the spool is full")
             try:
                 segment = self._write(data)
             except OSError as e:
                 flush_failed("write", e)
-                return self._keep(kept or data, e.strerror or str(e))
+                return self._keep(event, kept or data, e.strerror or str(e))
             _count_event(1.0)  # under the lock, so that whoever appends may be in any thread
             return segment
 
@@ -135,22 +151,23 @@ class Spool:
 
     def measure(self) -> None:
         """Look at the directory and the disk: sets the gauges and what is refused from now on. Blocking."""
-        in_memory = time.monotonic() - self._backlog_since if self._backlog else 0.0
+        of_workers = [self.spooled, *workers.spooled(self._settings)]  # the gauge is the last one's that set it
+        waiting_us = min((worker.waiting_us for worker in of_workers if worker.waiting_us), default=None)
+        in_memory = time.time() - waiting_us / 1e6 if waiting_us is not None else 0.0
         metrics.usage_oldest_unflushed_seconds.set(max(self._limit.measure(), in_memory))
 
     def _write(self, data: bytes) -> str:
         segment = self._segment
         if segment is None or segment.torn or segment.events >= self._flush_events:
             self._detach()  # before the opening, which may fail
-            segment = self._segment = Segment(self.dir)
+            segment = self._segment = Segment(self.dir, self._spooled(self.unfinished.since_us()).since_us)
         segment.append(data)
         return segment.name
 
-    def _keep(self, data: bytes, cause: str) -> str:
+    def _keep(self, event: UsageEvent, data: bytes, cause: str) -> str:
         if len(self._backlog) >= self._backlog_events:
             return self._lose(cause)
-        if not self._backlog:
-            self._backlog_since = time.monotonic()
+        self._backlog_since_us = min(self._backlog_since_us, event.ts_us) if self._backlog else event.ts_us
         self._backlog.append(data)
         _count_event(1.0)
         return ""

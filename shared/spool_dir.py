@@ -184,6 +184,6 @@ def _used(entry: os.DirEntry[str]) -> int:
 
 
 def _created(name: str) -> float:
-    """Segments are named after the microsecond they were created in."""
+    """Segments are named after the microsecond from which on the requests of their events began."""
     digits = name.partition("-")[0]
     return int(digits) / 1e6 if digits.isdecimal() else time.time()

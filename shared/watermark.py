@@ -1,13 +1,13 @@
 """Until when a machine's usage is complete: every request that began before that instant is in PostgreSQL.
 
-Two things are not there yet: what lies in the spool, and requests that are still being served, whose time is that of
-their first byte. So: the creation of the oldest segment on disk, or now when there is none, less the longest time a
-request can take. (Events that a full disk keeps in a worker's memory are in no segment; the alert on failing flushes
-tells of those.)
+Three things are not there yet: requests that are still being served, events that a full disk keeps in a worker's
+memory, and what lies in the spool. Each worker says several times a second since when it has either of the first two
+(`shared.workers`); one that is frozen says nothing new, and one that died took them with it. A segment is named after
+the oldest of both when it was opened, so nothing in it began before. The earliest of all of these it is, or now.
 
 The drain keeps it in `usage_watermarks` for readers elsewhere, and only writes it when PostgreSQL is in use anyway:
-after passes that drained something, and once more when that request time is over. At idle nothing is written, so that
-a database that sleeps goes on sleeping; who can see the spool asks the spool.
+after passes that drained something, and once more when it has passed the last of those. At idle nothing is written, so
+that a database that sleeps goes on sleeping; who can see the spool asks the spool.
 """
 
 from __future__ import annotations
@@ -15,30 +15,20 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
+from shared import workers
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 
 _DIRECTORIES = (".", "stuck", "dry-run")  # those of a dry run are not billed, so nothing after them is complete
 
 
-def longest_request_seconds(settings: Settings) -> float:
-    """From a request's first byte to its event: the sum of everything it can wait for."""
-    return (
-        settings.body_timeout_seconds
-        + settings.inflight_wait_seconds
-        + settings.tenant_lock_wait_seconds
-        + settings.sqlite_busy_timeout_seconds
-        + settings.query_timeout_seconds
-        + settings.worker_silence_seconds  # frozen and going on
-    )
-
-
 def of_spool(settings: Settings) -> datetime:
     """Of this machine, from its disk. Ask before PostgreSQL is asked for what it must hold."""
+    # In this order: a worker that is not there yet serves only later requests; events go from a worker to a segment.
     now = time.time()
+    of_workers = [worker.since_us / 1e6 for worker in workers.spooled(settings)]
     # Twice: a file that is renamed while a directory is listed can be missed, but not in both.
-    oldest = min([now, *_created(settings), *_created(settings)])
-    return datetime.fromtimestamp(oldest - longest_request_seconds(settings), UTC)
+    return datetime.fromtimestamp(min([now, *of_workers, *_named(settings), *_named(settings)]), UTC)
 
 
 def of_tenant(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> datetime | None:
@@ -75,8 +65,8 @@ class Watermark:
             self._owed = None
 
 
-def _created(settings: Settings) -> list[float]:
-    """Segments are named after the microsecond they were created in."""
+def _named(settings: Settings) -> list[float]:
+    """Segments are named after the microsecond from which on the requests of their events began."""
     found = []
     for directory in _DIRECTORIES:
         for path in (settings.spool_dir / directory).glob("*-*"):

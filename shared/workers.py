@@ -1,6 +1,7 @@
 """Which gateway workers run on this machine, and which run-time limits each of them obeys.
 
-    {data_dir}/run/workers/PID         locked (flock) by that worker while it lives; holds the version it obeys
+    {data_dir}/run/workers/PID         locked (flock) by that worker while it lives; holds the version it obeys, and
+                                       which of its events are not in the spool yet (`Spooled`)
     {data_dir}/run/workers/PID.json    what it says of itself (`Report`): its keys, what it did, its busiest tenants
 
 The lock is the truth about who lives: the kernel drops it with its holder, whatever killed it. A reader removes the
@@ -12,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from shared.log import get_logger
 from shared.settings import Settings
 
-_BYTES = 32
+_BYTES = 32  # of the version; behind it, aligned, so that it is written and read at once:
+_SPOOLED = struct.Struct("=qq")
 POLL_SECONDS = 0.05
 log = get_logger("workers")
 
@@ -60,6 +64,14 @@ class Report(msgspec.Struct, frozen=True):
     tenants: list[Busy] = []
 
 
+class Spooled(NamedTuple):
+    """Microseconds since 1970. `since_us`: of every request that began before, the event is in a segment of the spool.
+    `waiting_us`: when the oldest began whose event waits in memory for a disk that refuses it; 0 without one."""
+
+    since_us: int
+    waiting_us: int
+
+
 class Announcement:
     """A worker's own file. A disk that takes none costs the operator's view of this worker, not the worker."""
 
@@ -72,7 +84,7 @@ class Announcement:
             new = self._path.with_name(f".{self._path.name}")
             self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            os.pwrite(self._fd, b" " * _BYTES, 0)  # from now on its one block is there
+            os.pwrite(self._fd, b" " * _BYTES + _SPOOLED.pack(time.time_ns() // 1000, 0), 0)  # now its block is there
             os.rename(new, self._path)  # nobody sees it unlocked
         except OSError as e:
             log.error("worker_not_announced", cause=e.strerror)
@@ -81,6 +93,11 @@ class Announcement:
         """Say which version of the limits this worker obeys."""
         if self._fd >= 0:
             os.pwrite(self._fd, version.encode("ascii")[:_BYTES].ljust(_BYTES), 0)
+
+    def has(self, spooled: Spooled) -> None:
+        """Say which of this worker's events are not in the spool yet."""
+        if self._fd >= 0:
+            os.pwrite(self._fd, _SPOOLED.pack(*spooled), _BYTES)
 
     def says(self, report: Report) -> None:
         """Replace what this worker says of itself. Not fsynced: it is worth nothing after the machine."""
@@ -104,7 +121,16 @@ class Announcement:
 
 def announced(settings: Settings) -> dict[int, str]:
     """The version each living worker obeys, by pid; empty until it has read the limits."""
-    found: dict[int, str] = {}
+    return {pid: said[:_BYTES].decode("ascii", "replace").strip() for pid, said in _alive(settings).items()}
+
+
+def spooled(settings: Settings) -> list[Spooled]:
+    """What each living worker said last by `Announcement.has`."""
+    return [Spooled(*_SPOOLED.unpack_from(said, _BYTES)) for said in _alive(settings).values()]
+
+
+def _alive(settings: Settings) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
     for path in _directory(settings).glob("[0-9]*"):
         if not path.name.isdigit():
             continue
@@ -115,7 +141,7 @@ def announced(settings: Settings) -> dict[int, str]:
                 _report_of(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
             except BlockingIOError:
-                found[int(path.name)] = os.pread(fd, _BYTES, 0).decode("ascii", "replace").strip()
+                found[int(path.name)] = os.pread(fd, _BYTES + _SPOOLED.size, 0)
             finally:
                 os.close(fd)
     return found

@@ -6,6 +6,7 @@ import collections
 import json
 import socket
 import threading
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ import httpx
 
 from shared.metrics import ROUTES
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
+from tests.test_spool import drain
 
 
 def test_every_request_that_reached_a_tenant_is_one_event_with_exact_counters(stack: Stack) -> None:  # noqa: F811
@@ -80,6 +82,31 @@ def test_a_client_that_leaves_before_the_answer_is_one_event(stack: Stack) -> No
         assert sorted(e.status for e in events) == [200, 499]
         assert api.get("/v1/memories").json()["memories"] == []
     assert len(stack.gateway.events(tenant)) == 3
+
+
+def test_usage_is_not_complete_until_a_slow_request_has_ended(stack: Stack) -> None:  # noqa: F811
+    """Who stores its body for seconds is counted from its first byte on, in whatever worker it is."""
+    tenant = stack.tenant()
+
+    def complete_until(api: httpx.Client) -> datetime:
+        return datetime.fromisoformat(api.get("/v1/usage").json()["complete_until"])
+
+    with stack.client(tenant) as api:
+        with _raw(stack, tenant, "POST /v1/memories HTTP/1.1") as connection:
+            connection.sendall(b'Content-Length: 16\r\n\r\n{"content"')
+            time.sleep(1.0)
+            sent = datetime.now(UTC)
+            time.sleep(0.5)
+            drain(stack.settings.spool_dir)
+            assert complete_until(api) < sent
+            connection.sendall(b': "x"}')
+            assert b" 201 " in connection.recv(4096).splitlines()[0]
+
+        def passed() -> bool:
+            drain(stack.settings.spool_dir)
+            return complete_until(api) > sent
+
+        eventually(passed)
 
 
 def test_a_write_that_was_stored_is_billed_though_its_client_left(stack: Stack) -> None:  # noqa: F811

@@ -14,7 +14,6 @@ from shared import metering, spool, stuck
 from shared.backoff import Backoff
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
-from shared.watermark import Watermark, longest_request_seconds, of_spool
 from tests.core_fixtures import event, settings_in
 from tests.metering_fixtures import check_counted, drain, query, segment
 
@@ -151,42 +150,3 @@ def test_a_fleet_that_lost_its_postgresql_comes_back_spread_over_time() -> None:
     assert max(sum(a <= w < a + 1 for w in waits) for a in range(15)) < 40
     fleet[0].reset()
     assert fleet[0].next_seconds() <= 1.0
-
-
-def test_usage_is_complete_until_the_oldest_segment_less_a_request_s_time(
-    core_control_plane: ControlPlane, settings: Settings, tenant_id: str
-) -> None:
-    """Never later than what is still on its way; written when something was drained, and once more, not at idle."""
-    settings.spool_dir.mkdir(parents=True)
-    longest = longest_request_seconds(settings)
-    now = time.time()
-    assert abs(of_spool(settings).timestamp() - (now - longest)) < 5
-    for directory, age in (("", 100), ("stuck", 200), ("dry-run", 300)):
-        (settings.spool_dir / directory).mkdir(exist_ok=True)
-        old = settings.spool_dir / directory / f"{int((now - age) * 1e6):016d}-1-a.seg"
-        old.write_bytes(spool.MAGIC)
-        assert abs(of_spool(settings).timestamp() - (now - age - longest)) < 1
-    for path in settings.spool_dir.rglob("*.seg"):
-        path.unlink()
-
-    def published() -> list[tuple[object, ...]]:
-        sql = "SELECT complete_until, updated_at FROM usage_watermarks WHERE machine_id = %s"
-        return query(core_control_plane, sql, settings.machine_id)
-
-    hasty = settings.model_copy(update=dict.fromkeys(("body_timeout_seconds", "worker_silence_seconds"), 0.0))
-    hasty = hasty.model_copy(update=dict.fromkeys(("inflight_wait_seconds", "tenant_lock_wait_seconds"), 0.0))
-    hasty = hasty.model_copy(update={"sqlite_busy_timeout_seconds": 0.0, "query_timeout_seconds": 0.3})
-    watermark = Watermark()
-    watermark.after_pass(core_control_plane, hasty, drained=False)
-    assert published() == []
-    watermark.after_pass(core_control_plane, hasty, drained=True)
-    [first] = published()
-    watermark.after_pass(core_control_plane, hasty, drained=False)
-    assert published() == [first]  # its last requests could still be under way
-    time.sleep(0.4)
-    watermark.after_pass(core_control_plane, hasty, drained=False)
-    [second] = published()
-    assert second > first
-    time.sleep(0.05)
-    watermark.after_pass(core_control_plane, hasty, drained=False)
-    assert published() == [second]

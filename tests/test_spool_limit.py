@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from shared import metrics, spool
 from shared.settings import Settings
 from shared.spool import Spool
+from shared.workers import Announcement, Spooled
 from tests.core_fixtures import event, settings_in
 from tests.test_spool import drain, segment
 
@@ -174,6 +175,20 @@ def test_events_that_wait_in_memory_have_an_age_too(tmp_path: Path) -> None:
     drain(producer.dir)
     producer.measure()
     assert value(metrics.usage_oldest_unflushed_seconds) == 0
+
+
+def test_the_age_is_that_of_all_workers_whoever_looks_last(tmp_path: Path) -> None:
+    """A sibling whose disk works must not set back what the alert waits for."""
+    producer = producer_in(tmp_path)
+    sibling = Announcement(producer._settings)
+    sibling.has(Spooled(time.time_ns() // 1000, int((time.time() - 100) * 1e6)))
+    producer.measure()
+    assert 100 <= value(metrics.usage_oldest_unflushed_seconds) < 110
+    sibling.has(Spooled(time.time_ns() // 1000, 0))
+    producer.measure()
+    assert value(metrics.usage_oldest_unflushed_seconds) == 0
+    sibling.close()
+    producer.close()
 
 
 def test_a_sealed_segment_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

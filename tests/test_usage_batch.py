@@ -91,9 +91,9 @@ def test_batches_that_are_joined_are_the_batch_of_all_events(
     assert Batch.joined(reversed(parts)) == Batch.of(events)
 
 
-def test_of_two_events_with_one_id_the_first_stays() -> None:
-    """As with ON CONFLICT DO NOTHING, whichever way a segment goes."""
+def test_of_two_events_with_one_id_the_last_stays() -> None:
+    """It is what the client was told in the end: of a request whose first event could not be made durable, the 503."""
     first = event("acme", memories_created=1)
     second = UsageEvent(first.request_id, "other", "/r", 200, 1, 0, 9, first.ts_us)
     between = event("acme")
-    assert Batch.of([between, first, second]).events == sorted([between, first], key=lambda e: e.request_id)
+    assert Batch.of([between, first, second]).events == sorted([between, second], key=lambda e: e.request_id)
