@@ -12,8 +12,7 @@ object is read back and hashed; `object_store_read_back` can switch the second o
 obstore retries 5xx, 429 and connection errors itself; a conditional put is not retried there on a time-out (the reply
 may be lost, the object may exist), so that loop is here, and bounded by `object_store_retry_timeout_seconds`. obstore
 shows no headers, so a Retry-After cannot be obeyed to the second: a throttled request waits longer, from 1 s doubling
-to 20 s. obstore's errors become transient or permanent: 404 is the builtin FileNotFoundError; refused credentials are
-permanent; all else may pass. Messages carry the store's status and code.
+to 20 s. Its errors are translated in `shared.s3`.
 
 Writing, reading and deleting may have credentials of their own (`ENGRAM_S3_READ_…`, `ENGRAM_S3_DELETE_…`): a machine
 without the last cannot delete a backup, whoever takes it over.
@@ -31,41 +30,31 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    InvalidPathError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
 from shared import local_objects, pack
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.log import get_logger
+from shared.s3 import Exists, Throttled, client, translated
 from shared.settings import Settings
 from shared.streams import Progress
 
 if TYPE_CHECKING:
-    from obstore.store import S3Config  # a type only, not importable at run time
+    from obstore import GetOptions  # a type only, not importable at run time
 
 _READ_BYTES = 1 << 20
-_THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExceeded")
-_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
-_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]{1,120})")
-
-
 # How stores say that an object must not be deleted yet: R2 names a bucket lock, AWS an object lock, others WORM.
 _LOCKED = re.compile(r"object ?lock|locked|WORM|retention|legal hold", re.IGNORECASE)
+log = get_logger("objects")
 
 
 class Listed(NamedTuple):
@@ -95,7 +84,7 @@ class ObjectStore:
                 raise ObjectStoreRefused(f"the object store {self._local_root} does not exist")
             self._writer = self._reader = self._deleter = LocalStore(self._local_root)
         elif url.scheme == "s3":
-            bucket = functools.cache(partial(_s3, settings, url.netloc, url.path.strip("/")))
+            bucket = functools.cache(partial(client, settings, url.netloc, url.path.strip("/")))
             self._writer, self._reader, self._deleter = (
                 bucket(*settings.s3_credentials(role)) for role in ("write", "read", "delete")
             )
@@ -115,7 +104,7 @@ class ObjectStore:
             try:
                 return self._put_and_check(key, path, sha256)
             except (ObjectStoreUnavailable, _Damaged) as e:
-                longest, first = (20.0, 1.0) if isinstance(e, _Throttled) else (5.0, 0.2)
+                longest, first = (20.0, 1.0) if isinstance(e, Throttled) else (5.0, 0.2)
                 pause = min(longest, first * 2**attempt) * random.uniform(0.8, 1.2)
                 if attempt >= self.settings.object_store_retries or time.monotonic() + pause > deadline:
                     if isinstance(e, _Damaged):
@@ -127,9 +116,9 @@ class ObjectStore:
     def _put_and_check(self, key: str, path: Path, sha256: str) -> int:
         existed = False
         try:
-            with _translated(key):
+            with translated(key):
                 self._put_once(key, path)
-        except _Exists:
+        except Exists:
             existed = True  # ours from a lost reply, or somebody else's: the read below decides
         if not existed and not self.settings.object_store_read_back:
             return path.stat().st_size  # the store compared the checksum sent with it
@@ -154,7 +143,7 @@ class ObjectStore:
             obstore.put(self._writer, key, path, mode="create", use_multipart=False)
             return
         if self.exists(key):
-            raise _Exists
+            raise Exists
         part_bytes = self.settings.object_store_part_bytes
         obstore.put(self._writer, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
 
@@ -175,12 +164,12 @@ class ObjectStore:
 
     def beginning(self, key: str, length: int) -> bytes:
         """The first `length` bytes, or as many as there are. Raises `CorruptBackup` when it is missing."""
-        with _translated(key):
+        with translated(key):
             return bytes(obstore.get_range(self._reader, key, start=0, length=length))
 
     def exists(self, key: str) -> bool:
         try:
-            with _translated(key):
+            with translated(key):
                 obstore.head(self._reader, key)
         except CorruptBackup:
             return False
@@ -188,19 +177,19 @@ class ObjectStore:
 
     def keys(self, prefix: str) -> list[str]:
         """Every key below a prefix, sorted."""
-        with _translated(prefix):
+        with translated(prefix):
             return sorted(meta["path"] for page in obstore.list(self._reader, prefix) for meta in page)
 
     def listing(self, prefix: str) -> Iterator[list[Listed]]:
         """What lies below a prefix, a page at a time, in no order to rely on."""
-        with _translated(prefix):
+        with translated(prefix):
             for page in obstore.list(self._reader, prefix, chunk_size=1000):
                 yield [Listed(meta["path"], meta["size"], meta["last_modified"]) for meta in page]
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is fine. Raises `ObjectLocked` when the store keeps this one for now."""
         try:
-            with _translated(key):
+            with translated(key):
                 try:
                     obstore.delete(self._deleter, key)
                 except BaseError as e:
@@ -226,19 +215,32 @@ class ObjectStore:
         return True
 
     def chunks(self, key: str) -> Iterator[Any]:
-        """The bytes of an object as they arrive. Raises `CorruptBackup` when it is missing."""
+        """The bytes of an object as they arrive.
+
+        A request has `object_store_timeout_seconds` for all of its answer, whoever is slow: the store, the line, or who
+        takes the bytes. What is larger is read on from where that request ended, as long as each brings something.
+        Raises `CorruptBackup` when it is missing, `ObjectStoreUnavailable`, `ObjectStoreRefused`.
+        """
         if self._local_root is not None:
             yield from local_objects.read(self._local_root, key)
             return
-        with _translated(key):
-            response = obstore.get(self._reader, key)
-            expected = response.meta["size"]
-            seen = 0
-            for chunk in response.stream(min_chunk_size=_READ_BYTES):
-                seen += len(chunk)
-                yield chunk
-            if seen != expected:
-                raise ObjectStoreUnavailable(f"{key}: {seen} of {expected} bytes arrived")
+        at, size, tag = 0, 1, None
+        while at < size:
+            begun_at = at
+            try:
+                with translated(key):
+                    rest: GetOptions = {"range": {"offset": at}, "if_match": tag} if at else {}
+                    response = obstore.get(self._reader, key, options=rest)
+                    size, tag = response.meta["size"], response.meta["e_tag"]
+                    for chunk in response.stream(min_chunk_size=_READ_BYTES):
+                        at += len(chunk)
+                        yield chunk
+                    if at < size:
+                        raise ObjectStoreUnavailable(f"{key}: {at} of {size} bytes arrived")
+            except ObjectStoreUnavailable:
+                if at == begun_at:
+                    raise
+                log.info("object_read_on", key=key, at_bytes=at, of_bytes=size)
 
 
 def _denied(e: BaseError) -> bool:
@@ -246,72 +248,5 @@ def _denied(e: BaseError) -> bool:
     return isinstance(e, (PermissionDeniedError, UnauthenticatedError)) or "AccessDenied" in str(e)
 
 
-class _Exists(Exception):
-    """The key is taken."""
-
-
 class _Damaged(Exception):
     """What this call stored is not what it sent; it was deleted."""
-
-
-class _Throttled(ObjectStoreUnavailable):
-    """The store asks for fewer requests."""
-
-
-def _s3(settings: Settings, bucket: str, prefix: str, key_id: str, secret: str) -> S3Store:
-    if not bucket:
-        raise Permanent("ENGRAM_OBJECT_STORE_URL names no bucket")
-    config: S3Config = {
-        "access_key_id": key_id,
-        "secret_access_key": secret,
-        "region": settings.s3_region,
-    }
-    if settings.s3_checksum == "sha256":
-        config["checksum_algorithm"] = "SHA256"
-    if settings.s3_endpoint:
-        config["endpoint"] = settings.s3_endpoint
-    return S3Store(
-        bucket,
-        prefix=prefix or None,
-        config=config,
-        client_options={
-            "allow_http": settings.s3_endpoint.startswith("http://"),
-            "timeout": timedelta(seconds=settings.object_store_timeout_seconds),
-            "connect_timeout": timedelta(seconds=settings.object_store_connect_timeout_seconds),
-        },
-        retry_config={
-            "max_retries": settings.object_store_retries,
-            "retry_timeout": timedelta(seconds=settings.object_store_retry_timeout_seconds),
-            "backoff": {
-                "init_backoff": timedelta(milliseconds=200),
-                "max_backoff": timedelta(seconds=5),
-                "base": 2,
-            },
-        },
-    )
-
-
-@contextmanager
-def _translated(key: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as e:
-        if "NoSuchBucket" in str(e):
-            raise ObjectStoreRefused(f"{key}: the bucket does not exist") from e
-        raise CorruptBackup(f"{key}: no such object") from e
-    except AlreadyExistsError as e:
-        raise _Exists from e
-    except (PermissionDeniedError, UnauthenticatedError) as e:
-        raise ObjectStoreRefused(f"{key}: the object store refused the credentials{_said(e)}") from e
-    except (InvalidPathError, ValueError) as e:  # a ValueError is obstore's for ".." and the like
-        raise ObjectStoreRefused(f"{key}: not a valid key") from e
-    except (BaseError, OSError) as e:
-        cause = _said(e) or f": {' '.join(str(e).partition('Debug source')[0].split())[:200]}"
-        kind = _Throttled if _THROTTLED.search(cause) else ObjectStoreUnavailable
-        raise kind(f"{key}: {type(e).__name__}{cause}") from e
-
-
-def _said(e: Exception) -> str:
-    """Status, code and text of the store's answer, when it gave one: `: 507 Insufficient Storage: QuotaExceeded: …`."""
-    found = (_STATUS.search(str(e)), _CODE.search(str(e)), _MESSAGE.search(str(e)))
-    return "".join(f": {m[1].strip()}" for m in found if m is not None)

@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     s3_read_secret_access_key: SecretStr = SecretStr("")
     s3_delete_access_key_id: str = Field(default="", description="lists and deletes: retention, deletion of a tenant")
     s3_delete_secret_access_key: SecretStr = SecretStr("")
-    object_store_timeout_seconds: float = Field(default=60.0, gt=0)
+    object_store_timeout_seconds: float = Field(
+        default=60.0, gt=0, description="of one request; a larger object is read on from where it stopped"
+    )
     object_store_connect_timeout_seconds: float = Field(default=5.0, gt=0)
     object_store_retries: int = Field(default=4, ge=0)
     object_store_retry_timeout_seconds: float = Field(default=60.0, gt=0)

@@ -26,7 +26,8 @@ class Fault:
     """What happens to a request: answered with `status` instead of being passed on, or passed on and spoiled.
 
     `lose` is "request" (closed before it is passed on), "reply" (passed on, its answer dropped) or "silence".
-    `cut` answers with half a body, `flip` is the body ("request" or "reply") of which one byte is turned.
+    `cut` answers with half a body, `flip` is the body ("request" or "reply") of which one byte is turned. `rate` is the
+    bytes a second of an answer's body; 0 is no limit.
     """
 
     status: int = 0
@@ -35,6 +36,7 @@ class Fault:
     lose: str = ""
     cut: bool = False
     flip: str = ""
+    rate: int = 0
 
 
 @dataclass
@@ -100,9 +102,9 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
             if fault.flip == "reply" and content:
                 content = _flipped(content)
             headers = {n: v for n, v in reply.getheaders() if n.lower() not in ("transfer-encoding", "connection")}
-            return self._send(reply.status, headers, content, fault.cut)
+            return self._send(reply.status, headers, content, fault.cut, fault.rate)
 
-        def _send(self, status: int, headers: dict[str, str], content: bytes, cut: bool) -> None:
+        def _send(self, status: int, headers: dict[str, str], content: bytes, cut: bool, rate: int = 0) -> None:
             self.send_response_only(status)
             if self.command != "HEAD":
                 headers = {n: v for n, v in headers.items() if n.lower() != "content-length"}
@@ -111,7 +113,11 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content[: len(content) // 2] if cut else content)
+                content = content[: len(content) // 2] if cut else content
+                piece = max(1, rate // 10) if rate else len(content) or 1
+                for at in range(0, len(content), piece):
+                    self.wfile.write(content[at : at + piece])
+                    time.sleep(0.1 if rate else 0)
             if cut:
                 self._hang_up()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,6 +183,37 @@ def test_a_download_that_meets_one_fault_arrives_whole(
     proxy.fail(fault, method="GET", times=1)
     assert store.download(KEY, tmp_path / "back", digest) == PARTS
     assert sha256_of(tmp_path / "back") == digest
+
+
+@pytest.mark.parametrize("slow", ["the store", "the reader", "the line"])
+def test_an_object_that_takes_longer_than_one_request_may_is_read_to_its_end(
+    store: ObjectStore, proxy: FaultProxy, tmp_path: Path, slow: str
+) -> None:
+    """A time-out bounds silence, not size: else nothing large is ever read back or restored over a slow line."""
+    path, digest = make(tmp_path, PARTS)
+    store.put_file(KEY, path, digest)
+    faults = {"the store": Fault(rate=PARTS // 6), "the line": Fault(cut=True), "the reader": Fault()}
+    proxy.fail(faults[slow], method="GET", times=4)  # 6 s at that rate, three times what a request may take
+    seen = hashlib.sha256()
+    for n, chunk in enumerate(store.chunks(KEY)):
+        seen.update(chunk)
+        time.sleep(2.5 if slow == "the reader" and n == 1 else 0)
+    assert seen.hexdigest() == digest
+
+
+def test_a_read_that_brings_nothing_more_is_given_up(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> None:
+    """It is read on only while each request brings something."""
+    path, digest = make(tmp_path, PARTS)
+    store.put_file(KEY, path, digest)
+    faults = iter([Fault(cut=True)])
+    proxy.fail(Fault(), times=0)
+    proxy._choose = lambda method, _: next(faults, Fault(status=500)) if method == "GET" else None
+    seen = 0
+    with pytest.raises(ObjectStoreUnavailable, match="500"):
+        for chunk in store.chunks(KEY):
+            seen += len(chunk)
+    assert 0 < seen < PARTS
+    assert proxy.count("GET") <= 1 + (1 + 1) * 2  # of obstore, and once more from where it stopped
 
 
 # The whole of a backup: nothing half-registered

@@ -1,0 +1,101 @@
+"""The S3 behind the object store, through obstore: its client, and what its errors mean.
+
+obstore retries 5xx, 429 and connection errors itself, from 0.2 s doubling to 5 s. Its errors become transient or
+permanent: 404 is the builtin FileNotFoundError; refused credentials are permanent; all else may pass. Messages carry
+the store's status, code and text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from shared.errors import CorruptBackup, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config  # a type only, not importable at run time
+
+_THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExceeded")
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
+_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]{1,120})")
+
+
+class Exists(Exception):
+    """The key is taken."""
+
+
+class Throttled(ObjectStoreUnavailable):
+    """The store asks for fewer requests."""
+
+
+def client(settings: Settings, bucket: str, prefix: str, key_id: str, secret: str) -> S3Store:
+    if not bucket:
+        raise Permanent("ENGRAM_OBJECT_STORE_URL names no bucket")
+    config: S3Config = {
+        "access_key_id": key_id,
+        "secret_access_key": secret,
+        "region": settings.s3_region,
+    }
+    if settings.s3_checksum == "sha256":
+        config["checksum_algorithm"] = "SHA256"
+    if settings.s3_endpoint:
+        config["endpoint"] = settings.s3_endpoint
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        config=config,
+        client_options={
+            "allow_http": settings.s3_endpoint.startswith("http://"),
+            "timeout": timedelta(seconds=settings.object_store_timeout_seconds),
+            "connect_timeout": timedelta(seconds=settings.object_store_connect_timeout_seconds),
+        },
+        retry_config={
+            "max_retries": settings.object_store_retries,
+            "retry_timeout": timedelta(seconds=settings.object_store_retry_timeout_seconds),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=200),
+                "max_backoff": timedelta(seconds=5),
+                "base": 2,
+            },
+        },
+    )
+
+
+@contextmanager
+def translated(key: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        if "NoSuchBucket" in str(e):
+            raise ObjectStoreRefused(f"{key}: the bucket does not exist") from e
+        raise CorruptBackup(f"{key}: no such object") from e
+    except AlreadyExistsError as e:
+        raise Exists from e
+    except (PermissionDeniedError, UnauthenticatedError) as e:
+        raise ObjectStoreRefused(f"{key}: the object store refused the credentials{said(e)}") from e
+    except (InvalidPathError, ValueError) as e:  # a ValueError is obstore's for ".." and the like
+        raise ObjectStoreRefused(f"{key}: not a valid key") from e
+    except (BaseError, OSError) as e:
+        cause = said(e) or f": {' '.join(str(e).partition('Debug source')[0].split())[:200]}"
+        kind = Throttled if _THROTTLED.search(cause) else ObjectStoreUnavailable
+        raise kind(f"{key}: {type(e).__name__}{cause}") from e
+
+
+def said(e: Exception) -> str:
+    """Status, code and text of the store's answer, when it gave one: `: 507 Insufficient Storage: QuotaExceeded: …`."""
+    found = (_STATUS.search(str(e)), _CODE.search(str(e)), _MESSAGE.search(str(e)))
+    return "".join(f": {m[1].strip()}" for m in found if m is not None)
