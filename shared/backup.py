@@ -1,6 +1,6 @@
 """One tenant's backup: snapshot → store → register, each step taking the receipt of the one before; and back: fetch.
 
-A crash between `store` and `register` leaves an object without a row: nothing trusts it, and the tenant's next backup
+A crash between `store` and `register` leaves an object without a row: nothing trusts it, and whoever comes next
 registers it (`shared.upload`). The reverse, a row without an object, cannot happen.
 """
 
@@ -14,7 +14,8 @@ import msgspec
 from shared import catalogue, keys, pack, snapshot, upload
 from shared.catalogue import Backup, Stored
 from shared.control_plane import ControlPlane
-from shared.errors import CorruptBackup, KeyTaken, KeyUnavailable
+from shared.errors import CorruptBackup, EngramError, KeyTaken, KeyUnavailable, ObjectStoreUnavailable
+from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.pack import Identity, Packed, Packing, Received
 from shared.settings import Settings
@@ -24,6 +25,7 @@ from shared.workdir import workdir
 
 register = catalogue.register
 work = workdir
+log = get_logger("backup")
 
 
 def take(settings: Settings, tenant_id: str, directory: Path) -> Snapshot:
@@ -81,6 +83,17 @@ def _put(objects: ObjectStore, stored: Stored, packed: Packed, control_plane: Co
 def repair(objects: ObjectStore, control_plane: ControlPlane, tenant_id: str) -> list[Backup]:
     """Register what a crash between a tenant's upload and its row left; see `shared.upload`."""
     return upload.repair(objects, control_plane, tenant_id, lambda s: _opened(objects, s, control_plane))
+
+
+def repair_machine(objects: ObjectStore, control_plane: ControlPlane, machine_id: str) -> None:
+    """The same for every tenant of a machine. What cannot be looked at is logged: the backups to come say why."""
+    for row in control_plane.rows("backup_uploads_of_machine", machine_id=machine_id):
+        try:
+            repair(objects, control_plane, row["tenant_id"])
+        except EngramError as e:
+            log.warning("upload_not_repaired", tenant_id=row["tenant_id"], error=str(e))
+            if isinstance(e, ObjectStoreUnavailable):
+                return
 
 
 def fetch(

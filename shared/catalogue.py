@@ -1,7 +1,7 @@
 """The catalogue: which backups exist and can be trusted.
 
-A row appears only after its object was read back whole, so a row is a promise. `newest` never returns one that
-is corrupt, deleted or unverified.
+A row appears only after its object is there whole (`shared.objects` says how that is known), so a row is a promise.
+`newest` never returns one that is corrupt, deleted or unverified.
 """
 
 from __future__ import annotations

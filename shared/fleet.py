@@ -82,6 +82,7 @@ class Fleet:
         after the tenants at work.
         """
         self.staging = Staging(directory, self.settings.backup_staging_bytes)
+        backup.repair_machine(self.objects, self.control_plane, self.run.machine_id)
         same, changed = self._skip(chosen)
         yield from same
         with ThreadPoolExecutor(self.settings.backup_parallel, "backup") as threads:

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import msgspec
 
+from shared import backup as backup_steps
 from shared import catalogue, litestream, litestream_copies, previous, registry
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
@@ -82,10 +83,10 @@ def plan(
     at: datetime | None = None,
     objects: Callable[[], ObjectStore] | None = None,
 ) -> Plan:
-    """Choose the source and weigh it against the live database; changes nothing.
+    """Choose the source and weigh it against the live database; changes nothing of the tenant's.
 
-    The store is opened (`objects`) only to look for Litestream's copies. Raises `Permanent` (both given, unknown
-    tenant, no such backup).
+    A finished upload without its row, which may be the newest there is, gets it first. The store is opened (`objects`)
+    only for that and to look for Litestream's copies. Raises `Permanent` (both given, unknown tenant, no such backup).
     """
     if backup_id is not None and at is not None:
         raise Permanent("give a backup id or a time, not both")
@@ -94,7 +95,7 @@ def plan(
         at = at.replace(tzinfo=UTC)
     if backup_id is not None:
         return _of_backup(settings, control_plane, catalogue.get(control_plane, tenant_id, backup_id), None)
-    copy, note = None, None
+    copy, note = None, _register_uploads(settings, control_plane, tenant_id, objects)
     if at is not None and litestream.enabled(settings):
         try:
             copy = litestream_copies.point_at(objects() if objects else ObjectStore(settings), tenant_id, at)
@@ -102,7 +103,9 @@ def plan(
             note = f"Litestream's copies could not be looked at: {e}"
     try:
         backup = catalogue.newest(control_plane, tenant_id, at=at)
-    except UnknownBackup:
+    except UnknownBackup as e:
+        if copy is None and note:
+            raise UnknownBackup(f"{e}; {note}") from e
         if copy is None:
             raise
         backup = None
@@ -121,6 +124,19 @@ def plan(
         schema_version=None,
         size_bytes=copy.size_bytes,
     )
+
+
+def _register_uploads(
+    settings: Settings, control_plane: ControlPlane, tenant_id: str, objects: Callable[[], ObjectStore] | None
+) -> str | None:
+    """What an upload without its row leaves unknown, in words."""
+    if not control_plane.rows("backup_uploads_left", tenant_id=tenant_id):
+        return None
+    try:
+        backup_steps.repair(objects() if objects else ObjectStore(settings), control_plane, tenant_id)
+    except EngramError as e:  # an older backup is better than none
+        return f"an upload that may be newer could not be looked at: {e}"
+    return None
 
 
 def fall_back(settings: Settings, control_plane: ControlPlane, chosen: Plan, cause: str) -> Plan:

@@ -1,12 +1,12 @@
 """Objects that the catalogue does not know: of a crash between upload and row, or of a control plane that was itself
 restored from before. Those older than `retention_orphan_hours` are looked at once a run.
 
-    adopted   it opens as the tenant's database its key names: it gets a row, as a safety backup, because nobody knows
-              any more what it was made for. So it is restored by its id or by a time, never as "the newest"
-    removed   its row says deleted, or its tenant was deleted long ago: it should not be there
-    waiting   an upload that the tenant's next backup finishes or gives up
-    listed    anything else: a key that is not ours, an unknown tenant, a file that does not open. Left as it is
-    unread    we could not look; the next run does
+    adopted     it opens as the tenant's database its key names: it gets a row, as a safety backup, because nobody knows
+                any more what it was made for. So it is restored by its id or by a time, never as "the newest"
+    removed     its row says deleted, or its tenant was deleted long ago: it should not be there
+    registered  a finished upload that a crash kept from its row: it gets that row, as what it was made for
+    listed      anything else: a key that is not ours, an unknown tenant, a file that does not open. Left as it is
+    unread      we could not look; the next run does
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
-from shared import catalogue, keys, litestream, litestream_copies, pack, snapshot, verify
+from shared import backup, catalogue, keys, litestream, litestream_copies, pack, snapshot, verify
 from shared.catalogue import Stored
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, CorruptDatabase, EngramError, KeyUnavailable, SchemaTooNew
@@ -30,7 +30,7 @@ from shared.settings import Settings
 from shared.snapshot import Manifest, Snapshot
 from shared.tenant import KeyParts, parse_object_key
 
-Outcome = Literal["adopted", "removed", "waiting", "listed", "unread"]
+Outcome = Literal["adopted", "removed", "registered", "listed", "unread"]
 log = get_logger("strays")
 
 
@@ -106,7 +106,7 @@ def _attend(
     if row["tenant_leaving"]:
         return "listed", "its tenant is being deleted: it gets no row, and goes with the tenant"
     if row["uploading"]:
-        return "waiting", "an upload that the tenant's next backup finishes"
+        return _finished(control_plane, objects, listed.key, parts.tenant_id, dry_run)
     if not row["tenant_known"]:
         return "listed", f"there is no tenant {parts.tenant_id}"
     with verify.sandbox(settings) as directory:
@@ -118,6 +118,15 @@ def _attend(
         adopted = catalogue.register(control_plane, stored, kind=SAFETY)
         control_plane.execute("backup_adopted", backup_id=adopted.backup_id)
     return "adopted", f"{stored.snapshot.manifest.memories} memories of {parts.ts:%F %T}, as a safety backup"
+
+
+def _finished(
+    control_plane: ControlPlane, objects: ObjectStore, key: str, tenant_id: str, dry_run: bool
+) -> tuple[Outcome, str]:
+    """Nobody else has registered it in all this time."""
+    if dry_run or any(made.key == key for made in backup.repair(objects, control_plane, tenant_id)):
+        return "registered", "a finished upload whose row a crash prevented"
+    return "unread", "it is not what its upload was to store, or its key cannot be had; the log says which"
 
 
 def _opened(control_plane: ControlPlane, objects: ObjectStore, key: str, parts: KeyParts, directory: Path) -> Stored:

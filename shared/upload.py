@@ -1,8 +1,9 @@
 """What a crash between an object's upload and its catalogue row leaves, and its repair.
 
 Before an upload begins, all that its row will say is written to `backup_uploads`; the row's insert deletes that in
-the same statement. So an object without a row is known by name, and the tenant's next backup (or `repair`) finishes
-it: read back whole, it gets its row; not there, nothing happened; something else, it is left alone and reported.
+the same statement. So an object without a row is known by name, and is finished by whoever comes first: the next run of
+its machine, whatever became of the tenant's database; the tenant's next backup; the plan of a restore; the daily look
+for strays. Read back whole, it gets its row; not there, nothing happened; something else, it is left and reported.
 A row without an object still cannot happen: this module, too, inserts only after reading.
 """
 
@@ -42,17 +43,9 @@ def begin(objects: ObjectStore, control_plane: ControlPlane, stored: Stored, kin
     return _finish(objects, control_plane, left, opened)
 
 
-def repair(
-    objects: ObjectStore,
-    control_plane: ControlPlane,
-    tenant_id: str,
-    opened: Opened,
-    *,
-    older_than_seconds: float = 0.0,
-) -> list[Backup]:
+def repair(objects: ObjectStore, control_plane: ControlPlane, tenant_id: str, opened: Opened) -> list[Backup]:
     """Register what uploads of this tenant left. Safe beside a live one: it would get the same row."""
-    left = control_plane.rows("backup_uploads_left", tenant_id=tenant_id, older_than_seconds=older_than_seconds)
-    return _finish(objects, control_plane, left, opened)
+    return _finish(objects, control_plane, control_plane.rows("backup_uploads_left", tenant_id=tenant_id), opened)
 
 
 def _finish(

@@ -112,16 +112,17 @@ def test_a_deleted_tenants_stray_gets_no_row_and_goes_with_the_tenants_backups(o
     assert own.objects.keys("tenants") == [] and statuses(own) == {}
 
 
-def test_an_upload_that_its_next_backup_finishes_is_left_to_it(own: World) -> None:
-    """It knows the kind and the sha256; adopting would only guess."""
+def test_a_finished_upload_is_registered_as_what_it_was_made_for(own: World) -> None:
+    """Its tenant may never be stored again: it did not change, or its database is gone; adopting would only guess."""
     own.write("one")
-    stored = backup.store(own.objects, backup.take(own.settings, own.tenant_id, own.settings.data_dir))
-    run_sql(
-        own,
-        "INSERT INTO backup_uploads (key, tenant_id, stored) VALUES (%s, %s, '{}') ON CONFLICT DO NOTHING",
-        *(stored.key, own.tenant_id),
-    )
-    assert [s.outcome for s in find(own)] == ["waiting"]
+    taken = backup.take(own.settings, own.tenant_id, own.settings.data_dir)
+    stored = backup.store(own.objects, taken, own.control_plane, kind="scheduled")
+    assert find(own, hours=1) == []  # it may be about to get its row
+    assert [s.outcome for s in find(own, dry_run=True)] == ["registered"] and statuses(own) == {}
+    assert [s.outcome for s in find(own)] == ["registered"]
+    made = catalogue.newest(own.control_plane, own.tenant_id)
+    assert (made.key, made.kind, made.sha256) == (stored.key, "scheduled", taken.sha256)
+    assert find(own) == []
 
 
 def test_staged_files_of_the_local_store_go_when_they_are_old(own: World) -> None:

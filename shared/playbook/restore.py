@@ -47,6 +47,8 @@ def propose(context: Context, request: Request, _: Any) -> Outcome:
             Finding("memories changed since, which would be lost", lost, "as few as can be", None),
             Finding("its schema", planning.schema_change(chosen.source_schema_version), "not newer than known", None),
         ]
+    if chosen is not None and chosen.note:
+        findings.append(Finding("what may be newer", chosen.note, "nothing", False))
     proposal: list[str] = []
     if corrupt and chosen is not None and chosen.backup is not None:
         backup_id = str(chosen.backup.backup_id)

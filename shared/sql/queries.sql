@@ -415,9 +415,11 @@ SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id
 ORDER BY key LIMIT 100;
 
 -- name: backup_uploads_left
-SELECT key, stored, started_at FROM backup_uploads
-WHERE tenant_id = %(tenant_id)s AND started_at < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
-ORDER BY key LIMIT 100;
+SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s ORDER BY key LIMIT 100;
+
+-- name: backup_uploads_of_machine
+SELECT DISTINCT u.tenant_id FROM backup_uploads u JOIN tenants t USING (tenant_id)
+WHERE t.machine_id = %(machine_id)s AND t.state NOT IN ('deleting', 'deleted') ORDER BY u.tenant_id LIMIT 1000;
 
 -- name: backup_upload_end
 DELETE FROM backup_uploads WHERE key = %(key)s;

@@ -1,0 +1,76 @@
+"""An upload that was finished, and whose process died before the row: whoever comes next registers it."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared import backup, catalogue, plan
+from shared.catalogue import Backup, Stored
+from shared.errors import ObjectStoreUnavailable
+from shared.objects import ObjectStore
+from tests.fleet_fixtures import Machine
+
+pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
+
+
+def stored_without_its_row(machine: Machine, tenant_id: str) -> Stored:
+    taken = backup.take(machine.settings, tenant_id, machine.settings.data_dir)
+    return backup.store(machine.objects, taken, machine.control_plane, kind="scheduled")
+
+
+def newest(machine: Machine, tenant_id: str) -> Backup:
+    return catalogue.newest(machine.control_plane, tenant_id)
+
+
+@pytest.mark.parametrize("tenant", ["unchanged", "damaged", "gone"])
+def test_the_next_run_of_the_machine_registers_it_whatever_became_of_the_tenant(machine: Machine, tenant: str) -> None:
+    """Who waits for the tenant to be stored again waits for days, or, when its database is lost, for ever."""
+    one, *others = machine.tenants
+    machine.back_up()
+    stored = stored_without_its_row(machine, one)
+    if tenant == "damaged":
+        machine.paths(one).database.resolve().write_bytes(b"not a database" * 1000)
+    if tenant == "gone":
+        machine.paths(one).database.resolve().unlink()
+    done = {d.tenant_id: d for d in machine.back_up()}
+    assert (done[one].error is None) == (tenant == "unchanged")
+    assert all(done[other].error is None for other in others)
+    made = newest(machine, one)
+    assert (made.key, made.kind, made.sha256) == (stored.key, "scheduled", stored.snapshot.sha256)
+
+
+def test_a_machine_registers_only_its_own(machine: Machine) -> None:
+    """Another machine's run knows whether its upload still lives."""
+    stored = stored_without_its_row(machine, machine.tenants[0])
+    backup.repair_machine(machine.objects, machine.control_plane, f"{machine.settings.machine_id}-other")
+    assert not catalogue.list_of(machine.control_plane, machine.tenants[0])
+    backup.repair_machine(machine.objects, machine.control_plane, machine.settings.machine_id)
+    assert newest(machine, machine.tenants[0]).key == stored.key
+
+
+def test_a_restore_is_planned_from_it(machine: Machine) -> None:
+    """It may be the only state of the last day, and a restore is when it is needed."""
+    machine.back_up()
+    one = machine.tenants[0]
+    machine.write(one, "of today")
+    stored = stored_without_its_row(machine, one)
+    chosen = plan.plan(machine.settings, machine.control_plane, one)
+    assert chosen.backup is not None and chosen.backup.key == stored.key and chosen.note is None
+
+
+def test_a_restore_is_planned_without_it_and_says_so_when_the_store_is_away(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older backup is better than no plan; that there may be a newer one must be known."""
+    machine.back_up()
+    one = machine.tenants[0]
+    before = newest(machine, one)
+    stored_without_its_row(machine, one)
+
+    def away(*_: object) -> bool:
+        raise ObjectStoreUnavailable("time-out")
+
+    monkeypatch.setattr(ObjectStore, "exists", away)
+    chosen = plan.plan(machine.settings, machine.control_plane, one)
+    assert chosen.backup == before and chosen.note is not None and "time-out" in chosen.note
+    assert all(done.error is None for done in machine.back_up() if done.tenant_id != one)
