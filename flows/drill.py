@@ -32,7 +32,7 @@ def download(picked: Picked, sandbox: Path) -> Fetched:
 
 @task(name="smoke", task_run_name="smoke-{fetched.picked.tenant_id}", **policy.ONCE)
 def smoke(fetched: Fetched) -> Drilled:
-    return core.run(fetched)
+    return core.run(control_plane(), objects(), fetched)
 
 
 @task(name="record", task_run_name="record-{drilled.picked.tenant_id}", **policy.READ)

@@ -37,10 +37,11 @@ def read(share: Share) -> Looked:
 
 @task(name="record", **policy.READ)
 def record(looked: Looked) -> Looked:
+    """Each was recorded as it was read, but for those that PostgreSQL did not take then."""
     for one in looked.examined:
         if one.outcome != "good":
             get_run_logger().error("%s is %s: %s", one.backup.key, one.outcome, one.cause)
-    return Looked(core.record(control_plane(), looked.examined))
+    return Looked([one if one.recorded else core.record(control_plane(), one) for one in looked.examined])
 
 
 @flow(name="verify", flow_run_name="verify", **policy.FLOW)

@@ -6,6 +6,9 @@ The sandbox is `data_dir/sandbox`, apart from `tenants/`: nothing here can reach
     fail          the backup is not what the catalogue says, or does not work: restoring it would hurt
     inconclusive  we could not look (store unreachable, credentials refused, no key, no disk): says nothing about it
 
+A failed file is looked at once more as a verify run does it (`shared.verify`): what that cannot confirm, because the
+object reads whole then, opens with no key of ours, or the whole store is the wrong one, condemns no backup.
+
 RTO in ms is what a restore would take: download, decrypt (and decompress), verify (write, sha256, file checks, schema)
 and smoke (this build's engine). The flipped byte, which no restore does, is not in it.
 RPO in seconds is the time from the instant up to which the backup holds all that was written (it was taken then, or
@@ -26,9 +29,10 @@ from random import Random
 from typing import Any, Literal
 from uuid import UUID
 
+from msgspec.structs import replace
 from psycopg.types.json import Jsonb
 
-from shared import backup, catalogue, generation, registry, selection, smoke
+from shared import backup, catalogue, generation, registry, selection, smoke, verify
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.errors import CorruptBackup, KeyUnavailable, ObjectStoreRefused, Permanent, Transient, UnknownBackup
@@ -39,6 +43,7 @@ from shared.selection import Candidate, Point
 from shared.settings import Settings
 from shared.smoke import Check
 from shared.tenant import TenantPaths
+from shared.verify import Examined
 from shared.workdir import workdir
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -79,6 +84,7 @@ class Drilled(Receipt, frozen=True):
     smoke_ms: float
     rpo_seconds: float
     sentinel_age_seconds: float | None
+    again: Examined | None = None  # the second look at a file that failed
 
     @property
     def rto_ms(self) -> float:
@@ -196,8 +202,22 @@ def _given_up(control_plane: ControlPlane, chosen: Backup) -> bool:
     return row is not None and row["status"] in ("deleting", "deleted")
 
 
-def run(fetched: Fetched) -> Drilled:
-    """Run every check on the copy, then remove it. What this machine cannot do (a full disk) is inconclusive."""
+def run(control_plane: ControlPlane, objects: ObjectStore, fetched: Fetched) -> Drilled:
+    """Run every check on the copy, then remove it; look again when the file failed. What this machine cannot do (a full
+    disk) is inconclusive."""
+    drilled = _run(fetched)
+    bad_file = any(check.name in smoke.FILE_CHECKS and not check.passed for check in drilled.checks)
+    if drilled.outcome != "fail" or not bad_file:
+        return drilled
+    again = verify.examine(control_plane, objects, drilled.picked.backup, fetched.sandbox)
+    confirmed = again.outcome in ("corrupt", "missing")
+    check = Check("second_look", not confirmed, f"{again.outcome}: {again.cause or 'read whole'}", again.ms)
+    # Without a file nothing but the sha256 spoke against it, and that is not confirmed.
+    outcome: Outcome = "fail" if confirmed or fetched.file is not None else "inconclusive"
+    return replace(drilled, checks=(*drilled.checks, check), outcome=outcome, again=again if confirmed else None)
+
+
+def _run(fetched: Fetched) -> Drilled:
     picked, checks = fetched.picked, list(fetched.checks)
     root, inconclusive = fetched.sandbox / "tenants", fetched.inconclusive
     smoke_ms, clock = 0.0, time.perf_counter()
@@ -260,7 +280,7 @@ def trend(control_plane: ControlPlane, tenant_id: str | None = None, *, limit: i
 def record(control_plane: ControlPlane, drilled: Drilled, *, flow_run_id: str | None = None) -> Drilled:
     """Write the `restore_tests` row.
 
-    A backup whose file failed is marked corrupt, so nothing chooses it again. One that is whole but does not
+    A backup whose file failed twice is marked corrupt, so nothing chooses it again. One that is whole but does not
     work with this build is reported and kept: the fault may be the build's.
     """
     picked = drilled.picked
@@ -282,8 +302,6 @@ def record(control_plane: ControlPlane, drilled: Drilled, *, flow_run_id: str | 
         smoke_ms=drilled.smoke_ms,
         sentinel_age_seconds=drilled.sentinel_age_seconds,
     )
-    if any(check.name in smoke.FILE_CHECKS and not check.passed for check in drilled.checks) and (
-        drilled.outcome == "fail"
-    ):
-        control_plane.execute("backup_mark_corrupt", backup_id=picked.backup.backup_id)
+    if drilled.again is not None:
+        verify.record(control_plane, drilled.again)
     return drilled

@@ -6,8 +6,11 @@
     inconclusive  we could not look: store away, credentials or key refused, a newer build's file. Changes nothing
 
 Only a second look at a bad one marks it: a byte lost on the way is no fault of the store. One that is marked is looked
-at again too, and is available once more when it reads whole. When nothing at all can be found, the store is the wrong
-one, or empty by mistake: nothing is marked then.
+at again too, and is available once more when it reads whole. When one is missing and none of those seen last can be
+found either, the store is the wrong one, or empty by mistake: nothing is marked then.
+
+Each is recorded as soon as it was read: a run that is killed loses the one in hand. One that could not be read takes no
+other's place in a day's share; it is tried beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from shared import snapshot
 from shared.backup import fetch
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
-from shared.errors import CorruptBackup, CorruptDatabase, EngramError, KeyUnavailable
+from shared.errors import ControlPlaneUnavailable, CorruptBackup, CorruptDatabase, EngramError, KeyUnavailable
 from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.receipt import Receipt
@@ -31,7 +36,8 @@ from shared.settings import Settings
 from shared.workdir import workdir
 
 Outcome = Literal["good", "corrupt", "missing", "inconclusive"]
-_NOTHING_FOUND = 3  # so many missing and not one found: this is not our store
+_PROBED = 20  # objects that were seen last: when one is missing, these are looked for
+_NOTHING_FOUND = 3  # so many, and not one there: this is not our store
 log = get_logger("verify")
 
 
@@ -42,6 +48,7 @@ class Examined(Receipt, frozen=True):
     outcome: Outcome
     cause: str | None
     ms: float
+    recorded: bool = False
 
 
 class Share(Receipt, frozen=True):
@@ -52,7 +59,8 @@ class Share(Receipt, frozen=True):
 
 
 def choose(control_plane: ControlPlane, settings: Settings, limit: int | None = None) -> Share:
-    """The share of a day, all of them in `verify_cycle_days`; beside it the corrupt ones found last, to look again."""
+    """The share of a day, all of them in `verify_cycle_days`; beside it, to look again, the corrupt ones found last and
+    those that could not be read."""
     counted = control_plane.row("verify_count") or {"available": 0}
     available = int(counted["available"])
     share = limit or -(-available // settings.verify_cycle_days)
@@ -68,13 +76,27 @@ def sandbox(settings: Settings) -> Iterator[Path]:
 
 
 def examine(control_plane: ControlPlane, objects: ObjectStore, backup: Backup, directory: Path) -> Examined:
-    """Look at one backup; twice when it is bad. Never raises for the object, the store or the key."""
+    """Look at one backup; twice when it is bad. Never raises for the object, the store, the key or PostgreSQL."""
     started = time.perf_counter()
     file = directory / f"{backup.backup_id}.sqlite"
     outcome, cause = _try(control_plane, objects, backup, file)
     if outcome in ("corrupt", "missing"):
         outcome, cause = _try(control_plane, objects, backup, file)
+    if outcome == "missing" and (wrong := _wrong_store(control_plane, objects)) is not None:
+        outcome, cause = "inconclusive", wrong
     return Examined(backup, outcome, cause, round((time.perf_counter() - started) * 1000, 3))
+
+
+def _wrong_store(control_plane: ControlPlane, objects: ObjectStore) -> str | None:
+    """Why this is not the store the catalogue speaks of; None when it may be."""
+    try:
+        keys = [row["key"] for row in control_plane.rows("backups_seen_last", limit=_PROBED)]
+        if len(keys) < _NOTHING_FOUND or any(objects.exists(key) for key in keys):
+            return None
+    except EngramError as e:
+        return f"{type(e).__name__}: {e}"[:300]
+    log.error("object_store_empty", looked_for=len(keys))
+    return f"none of the {len(keys)} objects seen last is there: is this the right object store?"
 
 
 def _try(control_plane: ControlPlane, objects: ObjectStore, backup: Backup, file: Path) -> tuple[Outcome, str | None]:
@@ -122,7 +144,8 @@ def examine_all(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Examined]:
-    """Read the whole share; what was not begun within `verify_run_seconds` is left to the next run."""
+    """Read the whole share and record each as it was read; what was not begun within `verify_run_seconds` is left to
+    the next run. One that PostgreSQL did not take is returned as not recorded."""
     end = time.monotonic() + settings.verify_run_seconds
     examined: list[Examined] = []
     with sandbox(settings) as directory, ThreadPoolExecutor(settings.verify_parallel, "verify") as pool:
@@ -130,7 +153,12 @@ def examine_all(
         def look(backup: Backup) -> Examined | None:
             if time.monotonic() > end:
                 return None
-            return examine(control_plane, objects, backup, directory)
+            seen = examine(control_plane, objects, backup, directory)
+            try:
+                return record(control_plane, seen)
+            except ControlPlaneUnavailable as e:
+                log.warning("verification_not_recorded", key=backup.key, cause=str(e))
+                return seen
 
         for done in pool.map(look, share.backups):
             if done is not None:
@@ -140,20 +168,15 @@ def examine_all(
     return examined
 
 
-def record(control_plane: ControlPlane, examined: list[Examined]) -> list[Examined]:
-    """Write what was seen: verified now, or corrupt with its cause. Returns them as they are recorded."""
-    missing = sum(e.outcome == "missing" for e in examined)
-    if missing >= _NOTHING_FOUND and not any(e.outcome in ("good", "corrupt") for e in examined):
-        log.critical("object_store_empty", missing=missing)
-        cause = f"{missing} of {len(examined)} objects are missing and none was found: is this the right object store?"
-        return [Examined(e.backup, "inconclusive", cause, e.ms) if e.outcome == "missing" else e for e in examined]
-    for one in examined:
-        if one.outcome == "good":
-            control_plane.execute("backup_verified", backup_id=one.backup.backup_id)
-        elif one.outcome in ("corrupt", "missing"):
-            reason = f"{one.outcome}: {one.cause}"[:500]
-            if control_plane.execute("backup_found_corrupt", backup_id=one.backup.backup_id, reason=reason):
-                log.critical(
-                    "backup_corrupt", tenant_id=one.backup.tenant_id, key=one.backup.key, cause=one.cause or ""
-                )
-    return examined
+def record(control_plane: ControlPlane, seen: Examined) -> Examined:
+    """Write what was seen: verified now, corrupt with its cause, or not read. Twice is once."""
+    chosen = seen.backup
+    if seen.outcome == "good":
+        control_plane.execute("backup_verified", backup_id=chosen.backup_id)
+    elif seen.outcome == "inconclusive":
+        control_plane.execute("backup_unread", backup_id=chosen.backup_id)
+    else:
+        reason = f"{seen.outcome}: {seen.cause}"[:500]
+        if control_plane.execute("backup_found_corrupt", backup_id=chosen.backup_id, reason=reason):
+            log.critical("backup_corrupt", tenant_id=chosen.tenant_id, key=chosen.key, cause=seen.cause or "")
+    return msgspec.structs.replace(seen, recorded=True)

@@ -87,7 +87,7 @@ def test_newest_and_at_choose_by_time_and_never_a_bad_one(world: World) -> None:
     assert newest(world.control_plane, world.tenant_id, at=made[2].ts - timedelta(microseconds=1)) == made[1]
     with pytest.raises(UnknownBackup):
         newest(world.control_plane, world.tenant_id, at=made[0].ts - timedelta(microseconds=1))
-    world.control_plane.execute("backup_mark_corrupt", backup_id=made[2].backup_id)
+    world.control_plane.execute("backup_found_corrupt", backup_id=made[2].backup_id, reason="test")
     assert newest(world.control_plane, world.tenant_id) == made[1]
     with pytest.raises(UnknownBackup, match="corrupt"):
         catalogue.get(world.control_plane, world.tenant_id, made[2].backup_id)

@@ -206,7 +206,7 @@ def test_a_tenant_whose_newest_backup_is_corrupt_or_too_old_is_backed_up(world: 
     with seen(world) as opened:
         assert store.corrupt(opened).ok
         assert store.ages(opened).ok
-        world.control_plane.execute("backup_mark_corrupt", backup_id=backup.backup_id)
+        world.control_plane.execute("backup_found_corrupt", backup_id=backup.backup_id, reason="test")
         found = store.corrupt(opened)
         assert (found.symptom, found.facts["tenants"]) == ("backups_corrupt", [world.tenant_id])
         world.back_up()

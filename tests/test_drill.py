@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from shared import catalogue, drill, keys, registry, smoke
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
-from shared.drill import Drilled
+from shared.drill import Drilled, Picked
 from shared.engine import memories, schema
 from shared.errors import ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
@@ -39,8 +39,12 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
 def run(world: World, objects: ObjectStore | None = None) -> Drilled:
     (picked,) = drill.select(world.control_plane, world.settings, tenant_id=world.tenant_id)
     with drill.sandbox(world.settings) as directory:
-        tested = drill.run(drill.fetch(objects or world.objects, picked, directory, world.control_plane))
+        tested = _drill(world, objects or world.objects, picked, directory)
     return drill.record(world.control_plane, tested)
+
+
+def _drill(world: World, objects: ObjectStore, picked: Picked, directory: Path) -> Drilled:
+    return drill.run(world.control_plane, objects, drill.fetch(objects, picked, directory, world.control_plane))
 
 
 def status(world: World) -> str:
@@ -96,8 +100,8 @@ def test_a_damaged_object_fails_and_is_never_chosen_again(backed: World, damage:
         case "missing":
             file.unlink()
     tested = run(backed)
-    assert (tested.outcome, failed(tested)) == ("fail", ["sha256"])
-    assert (recorded(backed), status(backed)) == ([("fail", ["sha256"])], "corrupt")
+    assert (tested.outcome, failed(tested)) == ("fail", ["sha256", "second_look"])
+    assert (recorded(backed), status(backed)) == ([("fail", ["sha256", "second_look"])], "corrupt")
     assert catalogue.newest(backed.control_plane, backed.tenant_id) == good
 
 
@@ -172,6 +176,46 @@ def test_a_store_that_cannot_be_reached_or_refuses_says_nothing_about_the_backup
     tested = run(backed, ObjectStore(unreachable))
     assert (tested.outcome, failed(tested)) == ("inconclusive", ["sha256"])
     assert (recorded(backed), status(backed)) == ([("inconclusive", ["sha256"])], "available")
+
+
+def test_a_store_in_which_nothing_is_found_condemns_no_backup(backed: World) -> None:
+    """A mistyped prefix, or a mount that is gone, on drill day: restores must not take older backups for it."""
+    backed.back_up()
+    backed.back_up()
+    elsewhere = backed.settings.data_dir / "objects-elsewhere"
+    elsewhere.mkdir()
+    tested = run(backed, ObjectStore(backed.settings.model_copy(update={"object_store_url": elsewhere.as_uri()})))
+    assert (tested.outcome, failed(tested)) == ("inconclusive", ["sha256"])
+    assert "right object store" in tested.checks[-1].seen
+    assert status(backed) == "available"
+
+
+def test_a_byte_lost_on_the_way_condemns_no_backup(backed: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second look reads it whole: it was the way, and the tenant stays next in line."""
+    whole, looks = backed.objects.chunks, iter([True])
+
+    def chunks(key: str) -> Iterator[bytes]:
+        for chunk in whole(key):
+            yield chunk[:-1] if next(looks, False) else chunk
+
+    monkeypatch.setattr(backed.objects, "chunks", chunks)
+    tested = run(backed)
+    assert (tested.outcome, failed(tested)) == ("inconclusive", ["sha256"])
+    assert (recorded(backed), status(backed)) == ([("inconclusive", ["sha256"])], "available")
+
+
+def test_an_object_that_another_key_opens_condemns_no_backup(world: World) -> None:
+    """It is byte for byte what was stored: whoever put the wrong key there is at fault, not the backup."""
+    update = {"backup_encryption": "age", "backup_master_key": SecretStr(keys.new_master()[0])}
+    settings = world.settings.model_copy(update=update)
+    sealed = World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
+    sealed.write("one")
+    made = sealed.back_up()
+    other = keys.rotate(sealed.control_plane, settings, sealed.tenant_id)
+    with sealed.control_plane.transaction() as connection:
+        connection.execute("UPDATE backups SET key_id = %s WHERE backup_id = %s", (other.key_id, made.backup_id))
+    assert run(sealed).outcome == "inconclusive"
+    assert status(sealed) == "available"
 
 
 def test_a_store_that_fails_in_the_middle_of_a_download_is_inconclusive(
@@ -251,7 +295,7 @@ def test_an_older_recovery_point_is_drilled_by_its_id_and_its_rpo_is_its_own_age
         backed.control_plane, backed.settings, tenant_id=backed.tenant_id, backup_id=str(old.backup_id)
     )
     with drill.sandbox(backed.settings) as directory:
-        tested = drill.run(drill.fetch(backed.objects, picked, directory, backed.control_plane))
+        tested = _drill(backed, backed.objects, picked, directory)
         assert list(directory.iterdir()) == []
     assert (tested.outcome, tested.picked.backup.backup_id) == ("pass", old.backup_id)
     assert tested.rpo_seconds == pytest.approx((tested.started_at - old.ts).total_seconds(), abs=0.01)
@@ -296,5 +340,5 @@ def test_a_backup_that_retention_took_after_it_was_picked_says_nothing(backed: W
         connection.execute("UPDATE backups SET status = 'deleting', status_before = 'available'")
     backed.objects.delete(picked.backup.key)
     with drill.sandbox(backed.settings) as directory:
-        tested = drill.run(drill.fetch(backed.objects, picked, directory, backed.control_plane))
+        tested = _drill(backed, backed.objects, picked, directory)
     assert (tested.outcome, failed(tested)) == ("inconclusive", ["sha256"])

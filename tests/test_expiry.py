@@ -103,7 +103,7 @@ def test_the_decision_is_taken_again_where_it_is_carried_out(own: World, change:
     kept, gone = few(own)
     page = expiry.plan(own.control_plane, own.settings)
     if change == "corrupt":
-        own.control_plane.execute("backup_mark_corrupt", backup_id=kept)
+        own.control_plane.execute("backup_found_corrupt", backup_id=kept, reason="test")
     elif change == "restore":
         restoring(own, gone[0])
     else:
@@ -124,7 +124,7 @@ def test_a_backup_found_corrupt_during_the_marking_waits_for_it_or_is_seen(own: 
 
         def corrupt(kept: UUID = kept, together: threading.Barrier = together) -> None:
             together.wait()
-            own.control_plane.execute("backup_mark_corrupt", backup_id=kept)
+            own.control_plane.execute("backup_found_corrupt", backup_id=kept, reason="test")
 
         other = threading.Thread(target=corrupt)
         other.start()
@@ -154,7 +154,7 @@ def test_one_that_became_the_only_good_one_is_taken_back(own: World) -> None:
     assert (removed.backup_id, removed.outcome) == (old.backup_id, "unavailable")
     with pytest.raises(UnknownBackup):
         catalogue.get(own.control_plane, own.tenant_id, old.backup_id)
-    own.control_plane.execute("backup_mark_corrupt", backup_id=new.backup_id)
+    own.control_plane.execute("backup_found_corrupt", backup_id=new.backup_id, reason="test")
     assert [r.outcome for r in run(own)] == ["taken back"]
     assert catalogue.newest(own.control_plane, own.tenant_id).backup_id == old.backup_id
     check_truth(own)
@@ -167,7 +167,7 @@ def test_one_that_became_the_only_one_and_whose_object_is_gone_is_not_taken_back
     expiry.mark(own.control_plane, own.settings, page.planned)
     for row in run_sql(own, "SELECT key FROM backups WHERE status = 'deleting'"):
         own.objects.delete(row["key"])
-    own.control_plane.execute("backup_mark_corrupt", backup_id=kept)
+    own.control_plane.execute("backup_found_corrupt", backup_id=kept, reason="test")
     assert {r.outcome for r in run(own)} == {"deleted"}
     assert set(statuses(own).values()) == {"corrupt", "deleted"}
 

@@ -192,7 +192,9 @@ def test_recovery_is_what_the_control_plane_knows(alone: World) -> None:
     alone.back_up()
     with drill.sandbox(alone.settings) as sandbox:
         for picked in drill.select(alone.control_plane, alone.settings, tenant_id=alone.tenant_id):
-            tested = drill.run(drill.fetch(alone.objects, picked, sandbox, alone.control_plane))
+            tested = drill.run(
+                alone.control_plane, alone.objects, drill.fetch(alone.objects, picked, sandbox, alone.control_plane)
+            )
             drill.record(alone.control_plane, tested)
     segment(alone.settings, [event(alone.tenant_id)] * 1 + [event(worse.tenant_id) for _ in range(3)])
     list(metering.drain_all(alone.control_plane, alone.settings))

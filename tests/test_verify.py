@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,7 @@ def own(tmp_path: Path, control_plane_url: str) -> Iterator[World]:
 
 def run(world: World, limit: int | None = 99) -> list[Examined]:
     share = verify.choose(world.control_plane, world.settings, limit)
-    examined = verify.examine_all(world.control_plane, world.objects, world.settings, share)
-    return verify.record(world.control_plane, examined)
+    return verify.examine_all(world.control_plane, world.objects, world.settings, share)
 
 
 def outcomes(examined: list[Examined]) -> list[str]:
@@ -110,6 +110,44 @@ def test_a_store_in_which_nothing_is_found_is_the_wrong_one(own: World) -> None:
     found = run(own)
     assert outcomes(found) == ["inconclusive"] * 3 and "right object store" in str(found[0].cause)
     assert set(statuses(own).values()) == {"available"} and len(statuses(own)) == len(made)
+
+
+def test_what_cannot_be_read_takes_no_others_place_in_the_share(own: World) -> None:
+    """A lost key concerns its own backups: the others are verified as often as before, and it is tried beside them."""
+    lost, *readable = backups(own, 4)
+    run_sql(own, "UPDATE backups SET verified_at = now() - interval '90 days' WHERE backup_id = %s", lost.backup_id)
+    for one in (lost, readable[0]):  # two shares' worth of them
+        run_sql(own, "UPDATE backups SET packing = 'age', key_id = gen_random_uuid(), stored_sha256 = sha256"
+                     " WHERE backup_id = %s", one.backup_id)  # fmt: skip
+    assert [outcomes(run(own, 1)) for _ in range(4)] == [
+        ["inconclusive"],
+        ["inconclusive", "inconclusive"],
+        ["good", "inconclusive"],
+        ["good", "inconclusive"],
+    ]
+    assert set(statuses(own).values()) == {"available"}
+
+
+def test_a_run_that_is_killed_has_recorded_what_it_read(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share may take hours: what was found is not to be found again."""
+    *first, last = backups(own, 3)
+    flip(own.object_path(first[0]))
+    own.settings = own.settings.model_copy(update={"verify_parallel": 1})
+    look = verify.fetch
+
+    def fetch(objects: ObjectStore, chosen: Backup, *rest: Any) -> Any:
+        if chosen.backup_id == last.backup_id:
+            raise KeyboardInterrupt
+        return look(objects, chosen, *rest)
+
+    monkeypatch.setattr(verify, "fetch", fetch)
+    before = {b.backup_id: b.verified_at for b in catalogue.list_of(own.control_plane, own.tenant_id)}
+    with pytest.raises(KeyboardInterrupt):
+        run(own)
+    after = {b.backup_id: b for b in catalogue.list_of(own.control_plane, own.tenant_id)}
+    assert after[first[0].backup_id].status == "corrupt"
+    assert after[first[1].backup_id].verified_at != before[first[1].backup_id]
+    assert after[last.backup_id].verified_at == before[last.backup_id]
 
 
 def test_one_that_reads_whole_again_is_available_again(own: World) -> None:

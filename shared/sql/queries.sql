@@ -67,10 +67,6 @@ SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha25
        verified_at, created_at
 FROM backups WHERE tenant_id = %(tenant_id)s ORDER BY ts DESC LIMIT %(limit)s;
 
--- name: backup_mark_corrupt
-UPDATE backups SET status = 'corrupt', status_at = clock_timestamp(), status_reason = 'found by a restore test'
-WHERE backup_id = %(backup_id)s AND status = 'available';
-
 -- name: lease_acquire
 INSERT INTO maintenance_locks (tenant_id, epoch, holder, reason, acquired_at, expires_at)
 VALUES (%(tenant_id)s, 1, %(holder)s, %(reason)s, clock_timestamp(),
@@ -800,20 +796,35 @@ WHERE backup_id = %(backup_id)s;
 SELECT count(*) AS available FROM backups WHERE status = 'available';
 
 -- name: verify_oldest
+-- The share; beside it corrupt ones, found last first, and as many as the share that could not be read, tried longest
+-- ago first. These come last: nothing waits for them.
 (SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
         coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
         verified_at, created_at
- FROM backups WHERE status = 'available' ORDER BY verified_at NULLS FIRST LIMIT %(limit)s)
+ FROM backups WHERE status = 'available' AND unread_at IS NULL ORDER BY verified_at NULLS FIRST LIMIT %(limit)s)
 UNION ALL
 (SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
         coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
         verified_at, created_at
- FROM backups WHERE status = 'corrupt' ORDER BY status_at DESC NULLS LAST LIMIT 100);
+ FROM backups WHERE status = 'corrupt' ORDER BY status_at DESC NULLS LAST LIMIT 100)
+UNION ALL
+(SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
+        coalesce(stored_sha256, sha256) AS stored_sha256, packing, key_id, key, kind, status, manifest,
+        verified_at, created_at
+ FROM backups WHERE status = 'available' AND unread_at IS NOT NULL ORDER BY unread_at LIMIT %(limit)s);
+
+-- name: backup_unread
+UPDATE backups SET unread_at = clock_timestamp() WHERE backup_id = %(backup_id)s AND status = 'available';
+
+-- name: backups_seen_last
+-- Those that were last known to lie whole in the store.
+SELECT key FROM backups WHERE status = 'available' AND verified_at IS NOT NULL
+ORDER BY verified_at DESC LIMIT %(limit)s;
 
 -- name: backup_verified
 -- Also of one that was found corrupt and reads whole again: what was damaged then was the way to it.
 UPDATE backups
-SET verified_at = clock_timestamp(),
+SET verified_at = clock_timestamp(), unread_at = NULL,
     status_at = CASE WHEN status = 'corrupt' THEN clock_timestamp() ELSE status_at END,
     status_reason = CASE WHEN status = 'corrupt' THEN 'read whole again; was: ' || coalesce(status_reason, 'corrupt')
                     ELSE status_reason END,
