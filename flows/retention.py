@@ -19,7 +19,7 @@ from prefect.states import Failed
 from flows import artifact, policy
 from flows.core import configuration, control_plane, objects
 from flows.missed import superseded
-from shared import expiry, strays, uploads
+from shared import expiry, keys, strays, uploads
 from shared import partitions as core
 from shared.errors import EngramError
 from shared.expiry import Page, Planned, Removed
@@ -104,8 +104,10 @@ def mark(page: Page) -> int:
 
 @task(name="delete", **policy.READ)
 def delete(marked: int) -> Removals:
-    """Remove the objects of this run's and of earlier runs' rows."""
+    """Remove the objects of this run's and of earlier runs' rows, and deleted tenants' keys that open nothing more."""
     removed = expiry.remove(control_plane(), objects(), configuration())
+    for tenant_id, count in keys.erase_left(control_plane()).items():
+        get_run_logger().info("%d keys of the deleted tenant %s erased", count, tenant_id)
     get_run_logger().info("%d marked, %d attended to", marked, len(removed))
     return Removals(removed)
 

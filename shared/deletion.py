@@ -1,18 +1,21 @@
-"""Deleting a tenant, with proof: begin → files → keys → objects → receipt.
+"""Deleting a tenant, with proof: begin → files → copies → keys → objects → receipt.
 
     begin     state `deleting` (gateways answer 403 within `tenant_refresh_seconds`) and the inventory, one transaction
     files     mutex, lease, fence, Litestream lets go; then ONE rename to `tenants/.deleting-…`, fsync, removal, fsync
+    copies    in work directories of this machine: dead runs' are cleared, living ones waited for. No upload begins and
+              no key is made for a tenant that is `deleting`, so nothing of it comes after
     keys      the tenant's wrapped keys are deleted: copies of its encrypted backups cannot be read by anybody
-    objects   every object below the tenant's prefix is deleted, and its catalogue row says so
+    objects   every object and every open upload below the tenant's prefix is deleted, and its catalogue row says so
     receipt   all of it is looked for again; only when nothing is found the state is `deleted`
 
 Each step can be done twice: a run that died anywhere is finished by running it again, and until then the state says
-`deleting`. With `keep_backups` keys and objects stay, and retention removes them `retention_deleted_tenant_days` later;
-the receipt then says `erased: false`, and deleting once more erases them at once.
+`deleting`. With `keep_backups` keys and objects stay, and retention removes them `retention_deleted_tenant_days` later,
+the keys with the last object; the receipt then says `erased: false`, and deleting once more erases them at once.
 
 Kept on purpose: usage events and rollups (they are billed), the rows of backups, restores and restore tests without any
-content. Not proven here: blocks on a disk, copies an operator made, earlier versions in a versioned bucket, what
-PostgreSQL's own history says of a key, and a file that a gateway still has open, freed when it closes it.
+content. Not proven here: blocks on a disk, copies an operator made, what a verification or a restore test on another
+machine has in hand (gone with its run), earlier versions in a versioned bucket, what PostgreSQL's own history says of a
+key, and a file that a gateway still has open, freed when it closes it.
 
 An id can be created again only after everything of it was erased. Tokens of the former tenant are the issuer's matter.
 """
@@ -31,7 +34,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from shared import generation, keys, lease, litestream, litestream_copies, move_disk, registry
+from shared import generation, keys, lease, litestream, litestream_copies, move_disk, registry, remnants
 from shared.control_plane import ControlPlane, rows
 from shared.durable import fsync_path, remove_tree
 from shared.errors import LeaseHeld, ObjectLocked, Permanent, Refused
@@ -74,6 +77,8 @@ def look(settings: Settings, control_plane: ControlPlane, objects: ObjectStore, 
                 files[str(file.relative_to(settings.tenants_dir))] = file.lstat().st_size
     prefix = f"tenants/{paths.tenant_id}/"
     found = {listed.key: listed.size_bytes for page in objects.listing(prefix) for listed in page}
+    files |= remnants.copies(settings, tenant_id)
+    found |= remnants.begun(objects.settings, tenant_id)
     ids = [str(row["key_id"]) for row in control_plane.rows("tenant_keys_list", tenant_id=tenant_id)]
     return Inventory(files, found, ids)
 
@@ -155,6 +160,7 @@ def delete(
             lease.release(control_plane, tenant_id, holder)
     finally:
         mutex.release()
+    remnants.wait(settings, tenant_id, settings.restore_drain_timeout_seconds)
     problems = _remove_copies(objects, tenant_id)
     problems += [] if keep_backups else _remove_backups(control_plane, objects, tenant_id)
     return _finish(settings, control_plane, objects, row, problems, sorted(machines_gone))
@@ -232,7 +238,9 @@ def _remove_copies(objects: ObjectStore, tenant_id: str) -> list[str]:
 def _remove_backups(control_plane: ControlPlane, objects: ObjectStore, tenant_id: str) -> list[str]:
     """Keys, then objects, listed anew: also those without a row. What the store keeps is returned."""
     keys.erase(control_plane, tenant_id)
+    control_plane.execute("backup_uploads_erase", tenant_id=tenant_id)
     control_plane.execute("backups_of_deleted", tenant_id=tenant_id)
+    remnants.abort(objects.settings, tenant_id)
     problems = []
     prefix = f"tenants/{tenant_id}/"
     known = {row["key"] for row in control_plane.rows("backups_deleting_of", tenant_id=tenant_id)}

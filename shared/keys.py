@@ -17,6 +17,7 @@ Nothing here puts a key into a message, and no name or comment of a wrapped file
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 from uuid import UUID
 
@@ -116,7 +117,7 @@ def current(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> 
             master=master.recipient,
         ) or control_plane.row("tenant_key_current", tenant_id=tenant_id)  # somebody else's was first
     if row is None:
-        raise KeyUnavailable(f"the key of tenant {tenant_id} was erased while it was being made")
+        raise KeyUnavailable(f"tenant {tenant_id} has no key and gets none: it is deleted")
     master.unwrap(row["key_id"], tenant_id, row["wrapped"], row["recipient"])
     return TenantKey(row["key_id"], tenant_id, row["recipient"])
 
@@ -160,6 +161,12 @@ def rewrap(control_plane: ControlPlane, settings: Settings) -> Rewrapped:
             )
     counted = control_plane.row("tenant_keys_count", master=master.recipient)
     return Rewrapped(rewrapped, int(counted["count"]) if counted else 0, tuple(failed))
+
+
+def erase_left(control_plane: ControlPlane) -> dict[str, int]:
+    """Delete the keys of deleted tenants whose last kept backup is gone; how many of each."""
+    rows = control_plane.rows("tenant_keys_erase_left")
+    return dict(Counter(row["tenant_id"] for row in rows))
 
 
 def erase(control_plane: ControlPlane, tenant_id: str) -> tuple[UUID, ...]:

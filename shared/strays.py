@@ -3,7 +3,7 @@ restored from before. Those older than `retention_orphan_hours` are looked at on
 
     adopted     it opens as the tenant's database its key names: it gets a row, as a safety backup, because nobody knows
                 any more what it was made for. So it is restored by its id or by a time, never as "the newest"
-    removed     its row says deleted, or its tenant was deleted long ago: it should not be there
+    removed     its row says deleted, or its tenant was erased, or deleted long ago: it should not be there
     registered  a finished upload that a crash kept from its row: it gets that row, as what it was made for
     listed      anything else: a key that is not ours, an unknown tenant, a file that does not open. Left as it is
     unread      we could not look; the next run does
@@ -99,7 +99,8 @@ def _attend(
 ) -> tuple[Outcome, str]:
     if parts is None:
         return "listed", "not a key of ours"
-    if row["status"] == "deleted" or row["tenant_gone"]:
+    former = isinstance(row["erased_at"], datetime) and parts.ts < row["erased_at"]  # an erased tenant had that id
+    if row["status"] == "deleted" or row["tenant_gone"] or (former and not row["tenant_leaving"]):
         if not dry_run:
             objects.delete(listed.key)
         return "removed", "its row says deleted" if row["status"] == "deleted" else "its tenant was deleted"

@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 from shared import catalogue
 from shared.catalogue import Backup, Stored
 from shared.control_plane import ControlPlane
-from shared.errors import CorruptBackup, KeyUnavailable
+from shared.errors import CorruptBackup, KeyUnavailable, TenantNotActive
 from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.snapshot import Manifest, Snapshot
@@ -33,14 +33,19 @@ Opened = Callable[[Stored], str]  # the plain sha256 of what lies under a stored
 
 
 def begin(objects: ObjectStore, control_plane: ControlPlane, stored: Stored, kind: str, opened: Opened) -> list[Backup]:
-    """Write the upload down; first register what earlier ones of this tenant left. Returns those registered."""
+    """Write the upload down; first register what earlier ones of this tenant left. Returns those registered.
+
+    Raises `TenantNotActive` when the tenant is being deleted: nothing of it may be stored any more.
+    """
     left = control_plane.rows(
         "backup_upload_begin",
         key=stored.key,
         tenant_id=stored.snapshot.tenant_id,
         stored=Jsonb(_as_json(stored, kind)),
     )
-    return _finish(objects, control_plane, left, opened)
+    if not left[0]["begun"]:
+        raise TenantNotActive(f"tenant {stored.snapshot.tenant_id} is deleted: nothing of it is stored any more")
+    return _finish(objects, control_plane, [row for row in left if row["key"] is not None], opened)
 
 
 def repair(objects: ObjectStore, control_plane: ControlPlane, tenant_id: str, opened: Opened) -> list[Backup]:

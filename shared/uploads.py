@@ -34,6 +34,11 @@ class Upload(Receipt, frozen=True):
     key: str
     upload_id: str
     age: timedelta
+    size_bytes: int = 0  # of the local store's alone
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}#{self.upload_id}"
 
 
 def clear(settings: Settings, *, dry_run: bool = False) -> list[Upload]:
@@ -42,27 +47,44 @@ def clear(settings: Settings, *, dry_run: bool = False) -> list[Upload]:
     An upload under way is never that old: a backup's whole run is shorter.
     """
     oldest = timedelta(hours=settings.retention_orphan_hours)
-    url = urlsplit(settings.object_store_url)
-    if url.scheme == "file":
-        return _clear_local(Path(unquote(url.path)), oldest, dry_run)
-    bucket = Bucket(settings)
-    found = [upload for upload in bucket.uploads() if upload.age > oldest]
+    found = [upload for upload in _begun(settings, "tenants/") if upload.age > oldest]
     if not dry_run:
-        for upload in found:
-            bucket.request("DELETE", upload.key, {"uploadId": upload.upload_id})
+        abort(settings, found)
     return found
 
 
-def _clear_local(root: Path, oldest: timedelta, dry_run: bool) -> list[Upload]:
+def of_tenant(settings: Settings, tenant_id: str) -> list[Upload]:
+    """Its uploads that have not ended, however old. Raises as `clear`."""
+    return _begun(settings, f"tenants/{tenant_id}/")
+
+
+def abort(settings: Settings, found: list[Upload]) -> None:
+    """End uploads and remove what they stored. One that has ended meanwhile is fine."""
+    if (root := _local_root(settings)) is not None:
+        for upload in found:
+            unlink(root / upload.name)
+        return
+    bucket = Bucket(settings)
+    for upload in found:
+        bucket.request("DELETE", upload.key, {"uploadId": upload.upload_id})
+
+
+def _local_root(settings: Settings) -> Path | None:
+    url = urlsplit(settings.object_store_url)
+    return Path(unquote(url.path)) if url.scheme == "file" else None
+
+
+def _begun(settings: Settings, prefix: str) -> list[Upload]:
+    if (root := _local_root(settings)) is None:
+        return list(Bucket(settings).uploads(prefix))
     found = []
-    for path in root.rglob("*.sqlite*#*"):
+    for path in (root / prefix).rglob("*.sqlite*#*"):
         if _STAGED.search(path.name):
-            changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-            found.append((path, Upload(str(path.relative_to(root)), "", datetime.now(UTC) - changed)))
-    old = [(path, upload) for path, upload in found if upload.age > oldest]
-    for path, _ in [] if dry_run else old:
-        unlink(path)
-    return [upload for _, upload in old]
+            key, _, upload_id = str(path.relative_to(root)).rpartition("#")
+            stat = path.stat()
+            age = datetime.now(UTC) - datetime.fromtimestamp(stat.st_mtime, UTC)
+            found.append(Upload(key, upload_id, age, stat.st_size))
+    return found
 
 
 class Bucket:
@@ -79,9 +101,9 @@ class Bucket:
             settings.object_store_timeout_seconds, connect=settings.object_store_connect_timeout_seconds
         )
 
-    def uploads(self, *, page: int = 1000) -> Iterator[Upload]:
+    def uploads(self, below: str = "tenants/", *, page: int = 1000) -> Iterator[Upload]:
         """Every upload below the prefix that has not ended, `page` a request (stores give no more than 1,000)."""
-        query = {"uploads": "", "prefix": f"{self._prefix}tenants/", "max-uploads": str(page)}
+        query = {"uploads": "", "prefix": f"{self._prefix}{below}", "max-uploads": str(page)}
         while True:
             reply = self.request("GET", "", query)
             now = parsedate_to_datetime(reply.headers["Date"]) if "Date" in reply.headers else datetime.now(UTC)

@@ -78,7 +78,7 @@ def sandbox(settings: Settings) -> Iterator[Path]:
 def examine(control_plane: ControlPlane, objects: ObjectStore, backup: Backup, directory: Path) -> Examined:
     """Look at one backup; twice when it is bad. Never raises for the object, the store, the key or PostgreSQL."""
     started = time.perf_counter()
-    file = directory / f"{backup.backup_id}.sqlite"
+    file = directory / f"{backup.tenant_id}.sqlite.{backup.backup_id}"  # its name says whose it is
     outcome, cause = _try(control_plane, objects, backup, file)
     if outcome in ("corrupt", "missing"):
         outcome, cause = _try(control_plane, objects, backup, file)

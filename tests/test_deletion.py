@@ -10,11 +10,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import SecretStr
 
-from shared import catalogue, deletion, expiry, keys, registry, sweep
+from shared import backup, catalogue, deletion, expiry, keys, registry, sweep
 from shared.deletion import Deleted
 from shared.engine.database import TenantDatabase
 from shared.errors import (
     DrainTimeout,
+    KeyUnavailable,
     ObjectLocked,
     Permanent,
     Refused,
@@ -24,6 +25,7 @@ from shared.errors import (
 )
 from shared.fence import RestoreMutex
 from shared.objects import ObjectStore
+from shared.workdir import workdir
 from tests.core_fixtures import World, new_world, sampled, start_child
 from tests.restore_fixtures import begun, run
 
@@ -157,8 +159,6 @@ def test_a_process_inside_the_database_keeps_it_until_the_deletion_is_run_again(
 def test_a_restore_and_a_backup_planned_before_come_to_nothing_after(sealed: World) -> None:
     """What was on its way when the tenant was deleted must not bring it back."""
     chosen = begun(sealed)
-    from shared import backup
-
     taken = backup.take(sealed.settings, sealed.tenant_id, sealed.settings.data_dir)
     stored = backup.store(sealed.objects, taken, sealed.control_plane)
     done = delete(sealed)
@@ -169,6 +169,59 @@ def test_a_restore_and_a_backup_planned_before_come_to_nothing_after(sealed: Wor
         run(sealed, chosen)
     assert not sealed.paths.current.exists() and not sealed.paths.restore_file.exists()
     check_gone(sealed, delete(sealed))
+
+
+def test_a_snapshot_taken_before_is_not_stored_after_and_makes_no_key(
+    sealed: World, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Else there is an object of an erased tenant, and a key that keeps its id from being free."""
+    taken = backup.take(sealed.settings, sealed.tenant_id, tmp_path_factory.mktemp("elsewhere"))
+    check_gone(sealed, delete(sealed))
+    with pytest.raises(KeyUnavailable, match="deleted"):
+        backup.store(sealed.objects, taken, sealed.control_plane)
+    plain = sealed.settings.model_copy(update={"backup_compression": "none", "backup_encryption": "none"})
+    with pytest.raises(TenantNotActive, match="deleted"):
+        backup.store(ObjectStore(plain), taken, sealed.control_plane)
+    assert sealed.objects.keys(f"tenants/{sealed.tenant_id}/") == []
+    registry.create(sealed.control_plane, sealed.settings, sealed.tenant_id)
+
+
+def test_what_killed_runs_and_uploads_left_is_removed_and_in_the_receipt(sealed: World) -> None:
+    """A whole plain copy in a work directory is the tenant's data as much as its database."""
+    left = sealed.settings.data_dir / "tmp" / "backup-0123" / f"{sealed.tenant_id}.sqlite"
+    drilled = sealed.settings.sandbox_dir / "drill-0123" / "tenants" / sealed.tenant_id / "engram.db"
+    staged = sealed.settings.data_dir / "objects" / f"tenants/{sealed.tenant_id}/db/x_v1.sqlite.zst.age#77"
+    for file in (left, drilled, staged):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("content")
+    done = delete(sealed)
+    check_gone(sealed, done)
+    assert not staged.exists()
+    removed = json.loads(done.receipt)["removed"]
+    assert {str(f.relative_to(sealed.settings.data_dir)) for f in (left, drilled)} <= removed["files"].keys()
+    assert removed["objects"][f"tenants/{sealed.tenant_id}/db/{staged.name}"] == len("content")
+
+
+def test_no_proof_is_written_while_a_run_has_a_copy_in_hand(sealed: World) -> None:
+    """It may be about to store it; the deletion says who and is finished by the next."""
+    settings = sealed.settings.model_copy(update={"restore_drain_timeout_seconds": 0.2})
+    with workdir(settings.data_dir / "tmp", "backup") as directory:
+        (directory / f"{sealed.tenant_id}.sqlite").write_text("content")
+        with pytest.raises(Permanent, match=r"tmp/backup-.* run it again"):
+            delete(World(settings, sealed.control_plane, sealed.objects, sealed.tenant_id))
+        assert registry.get(sealed.control_plane, sealed.tenant_id).state == "deleting"
+    check_gone(sealed, delete(sealed))
+
+
+def test_the_keys_of_kept_backups_go_with_the_last_of_them(sealed: World) -> None:
+    """Wrapped keys of nothing would be kept for ever, and the id would never be free."""
+    delete(sealed, keep_backups=True)
+    assert sealed.tenant_id not in keys.erase_left(sealed.control_plane)
+    first, last = catalogue.list_of(sealed.control_plane, sealed.tenant_id)
+    for one, erased in ((first, False), (last, True)):
+        sealed.control_plane.execute("backup_deleted_by_key", key=one.key)
+        assert (sealed.tenant_id in keys.erase_left(sealed.control_plane)) == erased
+    assert keys.list_of(sealed.control_plane, sealed.tenant_id) == []
 
 
 def test_an_object_that_the_store_keeps_leaves_the_tenant_deleting_with_its_keys_gone(

@@ -112,6 +112,22 @@ def test_a_deleted_tenants_stray_gets_no_row_and_goes_with_the_tenants_backups(o
     assert own.objects.keys("tenants") == [] and statuses(own) == {}
 
 
+def test_what_an_erased_tenant_left_is_removed_at_once_also_under_its_new_owner(own: World) -> None:
+    """The receipt said that nothing was left; and the next tenant of that id must not find the former one's data."""
+    run_sql(
+        own,
+        "INSERT INTO tenant_deletions (deletion_id, tenant_id, reason, requested_by, keep_backups, inventory, erased,"
+        " finished_at) VALUES (gen_random_uuid(), %s, 'r', 't', false, '{}', true, now())",
+        own.tenant_id,
+    )
+    for state, days, expected in (("deleted", 1, "removed"), ("active", 1, "removed"), ("active", -1, "adopted")):
+        key = object_key(own.tenant_id, datetime.now(UTC) - timedelta(days=days), 1)
+        own.write("one")
+        put(own, key, backup.take(own.settings, own.tenant_id, own.settings.data_dir).path.read_bytes())
+        run_sql(own, "UPDATE tenants SET state = %s", state)
+        assert [s.outcome for s in find(own)] == [expected], (state, days)
+
+
 def test_a_finished_upload_is_registered_as_what_it_was_made_for(own: World) -> None:
     """Its tenant may never be stored again: it did not change, or its database is gone; adopting would only guess."""
     own.write("one")
@@ -153,6 +169,9 @@ def test_abandoned_multipart_uploads_are_aborted_when_they_are_old(own: World, s
         assert sorted(u.key for u in bucket.uploads(page=page)) == sorted([*names, names[1]]), f"pages of {page}"
     assert len({u.upload_id for u in bucket.uploads(page=1)}) == 4
     assert uploads.clear(there) == []
+    assert len(uploads.of_tenant(there, "t")) == 4 and uploads.of_tenant(there, "other") == []
+    uploads.abort(there, [u for u in uploads.of_tenant(there, "t") if u.key == names[1]][:1])
+    bucket.request("POST", names[1], {"uploads": ""})
     old = there.model_copy(update={"retention_orphan_hours": -1.0})
     assert len(uploads.clear(old, dry_run=True)) == 4 and len(list(bucket.uploads())) == 4
     assert sorted({u.key for u in uploads.clear(old)}) == names

@@ -402,13 +402,20 @@ FROM drained LEFT JOIN (used JOIN limited ON limited.plan_id = used.plan_id) ON 
 -- name: backup_upload_begin
 -- What this tenant's earlier uploads left, while this one is written down. Its commit is not waited for on the disk:
 -- should PostgreSQL and the upload's process both die within half a second, the object is found as a stray.
+-- Not of a tenant that is being deleted; `begun` says so, in a row of nulls when nothing was left.
 WITH soon AS (SELECT set_config('synchronous_commit', 'off', true) AS set), begun AS (
     INSERT INTO backup_uploads (key, tenant_id, stored)
-    SELECT %(key)s, %(tenant_id)s, %(stored)s::jsonb FROM soon
+    SELECT %(key)s, t.tenant_id, %(stored)s::jsonb FROM soon, tenants t
+    WHERE t.tenant_id = %(tenant_id)s AND t.state NOT IN ('deleting', 'deleted')
     ON CONFLICT (key) DO UPDATE SET stored = EXCLUDED.stored, started_at = clock_timestamp()
+    RETURNING key
+), earlier AS (
+    SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s AND key <> %(key)s
+    ORDER BY key LIMIT 100
 )
-SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s AND key <> %(key)s
-ORDER BY key LIMIT 100;
+SELECT e.key, e.stored, e.started_at, EXISTS (SELECT 1 FROM begun) AS begun
+FROM (SELECT 1) AS always LEFT JOIN earlier e ON true
+ORDER BY e.key;
 
 -- name: backup_uploads_left
 SELECT key, stored, started_at FROM backup_uploads WHERE tenant_id = %(tenant_id)s ORDER BY key LIMIT 100;
@@ -420,6 +427,9 @@ WHERE t.machine_id = %(machine_id)s AND t.state NOT IN ('deleting', 'deleted') O
 -- name: backup_upload_end
 DELETE FROM backup_uploads WHERE key = %(key)s;
 
+-- name: backup_uploads_erase
+DELETE FROM backup_uploads WHERE tenant_id = %(tenant_id)s;
+
 -- name: tenant_key_current
 SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys
 WHERE tenant_id = %(tenant_id)s AND retired_at IS NULL;
@@ -428,8 +438,10 @@ WHERE tenant_id = %(tenant_id)s AND retired_at IS NULL;
 SELECT key_id, tenant_id, recipient, wrapped, master FROM tenant_keys WHERE key_id = %(key_id)s;
 
 -- name: tenant_key_insert
+-- Not of a tenant that is deleted meanwhile: FOR SHARE waits for that, or it waits for this.
 INSERT INTO tenant_keys (key_id, tenant_id, recipient, wrapped, master)
-VALUES (%(key_id)s, %(tenant_id)s, %(recipient)s, %(wrapped)s, %(master)s)
+SELECT %(key_id)s, tenant_id, %(recipient)s, %(wrapped)s, %(master)s
+FROM tenants WHERE tenant_id = %(tenant_id)s AND state NOT IN ('deleting', 'deleted') FOR SHARE
 ON CONFLICT (tenant_id) WHERE retired_at IS NULL DO NOTHING
 RETURNING key_id, tenant_id, recipient, wrapped, master;
 
@@ -455,6 +467,13 @@ FROM tenant_keys k WHERE k.tenant_id = %(tenant_id)s ORDER BY k.created_at DESC,
 
 -- name: tenant_keys_erase
 DELETE FROM tenant_keys WHERE tenant_id = %(tenant_id)s RETURNING key_id;
+
+-- name: tenant_keys_erase_left
+-- Of deleted tenants whose backups were kept, and are gone now.
+DELETE FROM tenant_keys k USING tenants t
+WHERE t.tenant_id = k.tenant_id AND t.state = 'deleted'
+  AND NOT EXISTS (SELECT 1 FROM backups b WHERE b.tenant_id = k.tenant_id AND b.status <> 'deleted')
+RETURNING k.tenant_id;
 
 -- The books of usage: what is complete, what agrees, what was corrected by hand.
 
@@ -774,8 +793,12 @@ ORDER BY t.tenant_id LIMIT %(limit)s;
 -- Of these keys those the catalogue does not know, or calls deleted.
 SELECT k.key, b.status, u.key IS NOT NULL AS uploading, t.tenant_id IS NOT NULL AS tenant_known,
        coalesce(t.state IN ('deleting', 'deleted'), false) AS tenant_leaving,
-       coalesce(t.state = 'deleted' AND t.updated_at < clock_timestamp() - make_interval(days => %(deleted_days)s),
-                false) AS tenant_gone
+       -- At once after a deletion that erased everything; beside kept backups as long as they are kept.
+       coalesce(t.state = 'deleted' AND (
+           t.updated_at < clock_timestamp() - make_interval(days => %(deleted_days)s)
+           OR (SELECT d.erased FROM tenant_deletions d WHERE d.tenant_id = t.tenant_id
+               ORDER BY d.started_at DESC LIMIT 1)), false) AS tenant_gone,
+       (SELECT max(d.finished_at) FROM tenant_deletions d WHERE d.tenant_id = t.tenant_id AND d.erased) AS erased_at
 FROM unnest(%(keys)s::text[], %(tenant_ids)s::text[]) AS k (key, tenant_id)
 LEFT JOIN backups b ON b.key = k.key
 LEFT JOIN backup_uploads u ON u.key = k.key
