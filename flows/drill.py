@@ -97,10 +97,11 @@ def _report(drilled: list[Drilled], copies: list[CopyDrilled], trend: Trend) -> 
     tables += [_checks(d) for d in drilled if len(drilled) == 1 or d.outcome != "pass"][:20]
     tables += ["## The last drills, oldest first", _trend(trend)]
     if trend.never_total:
-        more = f" and {trend.never_total - len(trend.never)} more" if trend.never_total > len(trend.never) else ""
+        left = trend.never_total - len(trend.never)
+        more = f" and {left} more, all listed by `engram restore-test --never`" if left else ""
         tables.append(f"{trend.never_total} tenants with a backup were never drilled: {', '.join(trend.never)}{more}.")
     else:
-        tables.append("Every active tenant with a backup was drilled at least once.")
+        tables.append("Every tenant with a backup was drilled at least once.")
     one = drilled[0].picked.tenant_id if len(drilled) == 1 else None
     artifact.report(
         artifact.key("restore-test", one) if one else "restore-test",

@@ -121,6 +121,6 @@ def list_of(control_plane: ControlPlane, tenant_id: str, *, limit: int = 100) ->
 
 
 def stale(control_plane: ControlPlane, older_than_seconds: float, *, limit: int = 100) -> list[dict[str, Any]]:
-    """Active tenants whose last good backup is older than that, the worst first: {tenant_id, machine_id, backup_id,
-    good_at, age_seconds}, both None for a tenant that was never backed up; its age counts from its creation."""
+    """Tenants, suspended ones too, whose last good backup is older than that, the worst first: {tenant_id, machine_id,
+    backup_id, good_at, age_seconds}. One that was never backed up has neither of the two; its age is its own."""
     return control_plane.rows("backups_stale", older_than_seconds=older_than_seconds, limit=limit)

@@ -47,6 +47,7 @@ from shared.verify import Examined
 from shared.workdir import workdir
 
 Outcome = Literal["pass", "fail", "inconclusive"]
+_NEVER_LISTED = 500  # names in a report; `never` has all
 
 
 class Picked(Receipt, frozen=True):
@@ -134,7 +135,7 @@ def select(
         raise Permanent("a backup is drilled by its id only together with its tenant")
     candidates = [Candidate(**row) for row in control_plane.rows("drill_candidates")]
     if not candidates:
-        raise UnknownBackup("no active tenant has a verified backup to test")
+        raise UnknownBackup("no tenant has a verified backup to test")
     if count is None:
         count = selection.count_of(len(candidates), settings.restore_test_share, settings.restore_test_least)
     choices = selection.choose(candidates, count, random)
@@ -171,7 +172,7 @@ def fetch(objects: ObjectStore, picked: Picked, directory: Path, control_plane: 
     """Download, decrypt and unpack into the sandbox, compare sha256, and prove that one flipped byte would have been
     refused. Never raises for a bad or unreachable object, nor for a full disk."""
     started_at, clock = datetime.now(UTC), time.perf_counter()
-    file, chosen = directory / f"{picked.test_id}.sqlite", picked.backup
+    file, chosen = directory / f"{picked.tenant_id}.sqlite.{picked.test_id}", picked.backup
     failure, inconclusive = "", False
     try:
         got = backup.fetch(objects, chosen, file, control_plane)
@@ -270,9 +271,14 @@ class Trend(Receipt, frozen=True):
     never_total: int
 
 
+def never(control_plane: ControlPlane) -> list[str]:
+    """Every tenant that has a backup and no drill that passed or failed, oldest first."""
+    return [row["tenant_id"] for row in control_plane.rows("drill_never", limit=None)]
+
+
 def trend(control_plane: ControlPlane, tenant_id: str | None = None, *, limit: int = 20) -> Trend:
     """Of one tenant or of all."""
-    never = control_plane.rows("drill_never", limit=50)
+    never = control_plane.rows("drill_never", limit=_NEVER_LISTED)
     drills = [dict(row) for row in control_plane.rows("drill_trend", tenant_id=tenant_id, limit=limit)]
     return Trend(drills, [row["tenant_id"] for row in never], int(never[0]["total"]) if never else 0)
 

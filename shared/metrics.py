@@ -170,7 +170,7 @@ usage_stuck_segments = Gauge(
 )
 backup_oldest_success_age_seconds = Gauge(
     "engram_backup_oldest_success_age_seconds",
-    "Age of the last good backup of the active tenant whose last good backup is oldest; without one, its own age.",
+    "Age of the last good backup of the tenant whose last good backup is oldest; without one, its own age.",
     registry=_registry,
     multiprocess_mode="mostrecent",
 )
@@ -182,7 +182,7 @@ backups_corrupt = Gauge(
 )
 restore_test_oldest_success_age_seconds = Gauge(
     "engram_restore_test_oldest_success_age_seconds",
-    "Age of the last passed restore test of the active tenant, with a backup, whose last one is oldest.",
+    "Age of the last passed restore test of the tenant, with a backup, whose last one is oldest.",
     registry=_registry,
     multiprocess_mode="mostrecent",
 )

@@ -76,7 +76,7 @@ def _of_books(books: Books) -> list[Table]:
             ],
         ),
         Table(
-            "RPO: age of the last good backup of the active tenants",
+            "RPO: age of the last good backup of the tenants",
             ("tenants", "without any", "too old", "median", "p95", "oldest", *AGE_BUCKETS),
             [
                 (_count(recovery.tenants), _count(recovery.never), _count(recovery.stale),

@@ -234,7 +234,7 @@ def test_a_store_that_fails_in_the_middle_of_a_download_is_inconclusive(
 def test_the_next_tenant_is_the_one_never_drilled_then_the_one_drilled_longest_ago(
     new_database: Callable[[], str], tmp_path: Path
 ) -> None:
-    """Every backup gets its turn, whatever the order of names; what cannot be drilled is passed over."""
+    """Everybody gets a turn, a suspended tenant too, whatever its name; what cannot be drilled is passed over."""
     url = new_database()
     settings = settings_in(tmp_path, url)
     with ControlPlane(settings) as control_plane:
@@ -247,11 +247,11 @@ def test_the_next_tenant_is_the_one_never_drilled_then_the_one_drilled_longest_a
             worlds[tenant_id].back_up()
         registry.suspend(control_plane, suspended)
         order = []
-        for _ in range(4):
+        for _ in range(5):
             (picked,) = drill.select(control_plane, settings, count=1)
             order.append(picked.tenant_id)
             run(worlds[picked.tenant_id])
-        assert order == [first, second, third, first]
+        assert order == [first, second, third, suspended, first]
         assert bare not in order
         assert drill.select(control_plane, settings, tenant_id=suspended)[0].reason == "asked for"
         with pytest.raises(UnknownBackup):
@@ -278,6 +278,7 @@ def test_an_inconclusive_test_does_not_use_up_a_tenants_turn(new_database: Calla
         seen = drill.trend(control_plane)
         assert [d["outcome"] for d in seen.drills] == ["inconclusive"]
         assert (seen.never, seen.never_total) == ([one.tenant_id, other.tenant_id], 2)
+        assert drill.never(control_plane) == seen.never
         row = control_plane.row("fleet_ages")
         assert row is not None and row["drill_age_seconds"] > 0 and row["drill_last_age_seconds"] is None
         run(one)

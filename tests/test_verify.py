@@ -220,10 +220,10 @@ def test_the_age_counts_only_good_backups_that_a_restore_would_choose(own: World
 
 
 def test_the_age_is_the_worst_tenants_and_the_list_names_it(own: World) -> None:
-    """One forgotten tenant among thousands is what the figure is for; suspended ones do not count."""
+    """One forgotten tenant among thousands is what the figure is for; a suspended one is to be restored too."""
     [made] = backups(own, 1)
     shift(own, made, 3)
-    for tenant_id, state, hours in (("worse", "active", 40), ("gone", "suspended", 90)):
+    for tenant_id, state, hours in (("worse", "suspended", 40), ("gone", "deleted", 90)):
         run_sql(
             own,
             "INSERT INTO tenants (tenant_id, state, schema_version, machine_id, created_at)"

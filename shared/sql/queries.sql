@@ -155,7 +155,7 @@ SELECT restore_id, tenant_id, backup_id, kind, state, fence_epoch, from_generati
 FROM restores WHERE flow_run_id = %(flow_run_id)s ORDER BY created_at DESC LIMIT 1;
 
 -- name: drill_candidates
--- Every active tenant that has a backup to drill, with what the selection looks at (shared/selection.py).
+-- Every tenant, a suspended one too, that has a backup to drill, with what the selection looks at (shared/selection.py).
 SELECT t.tenant_id, t.machine_id, t.created_at, b.size_bytes, b.schema_version, d.finished_at AS drilled_at,
        d.schema_version AS drilled_schema_version, coalesce(d.outcome = 'fail', false) AS failed,
        coalesce(i.count, 0)::int AS inconclusive, i.tried_at, r.restored_at
@@ -178,7 +178,7 @@ LEFT JOIN LATERAL (
 LEFT JOIN LATERAL (
     SELECT max(finished_at) AS restored_at FROM restores WHERE tenant_id = t.tenant_id AND state = 'restored'
 ) r ON true
-WHERE t.state = 'active'
+WHERE t.state IN ('active', 'suspended')
 ORDER BY t.tenant_id;
 
 -- name: drill_points
@@ -213,9 +213,9 @@ WHERE %(tenant_id)s::text IS NULL OR tenant_id = %(tenant_id)s::text
 ORDER BY finished_at DESC LIMIT %(limit)s;
 
 -- name: drill_never
--- Active tenants with a backup and without a drill that passed or failed; `total` counts them all.
+-- Tenants, suspended ones too, with a backup and without a drill that passed or failed; `total` counts them all.
 SELECT t.tenant_id, count(*) OVER () AS total FROM tenants t
-WHERE t.state = 'active'
+WHERE t.state IN ('active', 'suspended')
   AND EXISTS (SELECT 1 FROM backups b
               WHERE b.tenant_id = t.tenant_id AND b.status = 'available' AND b.verified_at IS NOT NULL)
   AND NOT EXISTS (SELECT 1 FROM restore_tests d WHERE d.tenant_id = t.tenant_id AND d.outcome <> 'inconclusive')
@@ -223,7 +223,7 @@ ORDER BY t.created_at, t.tenant_id LIMIT %(limit)s;
 
 -- name: fleet_ages
 SELECT
-    -- Of the active tenant that is worst off: since when a restore of its newest backup would lose what is written.
+    -- Of the tenant, active or suspended, that is worst off: since when a restore of its newest backup would lose what is written.
     -- Only what `backup_newest` would choose counts; a tenant without one counts from its creation. The earlier of the
     -- two clocks that date a backup is believed; `current_at` is when it was last seen to hold all there is.
     (SELECT greatest(EXTRACT(EPOCH FROM clock_timestamp() - min(
@@ -233,16 +233,16 @@ SELECT
          SELECT ts, created_at, current_at FROM backups
          WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
          ORDER BY ts DESC LIMIT 1) b ON true
-     WHERE t.state = 'active') AS backup_age_seconds,
+     WHERE t.state IN ('active', 'suspended')) AS backup_age_seconds,
     (SELECT count(*) FROM backups WHERE status = 'corrupt') AS backups_corrupt,
-    -- Of the active tenants with a backup the one whose last passed drill is oldest; never passed: since its creation.
+    -- Of those tenants with a backup the one whose last passed drill is oldest; never passed: since its creation.
     -- Bounded by the share a weekly run drills (2 / share weeks), so beyond that it says that some tenant is left out.
     (SELECT EXTRACT(EPOCH FROM clock_timestamp() - min(coalesce(d.finished_at, t.created_at)))
      FROM tenants t
      LEFT JOIN LATERAL (
          SELECT finished_at FROM restore_tests
          WHERE tenant_id = t.tenant_id AND outcome = 'pass' ORDER BY finished_at DESC LIMIT 1) d ON true
-     WHERE t.state = 'active' AND EXISTS (
+     WHERE t.state IN ('active', 'suspended') AND EXISTS (
          SELECT 1 FROM backups b
          WHERE b.tenant_id = t.tenant_id AND b.status = 'available' AND b.verified_at IS NOT NULL)
     ) AS drill_age_seconds,
@@ -762,7 +762,7 @@ WHERE backup_id = %(backup_id)s AND status = 'available'
 RETURNING backup_id;
 
 -- name: backups_stale
--- Active tenants whose last good backup is older than that, the worst first: the tenants behind `backup_age_seconds`.
+-- Tenants, suspended ones too, whose last good backup is older than that, the worst first: the tenants behind `backup_age_seconds`.
 SELECT tenant_id, machine_id, backup_id, good_at, EXTRACT(EPOCH FROM clock_timestamp() - since)::float8 AS age_seconds
 FROM (
     SELECT t.tenant_id, t.machine_id, b.backup_id, greatest(least(b.ts, b.created_at), b.current_at) AS good_at,
@@ -772,19 +772,19 @@ FROM (
         SELECT backup_id, ts, created_at, current_at FROM backups
         WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
         ORDER BY ts DESC LIMIT 1) b ON true
-    WHERE t.state = 'active') AS last_good
+    WHERE t.state IN ('active', 'suspended')) AS last_good
 WHERE since < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
 ORDER BY since, tenant_id LIMIT %(limit)s;
 
 -- name: backups_corrupt_newest
--- Active tenants, or one, whose newest backup is corrupt or missing: the older one, if any, is all a restore could take.
+-- Tenants, suspended ones too, or one, whose newest backup is corrupt or missing: the older one, if any, is all a restore could take.
 SELECT t.tenant_id, n.key
 FROM tenants t
 JOIN LATERAL (
     SELECT key, status FROM backups
     WHERE tenant_id = t.tenant_id AND status IN ('available', 'corrupt') AND kind <> 'safety'
     ORDER BY ts DESC LIMIT 1) n ON n.status = 'corrupt'
-WHERE t.state = 'active' AND (%(tenant_id)s::text IS NULL OR t.tenant_id = %(tenant_id)s::text)
+WHERE t.state IN ('active', 'suspended') AND (%(tenant_id)s::text IS NULL OR t.tenant_id = %(tenant_id)s::text)
 ORDER BY t.tenant_id LIMIT %(limit)s;
 
 -- Objects without a row (shared/strays.py).
@@ -927,7 +927,7 @@ GROUP BY tenant_id
 ORDER BY sum(api_calls) DESC, tenant_id LIMIT %(limit)s;
 
 -- name: slo_backup_ages
--- RPO: what each active tenant would lose now, in seconds; the ages of `backups_stale`, of all tenants.
+-- RPO: what each tenant, a suspended one too, would lose now, in seconds; the ages of `backups_stale`, of all tenants.
 WITH ages AS (
     SELECT b.backup_id, greatest(EXTRACT(EPOCH FROM clock_timestamp()
                - coalesce(greatest(least(b.ts, b.created_at), b.current_at), t.created_at)), 0)::float8 AS age
@@ -936,7 +936,7 @@ WITH ages AS (
         SELECT backup_id, ts, created_at, current_at FROM backups
         WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
         ORDER BY ts DESC LIMIT 1) b ON true
-    WHERE t.state = 'active'
+    WHERE t.state IN ('active', 'suspended')
 )
 SELECT count(*) AS tenants, count(*) FILTER (WHERE backup_id IS NULL) AS never,
        count(*) FILTER (WHERE age > %(older_than_seconds)s) AS stale,
