@@ -1,7 +1,9 @@
-"""backup: choose → back-up. One run for all tenants of a machine; what fails is listed, the rest goes on."""
+"""backup: choose → back-up. One run for all tenants of a machine, or of a shard of them; what fails is listed, the rest
+goes on. The run that the schedule starts does its own machine's first shard and starts a run for each of the others."""
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
@@ -17,7 +19,7 @@ from flows.missed import superseded
 from shared import backup as backup_core
 from shared import fleet as core
 from shared import fleet_run, registry
-from shared.errors import EngramError, Permanent
+from shared.errors import ControlPlaneUnavailable, EngramError, Permanent
 from shared.fleet_run import Chosen, Done, Run
 from shared.receipt import Receipt
 
@@ -27,21 +29,41 @@ _LISTED = 200  # tenants in the report; all that failed come first
 class Tenants(Receipt, frozen=True):
     """Whom a run is for: one value, so that Prefect does not look into thousands."""
 
+    run: Run
     chosen: list[Chosen]
 
 
+class BackedUp(Receipt, frozen=True):
+    """How each tenant ended. `unclosed`: why the run's row could not be closed; the run counts as unfinished then."""
+
+    ended: list[Done]
+    unclosed: str | None = None
+
+
+class Part(Receipt, frozen=True):
+    """What one run does: named tenants of a machine, or all of one shard of it."""
+
+    machine_id: str
+    tenants: tuple[str, ...] | None = None
+    shard: int = 0
+    shards: int = 1
+
+    def __str__(self) -> str:
+        return self.machine_id + (f", shard {self.shard} of {self.shards}" if self.shards > 1 else "")
+
+
 @task(name="choose", **policy.READ)
-def choose(run: Run, tenants: list[str] | None) -> Tenants:
-    began = fleet_run.begin(control_plane(), run)
+def choose(run: Run, tenants: tuple[str, ...] | None) -> Tenants:
+    begun = fleet_run.begin(control_plane(), run)
     found = fleet_run.choose(control_plane(), run, tenants)
-    get_run_logger().info("run %s of machine %s, begun %s: %d tenants", run.run_id, run.machine_id, began, len(found))
-    return Tenants(found)
+    get_run_logger().info("run %s of machine %s: %d tenants", run.run_id, run.machine_id, len(found))
+    return Tenants(begun, found)
 
 
 @task(name="back-up", **policy.ONCE)
-def back_up(run: Run, tenants: Tenants) -> list[Done]:
+def back_up(tenants: Tenants) -> BackedUp:
     """Retries are inside, tenant by tenant."""
-    settings, total, log = configuration(), len(tenants.chosen), get_run_logger()
+    settings, run, total, log = configuration(), tenants.run, len(tenants.chosen), get_run_logger()
     fleet = core.Fleet(settings, control_plane(), objects(), run)
     progress = artifact.Progress("backup-progress", f"{total} tenants of machine {run.machine_id}")
     ended: list[Done] = []
@@ -52,8 +74,12 @@ def back_up(run: Run, tenants: Tenants) -> list[Done]:
                 log.error("backup of tenant %s failed: %s", done.tenant_id, done.error)
             if progress.move(len(ended), total):
                 log.info("%d of %d tenants, %d failed", len(ended), total, sum(d.error is not None for d in ended))
-    fleet.record(ended)
-    return ended
+    try:
+        fleet.record(ended)
+    except ControlPlaneUnavailable as e:  # what was done is done, and is to be reported
+        log.error("the row of run %s could not be closed: %s", run.run_id, e)
+        return BackedUp(ended, f"the run's row could not be closed: {e}")
+    return BackedUp(ended)
 
 
 def run_name() -> str:
@@ -69,7 +95,7 @@ def backup(
     all: bool = False,
     kind: Literal["manual", "scheduled"] = "manual",
     force: bool = False,
-    shard: Annotated[int, Field(ge=0)] = 0,
+    shard: Annotated[int, Field(ge=0)] | None = None,
     shards: Annotated[int, Field(ge=1, le=1000)] = 1,
     run_id: Annotated[str, Field(max_length=100)] | None = None,
     machine_id: Annotated[str, Field(max_length=100)] | None = None,
@@ -81,8 +107,8 @@ def backup(
         all: Back up every tenant that changed since its last backup, each on its own machine.
         kind: What the catalogue says of these backups.
         force: With all, also back up tenants that did not change.
-        shard: With all, only this part of the tenants, counted from 0.
-        shards: Into how many parts the tenants are divided.
+        shard: With all, only this part of a machine's tenants, counted from 0. None is every part, a run for each.
+        shards: Into how many parts a machine's tenants are divided.
         run_id: Go on with this run: tenants it has finished are not done again. None starts one of its own.
         machine_id: With all, only the tenants of this machine. None is every machine.
     """
@@ -91,52 +117,88 @@ def backup(
         return missed
     if bool(tenants) == all:
         raise Permanent("name the tenants or choose all, one of the two")
-    if shard >= shards:
+    if shard is not None and shard >= shards:
         raise Permanent(f"shard {shard} of {shards}: shards count from 0")
-    if machine_id and not all:
-        raise Permanent("a machine goes with all; named tenants have theirs")
+    if tenants and (machine_id or shards > 1):
+        raise Permanent("a machine and shards go with all; named tenants have their machine")
     own_id = artifact.flow_run_id()
-    run = Run(
-        run_id=run_id or own_id or fleet_run.new_run_id(),
-        machine_id=settings.machine_id,
-        kind=kind,
-        shard=shard,
-        shards=shards,
-        force=force or bool(tenants),
-        flow_run_id=own_id,
-    )
-    named = _by_machine(tenants) if tenants else dict.fromkeys([machine_id] if machine_id else _machines())
-    forwarded = {"all": all, "kind": kind, "force": force, "shard": shard, "shards": shards, "run_id": run.run_id}
-    others = {
-        m: machine.start("backup", m, {**forwarded, "tenants": names, "machine_id": None if names else m})
-        for m, names in named.items()
-        if m != settings.machine_id
-    }
-    ended: list[Done] = []
+    run_id = run_id or own_id or fleet_run.new_run_id()
+    if tenants:
+        parts = [Part(m, tuple(names)) for m, names in _by_machine(tenants).items()]
+    else:
+        wanted = [shard] if shard is not None else range(shards)
+        machines = [machine_id] if machine_id else _machines()
+        parts = [Part(m, None, n, shards) for m in machines for n in wanted]
+    mine = next((part for part in parts if part.machine_id == settings.machine_id), None)
+    others: dict[Part, Elsewhere] = {}
     refused: dict[str, str] = {}
-    if tenants and settings.machine_id in named:
-        ended = back_up(run, choose(run, named[settings.machine_id]))
-    elif settings.machine_id in named:
+    ended: list[Done] = []
+    for part in parts:
+        if part is not mine:
+            try:
+                others[part] = _start(part, kind, force, run_id)
+            except EngramError as e:  # the other machines are not to go without for it
+                if len(parts) == 1:
+                    raise
+                refused[str(part)] = str(e)
+                ended += _none_of(part, str(e))
+    if mine is not None:
+        run = Run(
+            run_id=run_id,
+            machine_id=settings.machine_id,
+            kind=kind,
+            shard=mine.shard,
+            shards=mine.shards,
+            force=force or bool(tenants),
+            flow_run_id=own_id,
+            whole=not tenants,
+        )
         try:
-            with fleet_run.holding(settings, run):
-                ended = back_up(run, choose(run, None))
+            with nullcontext() if tenants else fleet_run.holding(settings, run):
+                backed = back_up(choose(run, mine.tenants))
         except EngramError as e:
-            if not others:
+            if len(parts) == 1:
                 raise
-            refused[settings.machine_id] = str(e)
-    for m, started in others.items():
-        if (cause := machine.wait(started)) is not None:
-            refused[m] = cause
-        ended += fleet_run.made_by(control_plane(), str(started.flow_run_id), named[m], error=cause)
-    return _end(run, ended, refused, others)
+            refused[str(mine)] = str(e)
+            ended += _none_of(mine, str(e))
+        else:
+            ended += backed.ended
+            refused |= {str(mine): backed.unclosed} if backed.unclosed else {}
+    for part, elsewhere in others.items():
+        if (cause := machine.wait(elsewhere)) is not None:
+            refused[str(part)] = cause
+        try:
+            found = fleet_run.made_by(control_plane(), str(elsewhere.flow_run_id), part.tenants, error=cause)
+        except ControlPlaneUnavailable as e:
+            refused.setdefault(str(part), f"it completed, {elsewhere.url}; what it stored could not be listed: {e}")
+            ended += _none_of(part, refused[str(part)])
+        else:
+            ended += found
+    return _end(run_id, ended, refused, others)
 
 
-def _by_machine(tenants: list[str]) -> dict[str, list[str] | None]:
+def _none_of(part: Part, cause: str) -> list[Done]:
+    """Tenants that were asked for by name are answered by name."""
+    return [Done(tenant_id, error=cause) for tenant_id in part.tenants or ()]
+
+
+def _start(part: Part, kind: str, force: bool, run_id: str) -> Elsewhere:
+    """The part as a run on its machine's queue."""
+    parameters: dict[str, Any] = {"kind": kind, "run_id": run_id}
+    if part.tenants:
+        parameters |= {"tenants": list(part.tenants)}
+    else:
+        parameters |= {"all": True, "force": force, "machine_id": part.machine_id}
+        parameters |= {"shard": part.shard, "shards": part.shards}
+    return machine.start("backup", part.machine_id, parameters, part=f"{part.shard}/{part.shards}")
+
+
+def _by_machine(tenants: list[str]) -> dict[str, list[str]]:
     """The named tenants by machine. Raises for one that does not exist before anything is done."""
-    found: dict[str, list[str] | None] = {}
+    found: dict[str, list[str]] = {}
     for tenant_id in dict.fromkeys(tenants):
         tenant = registry.get_active(control_plane(), tenant_id)
-        found[tenant.machine_id] = [*(found.get(tenant.machine_id) or []), tenant.tenant_id]
+        found.setdefault(tenant.machine_id, []).append(tenant.tenant_id)
     return found
 
 
@@ -146,22 +208,22 @@ def _machines() -> list[str]:
 
 
 def _end(
-    run: Run, ended: list[Done], refused: Mapping[str, str], others: Mapping[str, Elsewhere]
+    run_id: str, ended: list[Done], refused: Mapping[str, str], others: Mapping[Part, Elsewhere]
 ) -> list[dict[str, Any]] | State[list[dict[str, Any]]]:
     """Report; Failed when any tenant or machine failed, with the causes in the state's message."""
     failed = [done for done in ended if done.error is not None]
-    _report(run, ended, failed, refused, others)
+    _report(run_id, ended, failed, refused, others)
     results = [done.as_dict() for done in ended]
     if failed or refused:
         causes = [f"machine {m}: {cause}" for m, cause in refused.items()]
         causes += [f"{done.tenant_id}: {done.error}" for done in failed[:5]]
-        said = f"{len(failed)} of {len(ended)} backups failed" if failed else f"{len(refused)} machines failed"
+        said = f"{len(failed)} of {len(ended)} backups failed" if failed else f"{len(refused)} parts of the run failed"
         return Failed(message=f"{said}: {'; '.join(causes)}", data=results)
     return results
 
 
 def _report(
-    run: Run, ended: list[Done], failed: list[Done], refused: Mapping[str, str], others: Mapping[str, Elsewhere]
+    run_id: str, ended: list[Done], failed: list[Done], refused: Mapping[str, str], others: Mapping[Part, Elsewhere]
 ) -> None:
     skipped = sum(done.skipped for done in ended)
     made = [done for done in ended if not done.skipped and done.error is None]
@@ -173,20 +235,11 @@ def _report(
         "Backup",
         ", ".join(said),
         {
-            "machine": run.machine_id,
-            "shard": f"{run.shard} of {run.shards}",
-            "run": run.run_id,
+            "machine": configuration().machine_id,
+            "run": run_id,
             "bytes": sum(done.size_bytes or 0 for done in made),
         },
-        *(
-            [
-                artifact.table(
-                    ("machine", "run", "result"), ((m, o.url, refused.get(m, "ok")) for m, o in others.items())
-                )
-            ]
-            if others
-            else []
-        ),
+        *([artifact.table(("machine", "run", "result"), _parts(refused, others))] if refused or others else []),
         *([artifact.table(("cause", "tenants"), causes)] if len(failed) > _LISTED else []),
         artifact.table(
             ("tenant", "result", "size_bytes", "backup_id", "key"),
@@ -197,3 +250,10 @@ def _report(
         ),
         *([f"{len(ended) - len(shown)} more tenants are not listed."] if len(shown) < len(ended) else []),
     )
+
+
+def _parts(refused: Mapping[str, str], others: Mapping[Part, Elsewhere]) -> list[tuple[str, str | None, str]]:
+    """The runs of the other parts, and what has none because it could not be started or is this one."""
+    rows: list[tuple[str, str | None, str]] = [(str(p), e.url, refused.get(str(p), "ok")) for p, e in others.items()]
+    started = {str(part) for part in others}
+    return rows + [(name, None, cause) for name, cause in refused.items() if name not in started]

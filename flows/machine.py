@@ -9,13 +9,16 @@ happened that did not.
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import count
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as runtime
 
 from flows import artifact, policy
@@ -26,6 +29,7 @@ from shared.receipt import Receipt
 
 _FORWARDED = "forwarded"  # a tag: a run is sent on once, never in a circle
 _POLL_SECONDS = 1.0
+_AWAY = (httpx.HTTPError, PrefectException)  # what Prefect's client raises
 
 
 class Elsewhere(Receipt, frozen=True):
@@ -72,8 +76,12 @@ def _machine_of(tenant_id: str) -> str:
     return registry.get_active(control_plane(), tenant_id).machine_id
 
 
-def start(name: str, machine_id: str, parameters: Mapping[str, Any]) -> Elsewhere:
-    """Start deployment `name` on its queue of a machine. A retry of this run finds the run it had started."""
+def start(name: str, machine_id: str, parameters: Mapping[str, Any], *, part: str = "") -> Elsewhere:
+    """Start deployment `name` on its queue of a machine; `part` tells several of one machine apart.
+
+    A retry of this run finds the run it had started, unless that one has ended and not completed: then it is done
+    again. Raises `Permanent` when it could not be started.
+    """
     mine = configuration().machine_id
     if name == str(runtime.get_flow_name()) and _FORWARDED in (runtime.get_tags() or []):
         raise Refused(
@@ -81,25 +89,42 @@ def start(name: str, machine_id: str, parameters: Mapping[str, Any]) -> Elsewher
             f" or is ENGRAM_MACHINE_ID wrong?"
         )
     own_id = artifact.flow_run_id()
-    run: FlowRun = run_deployment(  # type: ignore[assignment]  # sync outside of an event loop
-        f"{name}/{name}",
-        parameters=dict(parameters),
-        work_queue_name=queues.queue(machine_id, name),
-        timeout=0,
-        tags=[_FORWARDED],
-        idempotency_key=f"{own_id} {machine_id}" if own_id else None,
-    )
+    try:
+        for attempt in count():
+            run: FlowRun = run_deployment(  # type: ignore[assignment]  # sync outside of an event loop
+                f"{name}/{name}",
+                parameters=dict(parameters),
+                work_queue_name=queues.queue(machine_id, name),
+                timeout=0,
+                tags=[_FORWARDED],
+                idempotency_key=f"{own_id} {machine_id} {part} {attempt}" if own_id else None,
+            )
+            if run.state is None or not run.state.is_final() or run.state.is_completed():
+                break
+    except _AWAY as e:
+        raise Permanent(f"{name} could not be started on machine {machine_id}: {type(e).__name__}: {e}") from e
     url = f"{configuration().prefect_ui_url}/runs/flow-run/{run.id}"
     get_run_logger().info("%s on machine %s: %s", name, machine_id, url)
     return Elsewhere(machine_id, run.id, url)
 
 
 def wait(elsewhere: Elsewhere) -> str | None:
-    """Until the run has ended: None when it completed, else why not. One that nobody takes up stays scheduled."""
-    deadline = time.monotonic() + configuration().prefect_pick_up_seconds
+    """Until the run has ended: None when it completed, else why not. One that nobody takes up stays scheduled, and one
+    that Prefect does not tell about for as long goes on."""
+    patience = configuration().prefect_pick_up_seconds
+    deadline = told = time.monotonic() + patience
     with get_client(sync_client=True) as client:
         while True:
-            state = client.read_flow_run(elsewhere.flow_run_id).state
+            try:
+                state = client.read_flow_run(elsewhere.flow_run_id).state
+            except ObjectNotFound:
+                return f"machine {elsewhere.machine_id}, {elsewhere.url}: the run was deleted"
+            except _AWAY as e:
+                if time.monotonic() > told:
+                    return f"machine {elsewhere.machine_id}, {elsewhere.url}: not known, Prefect does not answer: {e}"
+                time.sleep(_POLL_SECONDS)
+                continue
+            told = time.monotonic() + patience
             if state is not None and state.is_final():
                 said = f"machine {elsewhere.machine_id}, {elsewhere.url}: {state.type.value.lower()}: {state.message}"
                 return None if state.is_completed() else said

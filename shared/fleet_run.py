@@ -63,7 +63,8 @@ class Done(Receipt, frozen=True):
 
 
 class Run(Receipt, frozen=True):
-    """One run over tenants of one machine. `force`: also of what has not changed a new backup is stored."""
+    """One run over tenants of one machine. `force`: also of what has not changed a new backup is stored. `whole`: it is
+    for all of them, or all of one shard, not for some that were named."""
 
     run_id: str
     machine_id: str
@@ -72,6 +73,15 @@ class Run(Receipt, frozen=True):
     shards: int = 1
     force: bool = False
     flow_run_id: str | None = None
+    whole: bool = True
+
+
+class Unfinished(Receipt, frozen=True):
+    """A run to go on with."""
+
+    run_id: str
+    shards: int
+    force: bool
 
 
 @contextmanager
@@ -102,23 +112,25 @@ def new_run_id() -> str:
     return str(new_id())
 
 
-def unfinished(control_plane: ControlPlane, settings: Settings, shard: int = 0, shards: int = 1) -> str:
-    """The newest run of this machine and shard, when it was killed or left failed tenants. Raises `Permanent`."""
+def unfinished(
+    control_plane: ControlPlane, settings: Settings, shard: int | None = None, shards: int = 1
+) -> Unfinished:
+    """The newest run over all tenants of this machine, or of one shard, when it was killed or left failed tenants.
+
+    Raises `Permanent` when there is none.
+    """
     row = control_plane.row("fleet_run_newest", machine_id=settings.machine_id, shard=shard, shards=shards)
-    if row is None or (row["finished_at"] is not None and not row["failed"]):
+    if row is None or not row["unfinished"]:
         raise Permanent(f"machine {settings.machine_id} has no unfinished backup run")
-    return str(row["run_id"])
+    return Unfinished(row["run_id"], row["shards"], row["force"])
 
 
-def begin(control_plane: ControlPlane, run: Run) -> datetime:
-    """Enter the run, or take it up again; when it first began."""
-    row = control_plane.row(
-        "fleet_run_begin",
-        **{name: getattr(run, name) for name in ("run_id", "machine_id", "shard", "shards", "kind", "flow_run_id")},
-    )
+def begin(control_plane: ControlPlane, run: Run) -> Run:
+    """Enter the run, or take it up again, forced as it was."""
+    names = ("run_id", "machine_id", "shard", "shards", "kind", "flow_run_id", "whole", "force")
+    row = control_plane.row("fleet_run_begin", **{name: getattr(run, name) for name in names})
     assert row is not None  # an upsert returns its row
-    began: datetime = row["started_at"]
-    return began
+    return msgspec.structs.replace(run, force=row["force"])
 
 
 def choose(control_plane: ControlPlane, run: Run, tenant_ids: Sequence[str] | None = None) -> list[Chosen]:

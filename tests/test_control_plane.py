@@ -27,6 +27,7 @@ from tests.core_fixtures import settings_in
 pytest_plugins = ("tests.core_fixtures",)
 
 EXAMPLES = {
+    **dict.fromkeys(("whole", "force"), True),
     "backup_id": uuid4(),
     "restore_id": uuid4(),
     **{name: uuid4() for name in ("move_id", "first_backup_id", "final_backup_id")},

@@ -14,8 +14,6 @@ from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
     ArtifactFilterType,
-    FlowRunFilter,
-    FlowRunFilterId,
 )
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
@@ -28,19 +26,17 @@ from flows.metering import metering
 from flows.restore import restore
 from flows.retention import retention
 from flows.verify import verify
-from shared import catalogue, fleet_run, registry
+from shared import catalogue, registry
 from shared import metering as metering_core
 from shared.control_plane import ControlPlane
-from shared.errors import LeaseHeld
 from shared.playbook import audit
 from shared.settings import settings as cached_settings
 from shared.spool import Spool
 from tests.core_fixtures import World, event, new_world, settings_in
 from tests.expiry_fixtures import few, run_sql, statuses
-from tests.fleet_fixtures import Machine
 from tests.metering_fixtures import segment
 
-pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
+pytest_plugins = ("tests.core_fixtures",)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
@@ -257,70 +253,6 @@ def test_secrets_never_reach_parameters_or_artifacts(flow_world: World) -> None:
     password = flow_world.settings.control_plane_url.get_secret_value().split(":")[2].split("@")[0]
     assert password not in artifact_of(state) + str(parameters)
     assert os.environ["ENGRAM_CONTROL_PLANE_URL"]
-
-
-@pytest.fixture
-def flow_machine(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """The machine as its worker's flows see it."""
-    monkeypatch.setenv("ENGRAM_DATA_DIR", str(machine.settings.data_dir))
-    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", machine.settings.control_plane_url.get_secret_value())
-    monkeypatch.setenv("ENGRAM_MACHINE_ID", machine.settings.machine_id)
-    caches = (cached_settings, flow_core.control_plane, flow_core.objects)
-    for cached in caches:
-        cached.cache_clear()
-    yield machine
-    flow_core.control_plane().close()
-    for cached in caches:
-        cached.cache_clear()
-
-
-def run(machine: Machine, **parameters: Any) -> State[Any]:
-    return backup(all=True, machine_id=machine.settings.machine_id, return_state=True, **parameters)
-
-
-def test_a_red_run_lists_its_failures_and_the_same_run_again_does_only_those(flow_machine: Machine) -> None:
-    """Two tasks whatever the number of tenants; a retry of the run in Prefect is the same run, and so is `run_id`."""
-    bad, *good = flow_machine.tenants
-    file = flow_machine.paths(bad).database.resolve()
-    content = file.read_bytes()
-    file.write_bytes(b"x" * 8192)
-    state = run(flow_machine)
-    assert state.is_failed() and f"{bad}: " in str(state.message) and "1 of 4 backups failed" in str(state.message)
-    assert f"| {bad} | " in artifact_of(state) and "3 of 4 tenants backed up, 0 unchanged, 1 failed" in artifact_of(
-        state
-    )
-    flow_run_id = state.state_details.flow_run_id
-    assert flow_run_id is not None
-    with get_client(sync_client=True) as client:
-        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
-    assert {task.name.rpartition("-")[0] for task in tasks} == {"choose", "back-up"} and len(tasks) == 2
-
-    file.write_bytes(content)
-    again = run(flow_machine, run_id=str(flow_run_id), force=True)
-    assert again.is_completed(), again.message
-    done = {d["tenant_id"]: d for d in outcome(again)}
-    assert [t for t, d in done.items() if not d["skipped"]] == [bad]
-    assert all(len(catalogue.list_of(flow_machine.control_plane, t)) == 1 for t in good)
-    assert {d["backup_id"] for d in done.values()} == {
-        str(catalogue.newest(flow_machine.control_plane, t).backup_id) for t in flow_machine.tenants
-    }
-
-
-def test_a_second_run_beside_a_living_one_is_refused(flow_machine: Machine) -> None:
-    """Two of them would do everything twice; the refusal names the machine."""
-    with fleet_run.holding(flow_machine.settings, flow_machine.run()):
-        state = run(flow_machine)
-    assert state.is_failed() and isinstance(outcome(state), LeaseHeld)
-    assert flow_machine.settings.machine_id in str(state.message)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"shard": 2, "shards": 2}, {"tenants": ["acme"], "all": True}, {"tenants": ["acme"], "machine_id": "m"}]
-)
-def test_parameters_that_contradict_each_other_are_refused(flow_machine: Machine, wrong: dict[str, Any]) -> None:
-    """One line that says what is wrong, and nothing is done."""
-    state = backup(**({"all": "tenants" not in wrong} | wrong), return_state=True)
-    assert state.is_failed() and flow_machine.count() == 0
 
 
 def test_an_action_of_the_playbook_reports_and_is_recorded_as_the_runs(flow_world: World) -> None:

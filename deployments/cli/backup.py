@@ -30,20 +30,19 @@ def backup(
     run_id: Annotated[
         str | None, typer.Option("--run", metavar="ID", help="With --all: go on with this run, or name a new one.")
     ] = None,
-    shard: Annotated[str, typer.Option(metavar="N/M", help="With --all: part N of M, counted from 0.")] = "0/1",
+    shard: Annotated[str | None, typer.Option(metavar="N/M", help="With --all: part N of M, counted from 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Back up now: snapshot, store, read back, enter in the catalogue. Named tenants are stored even if unchanged."""
     if bool(tenants) == all_tenants:
         raise typer.BadParameter("name the tenants, or give --all")
-    if not all_tenants and (force or resume or run_id or shard != "0/1"):
+    if not all_tenants and (force or resume or run_id or shard is not None):
         raise typer.BadParameter("--force, --resume, --run and --shard go with --all")
-    part = _part(shard)
     if resume and run_id:
         raise typer.BadParameter("--resume finds the run itself; --run names it")
     chosen: dict[str, Any] = {"tenants": tenants or None, "all": all_tenants}
     if all_tenants:
-        chosen |= part | {"force": force, "run_id": run_id} | _this_machine(resume, **part)
+        chosen |= {"force": force, "run_id": run_id} | _this_machine(resume, _part(shard) if shard is not None else {})
 
     def load() -> Any:
         from flows.backup import backup as flow
@@ -78,19 +77,21 @@ def _part(shard: str) -> dict[str, int]:
     return {"shard": int(number), "shards": int(of)}
 
 
-def _this_machine(resume: bool, shard: int, shards: int) -> dict[str, Any]:
-    """`--all` is this machine's tenants; says who has the others. With `resume`, the run to go on with."""
+def _this_machine(resume: bool, part: dict[str, int]) -> dict[str, Any]:
+    """`--all` is this machine's tenants; says who has the others. With `resume`, the run to go on with, forced and
+    divided as it was."""
     from shared import fleet_run
 
     with beside.control_plane() as (settings, control_plane):
-        found = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
-        for machine_id, count in found.items():
+        tenants = {row["machine_id"]: row["tenants"] for row in control_plane.rows("fleet_machines")}
+        for machine_id, count in tenants.items():
             if machine_id != settings.machine_id:
                 note(f"{count} tenants of machine {machine_id} are left to it, or to a run of the deployment `backup`")
-        chosen: dict[str, Any] = {"machine_id": settings.machine_id}
+        chosen: dict[str, Any] = {"machine_id": settings.machine_id} | part
         if resume:
-            chosen["run_id"] = fleet_run.unfinished(control_plane, settings, shard, shards)
-            note(f"going on with run {chosen['run_id']}")
+            found = fleet_run.unfinished(control_plane, settings, **part)
+            chosen |= {"run_id": found.run_id, "shards": found.shards} | ({"force": True} if found.force else {})
+            note(f"going on with run {found.run_id}")
     return chosen
 
 
@@ -153,9 +154,17 @@ def restore_test(
     count: Annotated[
         int | None, typer.Option("--count", min=1, max=100_000, help="Without a tenant: how many; else the share set.")
     ] = None,
+    never: Annotated[
+        bool, typer.Option("--never", help="Test nothing: list the tenants with a backup that were never tested.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Restore backups into a sandbox and prove that they work."""
+    if never:
+        if tenant_id is not None or backup_id is not None or count is not None:
+            raise typer.BadParameter("--never lists; it goes with nothing else")
+        _print_never(as_json)
+        return
     if tenant_id is None and backup_id is not None:
         raise typer.BadParameter("--backup needs its TENANT")
     if tenant_id is not None and count is not None:
@@ -171,6 +180,17 @@ def restore_test(
         _print_drills(result, as_json)
     if error:
         raise Permanent(error)
+
+
+def _print_never(as_json: bool) -> None:
+    from shared import drill
+
+    with beside.control_plane() as (_, control_plane):
+        found = drill.never(control_plane)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(("never tested",), [(tenant_id,) for tenant_id in found])
 
 
 def _print_drills(result: dict[str, Any], as_json: bool) -> None:

@@ -621,12 +621,12 @@ WHERE segment = ANY (%(segments)s::text[]);
 -- Fleet: backups of all tenants of one machine (shared/fleet.py).
 
 -- name: fleet_run_begin
--- The same run again goes on with what it did not finish.
-INSERT INTO fleet_runs (run_id, machine_id, shard, shards, kind, flow_run_id)
-VALUES (%(run_id)s, %(machine_id)s, %(shard)s, %(shards)s, %(kind)s, %(flow_run_id)s)
+-- The same run again goes on with what it did not finish, and stays forced.
+INSERT INTO fleet_runs (run_id, machine_id, shard, shards, kind, flow_run_id, whole, force)
+VALUES (%(run_id)s, %(machine_id)s, %(shard)s, %(shards)s, %(kind)s, %(flow_run_id)s, %(whole)s, %(force)s)
 ON CONFLICT (run_id, machine_id, shard, shards)
-DO UPDATE SET finished_at = NULL, flow_run_id = EXCLUDED.flow_run_id
-RETURNING started_at;
+DO UPDATE SET finished_at = NULL, flow_run_id = EXCLUDED.flow_run_id, force = fleet_runs.force OR EXCLUDED.force
+RETURNING force;
 
 -- name: fleet_run_finish
 UPDATE fleet_runs
@@ -634,9 +634,13 @@ SET finished_at = clock_timestamp(), made = %(made)s, skipped = %(skipped)s, fai
 WHERE run_id = %(run_id)s AND machine_id = %(machine_id)s AND shard = %(shard)s AND shards = %(shards)s;
 
 -- name: fleet_run_newest
-SELECT run_id, started_at, finished_at, failed FROM fleet_runs
-WHERE machine_id = %(machine_id)s AND shard = %(shard)s AND shards = %(shards)s
-ORDER BY started_at DESC LIMIT 1;
+-- The newest run over all tenants of a machine, or of one shard; with all shards of it that were begun.
+SELECT run_id, shards, bool_or(force) AS force, bool_or(finished_at IS NULL OR failed > 0) AS unfinished
+FROM fleet_runs
+WHERE machine_id = %(machine_id)s AND whole
+  AND (%(shard)s::int IS NULL OR (shard = %(shard)s::int AND shards = %(shards)s::int))
+GROUP BY run_id, shards
+ORDER BY max(started_at) DESC LIMIT 1;
 
 -- name: fleet_tenants
 -- A machine's tenants with their last good backup and the mark beside it; those longest without a true one first.

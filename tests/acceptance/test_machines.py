@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shared import queues
+from shared.fleet_run import shard_of
 from shared.tenant import TenantPaths
 from tests.acceptance.conftest import Stack
 from tests.core_fixtures import add_memories, contents_of, wait_until
@@ -98,6 +99,7 @@ def test_the_nightly_run_is_one_run_a_machine_and_is_red_when_one_of_them_is(sta
     """Started once, on whichever machine; every machine's tenants are backed up by their own."""
     good, bad = tenant_on(other, "good-on-b"), tenant_on(other, "bad-on-b")
     stack.engram("tenant", "create", "lives-on-a")
+    whole = bad.database.resolve().read_bytes()
     bad.database.resolve().write_bytes(b"x" * 8192)
     deployment = stack.prefect("GET", "deployments/name/backup/backup")
     nightly = {"parameters": {"all": True, "kind": "scheduled"}, "work_queue_name": "local"}
@@ -116,6 +118,38 @@ def test_the_nightly_run_is_one_run_a_machine_and_is_red_when_one_of_them_is(sta
     assert [bar["data"] for bar in stack.prefect("POST", "artifacts/filter", bars)] == [100.0]
     tasks = stack.prefect("POST", "task_runs/filter", {"flow_runs": {"id": {"any_": [twin["id"]]}}})
     assert len(tasks) == 2, "one run and two steps, however many tenants"
+
+    bad.database.resolve().write_bytes(whole)
+    again = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
+    stack.prefect("POST", f"flow_runs/{started['id']}/set_state", again)
+    run = ended(stack, started["id"])
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    wanted = "SELECT tenant_id, count(*) FROM backups WHERE tenant_id IN ('bad-on-b', 'good-on-b') GROUP BY 1"
+    assert dict(stack.rows(wanted)) == {"bad-on-b": 1, "good-on-b": 1}, "only what had failed, by a new twin"
+
+
+def test_a_night_in_two_shards_is_a_run_for_each_machine_and_shard(stack: Stack, other: Stack) -> None:
+    """Started once; all shards of all machines are done, each tenant in one of them."""
+    for machine, prefix in ((stack, "s-a"), (other, "s-b")):
+        for name in ("one", "two", "three", "four"):
+            tenant_on(machine, f"{prefix}-{name}")
+    deployment = stack.prefect("GET", "deployments/name/backup/backup")
+    nightly = {"parameters": {"all": True, "kind": "scheduled", "shards": 2}, "work_queue_name": "local"}
+    started = stack.prefect(
+        "POST", f"deployments/{deployment['id']}/create_flow_run", nightly | {"state": {"type": "SCHEDULED"}}
+    )
+    run = ended(stack, started["id"])
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    parts = stack.rows(
+        f"SELECT machine_id, shard, failed FROM fleet_runs WHERE run_id = '{started['id']}' ORDER BY 1, 2"
+    )
+    assert parts == [("local", 0, 0), ("local", 1, 0), (B, 0, 0), (B, 1, 0)]
+    made = dict(stack.rows("SELECT tenant_id, flow_run_id FROM backups WHERE tenant_id LIKE 's-%'"))
+    runs: dict[tuple[str, int], set[str]] = {}
+    for name, run_id in made.items():
+        runs.setdefault((name[:3], shard_of(name, 2)), set()).add(run_id)
+    assert len(made) == 8 and len(runs) == 4 and all(len(ids) == 1 for ids in runs.values())
+    assert runs["s-a", 0] == {run["id"]} and len(set.union(*runs.values())) == 4
 
 
 def test_a_tenant_is_moved_from_one_machine_to_another_as_one_visible_operation(stack: Stack, other: Stack) -> None:
