@@ -119,7 +119,7 @@ async def _running(
     limits = Watch(settings)
     await asyncio.to_thread(limits.poll)
     rates = RateLimiter(settings, limits)
-    patience = Patience()
+    patience = Patience(settings)
     forwarder = Forwarder(settings, patience)
     tenants = Tenants(KnownTenants.of(control_plane, settings.machine_id), settings.tenant_refresh_seconds)
     jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))

@@ -1,5 +1,7 @@
 """Request bodies: read under a limit and a clock, decoded strictly by the struct the handler declares.
 
+A body is awaited before its request takes a place to work (`gateway.shed`): a slow one keeps nobody out.
+
 Litestar decodes first and converts afterwards, leniently ("0.5" passes for a number), takes any content type
 for JSON and answers 500 to 100,000 nested brackets. This request class decodes in one strict step and hands
 Litestar the finished struct; the handler's `data: T` still documents it.
@@ -13,6 +15,7 @@ import msgspec
 from litestar import Request
 from litestar.types.empty import Empty
 
+from gateway.exchange import exchange_of
 from gateway.problems import Problem, Refusal, bad_request
 from gateway.raw_body import read, too_large, too_late
 from gateway.services import Services, services_of
@@ -22,7 +25,7 @@ _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 class JsonRequest(Request[Any, Any, Any]):
     async def body(self) -> bytes:
-        """The raw body. Refuses with 415, 413 or 408."""
+        """The raw body, as `read_body`."""
         if self._body is Empty:
             self._body = await read_body(self.scope, self.receive, services_of(self))
         return self._body
@@ -35,7 +38,10 @@ class JsonRequest(Request[Any, Any, Any]):
 
 
 async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
-    """The raw body of an ASGI request. Refuses with 415, 413 or 408."""
+    """The raw body of an ASGI request, which from then on has the place the guard left to be taken.
+
+    Refuses with 415, 413, 408 or 503.
+    """
     media_type, announced = b"", b"0"
     for name, value in reversed(scope["headers"]):  # of a field that comes twice the first counts
         if name == b"content-type":
@@ -44,16 +50,20 @@ async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
             announced = value
     if media_type != b"application/json" and not _is_json(media_type):
         raise Refusal(Problem(415, "The body must be application/json."))
-    settings = services.settings
+    settings, exchange = services.settings, exchange_of(scope)
+    tenant_id = exchange.tenant_id or ""
     limit = settings.body_limit_bytes
     if announced.isdigit() and int(announced[:19]) > limit:
         raise Refusal(too_large(limit))
     try:
-        body = await services.patience.wait(read(receive, limit), settings.body_timeout_seconds)
+        body = await services.patience.wait(read(receive, limit), settings.body_timeout_seconds, tenant_id)
     except TimeoutError:
         raise Refusal(too_late(settings.body_timeout_seconds)) from None
     if not body:
         raise bad_request("The body is empty.")
+    if exchange.works_as is not None:
+        exchange.leave = await services.gate.enter(tenant_id, exchange.works_as)
+        exchange.works_as = None
     return body
 
 

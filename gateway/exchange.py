@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from shared.ids import as_text, mint
+from shared.limits import RouteClass
 
 SCOPE_KEY = "engram.exchange"
 CLIENT_REQUEST_ID_CHARS = 128
@@ -47,6 +48,7 @@ class Exchange:
         "ticket",
         "ts_us",
         "whole",
+        "works_as",
     )
 
     def __init__(self, method: str, client_request_id: str | None, ticket: int = 0) -> None:
@@ -73,6 +75,7 @@ class Exchange:
         self.billed = 0  # the status its event was given before it was recorded (`gateway.durable`)
         self.whole = False  # the request was read to its end
         self.headers: list[tuple[bytes, bytes]] = []  # of the answer, whatever it will be
+        self.works_as: RouteClass | None = None  # a place of this class is to be taken once the body is there
         self.leave: Callable[[], None] | None = None  # gives back the place this request took (`gateway.shed`)
 
 

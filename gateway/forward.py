@@ -66,10 +66,10 @@ class Forwarder:
 
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                with self._place({"all": AT_ONCE, f"of {exchange_of(scope).tenant_id}": OF_A_TENANT}):
-                    body = await self._body(receive)
-                    with self._place({f"at {url}": OF_A_MACHINE}):  # a slow client takes none of these
-                        await self._forward(url, scope, body, send)
+                tenant_id = exchange_of(scope).tenant_id or ""
+                body = await self._body(receive, tenant_id)  # a slow client takes none of the places
+                with self._place({"all": AT_ONCE, f"of {tenant_id}": OF_A_TENANT, f"at {url}": OF_A_MACHINE}):
+                    await self._forward(url, scope, body, send)
             except Refusal as e:
                 await _refuse(e.problem, scope, send)
 
@@ -95,10 +95,11 @@ class Forwarder:
                 if not under_way[who]:
                     del under_way[who]
 
-    async def _body(self, receive: Receive) -> bytes:
+    async def _body(self, receive: Receive, tenant_id: str) -> bytes:
         seconds = self._settings.body_timeout_seconds
         try:
-            return await self._patience.wait(raw_body.read(receive, self._settings.body_limit_bytes), seconds)
+            reading = raw_body.read(receive, self._settings.body_limit_bytes)
+            return await self._patience.wait(reading, seconds, tenant_id)
         except TimeoutError:
             raise Refusal(raw_body.too_late(seconds)) from None
 

@@ -10,7 +10,8 @@
 5. Within its rate?      no → 429
 6. X-Engram-Tenant agrees, the scope is there?  no → 403
 7. Within its quota?     no → 402
-8. A place to work?      none in time → 503
+8. A place to work?      none in time → 503. A request with a body is first read (`gateway.body`): until its body is
+                         there it holds no place, only one of those for bodies (`gateway.patience`)
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ async def guard(request: Request[Any, Any, Any]) -> None:
     the route handler with its 66 attributes for each request, an eighth of a lookup's time. async on purpose: a
     synchronous one would run in the thread pool.
     """
-    await admit(services_of(request), request.scope, request.route_handler.opt.get("scope"))
+    handler = request.route_handler
+    await admit(services_of(request), request.scope, handler.opt.get("scope"), handler.parsed_data_field is not None)
 
 
-async def admit(services: Services, scope: Any, needed_scope: str | None) -> None:
-    """The eight steps for one ASGI scope. What was found out is in its exchange."""
+async def admit(services: Services, scope: Any, needed_scope: str | None, has_body: bool) -> None:
+    """The eight steps for one ASGI scope, of which the last is left to be done when it has a body. What was found out
+    is in its exchange."""
     exchange = exchange_of(scope)
     cost = cost_of(scope["method"], scope.get("path_template", ""))
     full = not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes)
@@ -77,7 +80,10 @@ async def admit(services: Services, scope: Any, needed_scope: str | None) -> Non
     warning = services.quotas.check(tenant_id, cost.counters)
     if warning is not None:
         exchange.headers.append((WARNING_HEADER, warning))
-    exchange.leave = await services.gate.enter(tenant_id, cost.route_class)
+    if has_body:
+        exchange.works_as = cost.route_class
+    else:
+        exchange.leave = await services.gate.enter(tenant_id, cost.route_class)
 
 
 async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Caller:

@@ -1,53 +1,92 @@
-"""How long a request's body may take. `asyncio.timeout` arms a timer for each, 3.5 µs; here one timer looks at all of
-them every `LOOK_SECONDS`, 0.3 µs a body (measured).
+"""How long a request's body may take, and how many may be on their way at once.
+
+A body that is awaited holds no place to work (`gateway.shed`), so a slow client is in nobody's way there; these places
+are for bodies alone, twice as many as those to work: a burst that the gate would let wait must be read first. A tenant
+has its share. Are all of them taken, the tenant that has most gives its youngest up, which may be the one that comes:
+who lets bodies hang loses them to those whose bodies arrive, and the older ones of an honest slow client still end.
+
+`asyncio.timeout` arms a timer for each, 3.5 µs; here one timer looks at all of them every `LOOK_SECONDS`, 0.3 µs a body
+(measured). Who has how many is counted only when it matters.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from gateway.problems import Problem, Refusal, shed
+from shared.settings import Settings
+
 LOOK_SECONDS = 0.1  # as much later than its time a body may be given up
+BODIES_PER_PLACE = 2
+GIVEN_UP = Problem(408, "The body was slow to arrive while others waited to send theirs.")
 Result = TypeVar("Result")
 
 
 class Patience:
     """For one event loop."""
 
-    __slots__ = ("_late", "_looking", "_until")
+    __slots__ = ("_late", "_looking", "_most", "_most_of_tenant", "_waits")
 
-    def __init__(self) -> None:
-        self._until: dict[asyncio.Task[Any], float] = {}
-        self._late: set[asyncio.Task[Any]] = set()
+    def __init__(self, settings: Settings) -> None:
+        self._most = BODIES_PER_PLACE * settings.inflight_requests
+        self._most_of_tenant = BODIES_PER_PLACE * settings.inflight_tenant_requests
+        self._waits: dict[asyncio.Task[Any], tuple[float, str]] = {}  # until when, whose; the oldest first
+        self._late: dict[asyncio.Task[Any], Exception] = {}  # what their `wait` raises
         self._looking = False
 
-    async def wait(self, coroutine: Coroutine[Any, Any, Result], seconds: float) -> Result:
-        """What the coroutine returns. Raises `TimeoutError` when that takes longer. Not to be nested."""
+    async def wait(self, coroutine: Coroutine[Any, Any, Result], seconds: float, tenant_id: str) -> Result:
+        """What the coroutine returns. Raises `TimeoutError` when that takes longer, a `Refusal` when it has no place.
+        Not to be nested."""
+        waits = self._waits
+        if len(waits) >= self._most_of_tenant or len(waits) >= self._most:
+            try:
+                self._make_place(tenant_id)
+            except Refusal:
+                coroutine.close()
+                raise
         task = asyncio.current_task()
         assert task is not None
         if not self._looking:
             self._looking = True
             asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
         cancelled_before = task.cancelling()
-        self._until[task] = time.monotonic() + seconds
+        waits[task] = (time.monotonic() + seconds, tenant_id)
         try:
             return await coroutine
         except asyncio.CancelledError:
             if task in self._late and task.uncancel() <= cancelled_before:  # else somebody else cancelled it too
-                raise TimeoutError from None
+                raise self._late[task] from None
             raise
         finally:
-            del self._until[task]
-            self._late.discard(task)
+            del waits[task]
+            self._late.pop(task, None)
+
+    def _make_place(self, tenant_id: str) -> None:
+        """Refuse this tenant's next body, or give up one of another tenant's, if the bounds ask for either."""
+        staying = [(task, whose) for task, (_, whose) in self._waits.items() if task not in self._late]
+        counts = Counter(whose for _, whose in staying)
+        if counts[tenant_id] >= self._most_of_tenant:
+            raise shed("The tenant has too many bodies on their way.")
+        if len(staying) < self._most:
+            return
+        most, count = counts.most_common(1)[0]
+        if count <= counts[tenant_id] + 1:
+            raise shed("The server is busy.")
+        self._end(next(task for task, whose in reversed(staying) if whose == most), Refusal(GIVEN_UP))
+
+    def _end(self, task: asyncio.Task[Any], error: Exception) -> None:
+        self._late[task] = error
+        task.cancel()
 
     def _look(self) -> None:
         now = time.monotonic()
-        for task, until in self._until.items():
+        for task, (until, _) in self._waits.items():
             if now >= until and task not in self._late:
-                self._late.add(task)
-                task.cancel()
-        self._looking = bool(self._until)
+                self._end(task, TimeoutError())
+        self._looking = bool(self._waits)
         if self._looking:
             asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)

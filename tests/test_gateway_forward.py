@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gateway import forward
+from gateway.edge import Receive
 from gateway.exchange import SCOPE_KEY, Exchange
 from gateway.forward import OF_A_TENANT, Forwarder
 from gateway.patience import Patience
@@ -24,7 +25,7 @@ def scope(**more: Any) -> dict[str, Any]:
 
 
 def head(settings: Settings, asked: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    return Forwarder(settings, Patience())._head(asked, b"")
+    return Forwarder(settings, Patience(settings))._head(asked, b"")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,8 @@ def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off
 
         server = await asyncio.start_server(hang, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        forwarder = Forwarder(Settings(routing="forward", routing_urls=url + "/{machine_id}"), Patience())
+        settings = Settings(routing="forward", routing_urls=url + "/{machine_id}")
+        forwarder = Forwarder(settings, Patience(settings))
         waiting = [asyncio.create_task(_asked(forwarder, url, "acme")) for _ in range(OF_A_TENANT)]
         await asyncio.sleep(0)
         assert await _asked(forwarder, url, "acme") == (503, "shed")
@@ -98,15 +100,39 @@ def test_a_machine_that_hangs_takes_only_its_share_and_an_answer_that_breaks_off
     asyncio.run(run())
 
 
-async def _asked(forwarder: Forwarder, url: str, tenant_id: str) -> tuple[int, str]:
+def test_a_slow_body_takes_none_of_the_places_of_what_is_forwarded() -> None:
+    """Sixteen of a tenant hang half-way, and the tenant's next request goes out."""
+
+    async def run() -> None:
+        settings = Settings(routing="forward", routing_urls="http://127.0.0.1:9/{machine_id}")
+        forwarder = Forwarder(settings, Patience(settings))
+        nothing_comes = asyncio.Event()
+
+        async def hang() -> Any:
+            await nothing_comes.wait()
+
+        url = "http://127.0.0.1:9"  # where nobody listens
+        slow = [asyncio.create_task(_asked(forwarder, url, "acme", hang)) for _ in range(OF_A_TENANT)]
+        await asyncio.sleep(0)
+        assert await _asked(forwarder, url, "acme") == (503, "machine unreachable")
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        await forwarder.close()
+
+    asyncio.run(run())
+
+
+async def _whole() -> Any:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def _asked(forwarder: Forwarder, url: str, tenant_id: str, receive: Receive = _whole) -> tuple[int, str]:
     """Status and reason of a GET that is forwarded."""
     exchange = Exchange("GET", None)
     exchange.tenant_id = tenant_id
     scope = {"method": "GET", "path": "/v1/memories", "query_string": b"", "scheme": "http", "headers": []}
     sent: list[Any] = []
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -1,12 +1,20 @@
-"""A body that does not come is given up on; nothing else that happens to its task is."""
+"""A body that does not come is given up on and is in nobody's way; nothing else that happens to its task is."""
 
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 
-from gateway.patience import Patience
+from gateway.patience import GIVEN_UP, Patience
+from gateway.problems import Refusal
+from shared.settings import Settings
+from tests.gateway_stack import Gateway, Stack, gateway, stack  # noqa: F401
 
 
 def test_what_takes_too_long_is_a_timeout_and_its_task_goes_on() -> None:
@@ -14,7 +22,7 @@ def test_what_takes_too_long_is_a_timeout_and_its_task_goes_on() -> None:
 
     async def run() -> str:
         with pytest.raises(TimeoutError):
-            await Patience().wait(asyncio.sleep(60), 0.01)
+            await Patience(Settings()).wait(asyncio.sleep(60), 0.01, "t")
         await asyncio.sleep(0)
         return "went on"
 
@@ -25,8 +33,10 @@ def test_each_body_has_its_own_time() -> None:
     """One timer looks at all of them."""
 
     async def run() -> list[object]:
-        patience = Patience()
-        waits = [patience.wait(asyncio.sleep(delay, delay), limit) for delay, limit in ((60, 0.01), (0.3, 60), (0, 60))]
+        patience = Patience(Settings())
+        waits = [
+            patience.wait(asyncio.sleep(delay, delay), limit, "t") for delay, limit in ((60, 0.01), (0.3, 60), (0, 60))
+        ]
         return [str(type(r).__name__) for r in await asyncio.gather(*waits, return_exceptions=True)]
 
     assert asyncio.run(run()) == ["TimeoutError", "float", "int"]
@@ -36,8 +46,8 @@ def test_a_task_cancelled_by_somebody_else_is_cancelled() -> None:
     """A client that leaves ends its request, also when the body is late at the same moment."""
 
     async def run(late: bool) -> None:
-        patience = Patience()
-        task = asyncio.create_task(patience.wait(asyncio.sleep(60), 0 if late else 60))
+        patience = Patience(Settings())
+        task = asyncio.create_task(patience.wait(asyncio.sleep(60), 0 if late else 60, "t"))
         await asyncio.sleep(0)
         if late:
             patience._look()
@@ -47,3 +57,64 @@ def test_a_task_cancelled_by_somebody_else_is_cancelled() -> None:
 
     asyncio.run(run(late=False))
     asyncio.run(run(late=True))
+
+
+def test_bodies_that_hang_make_way_for_those_of_others() -> None:
+    """The tenant that has most loses its youngest; one at its own bound, or as greedy as the greediest, is refused."""
+
+    async def run() -> None:
+        patience = Patience(Settings(inflight_requests=3, inflight_tenant_requests=2))  # so six bodies, four a tenant
+
+        def begin(tenant_id: str) -> asyncio.Task[object]:
+            return asyncio.create_task(patience.wait(asyncio.sleep(60), 60, tenant_id))
+
+        async def refused(task: asyncio.Task[object]) -> Refusal:
+            with pytest.raises(Refusal) as found:
+                await task
+            return found.value
+
+        greedy, other = [begin("greedy") for _ in range(4)], [begin("other") for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (await refused(begin("greedy"))).problem.reason == "shed"
+        assert await patience.wait(asyncio.sleep(0, "read"), 60, "another") == "read"
+        assert (await refused(greedy.pop())).problem is GIVEN_UP
+        assert await patience.wait(asyncio.sleep(0, "read"), 60, "another") == "read", "there is a free place now"
+        other.append(begin("other"))
+        await asyncio.sleep(0)
+        assert (await refused(begin("other"))).problem.reason == "shed"
+        for task in (*greedy, *other):
+            task.cancel()
+        results = await asyncio.gather(*greedy, *other, return_exceptions=True)
+        assert [type(r) for r in results] == [asyncio.CancelledError] * 6
+        assert not patience._waits and not patience._late
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_come_takes_no_place_from_anybody(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """More hang than may be at work, of REST and of MCP: their own tenant and another are served all the same."""
+    slow, other = stack.tenant(), stack.tenant()
+    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    places = {"inflight_requests": 2, "inflight_tenant_requests": 2, "inflight_wait_seconds": 0.2}
+    with gateway(tmp_path, stack.control_plane_url, stack.issuer, gateway_workers=1, **places) as served:
+        served.client.headers.update(stack.headers(other))
+        hanging = [_hang(served, path, stack.headers(slow)) for path in ("/v1/memories", "/v1/mcp") * 2]
+        time.sleep(0.5)  # until they are read as far as they go
+        for headers in (stack.headers(slow), stack.headers(other)):
+            assert served.client.get("/v1/memories", headers=headers).status_code == 200
+        assert served.client.post("/v1/memories", json={"content": "x"}).status_code == 201
+        assert served.client.post("/v1/search", json={"query": "x"}).json()["count"] == 1
+        given_up = select.select(hanging, (), (), 0)[0]
+        assert [connection.recv(65_536)[:12] for connection in given_up] == [b"HTTP/1.1 408"]
+        for connection in hanging:
+            connection.close()
+
+
+def _hang(served: Gateway, path: str, headers: dict[str, str]) -> socket.socket:
+    """A POST that stops in the middle of its body."""
+    url = httpx.URL(served.url)
+    connection = socket.create_connection((url.host, url.port or 80))
+    head = {"Host": url.host, "Content-Type": "application/json", "Content-Length": "1000", **headers}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", '{"content": "x']
+    connection.sendall("\r\n".join(lines).encode())
+    return connection
