@@ -90,7 +90,7 @@ class MemoryView(msgspec.Struct):
 
 
 class MemoryPage(msgspec.Struct):
-    """`next_cursor` continues the list, newest first; null at its end."""
+    """`next_cursor` continues the list, newest first; null at its end. A page is short when its memories are long."""
 
     memories: list[MemoryView]
     next_cursor: str | None
@@ -104,6 +104,8 @@ class SearchHit(msgspec.Struct):
 
 
 class SearchResults(msgspec.Struct):
+    """The best matches first; fewer than asked for when they are long."""
+
     results: list[SearchHit]
     count: int
 

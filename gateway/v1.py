@@ -126,12 +126,14 @@ async def list_memories(
     cursor: Annotated[str | None, Parameter(max_length=64)] = None,
     tag: Annotated[str | None, Parameter(max_length=128)] = None,
 ) -> Response[bytes]:
-    """The newest memories first, all of them or those with a tag."""
+    """The newest memories first, all of them or those with a tag. A page of long memories has fewer than `limit`:
+    the list ends where `next_cursor` is null, nowhere else."""
     services, tenant_id = _tenancy(request)
+    limit_bytes = services.settings.answer_limit_bytes
     before = seq_of(cursor, tenant_id, tag) if cursor is not None else None
 
     def job(connection: sqlite3.Connection) -> bytes:
-        page = memories.page(connection, limit=limit, before_seq=before, tag=tag)
+        page = memories.page(connection, limit=limit, before_seq=before, tag=tag, limit_bytes=limit_bytes)
         following = cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
         return _encode({"memories": page.memories, "next_cursor": following})
 
@@ -170,11 +172,19 @@ async def delete_memory(request: JsonRequest, memory_id: str) -> None:
 
 @post("/search", opt={"scope": "search"}, status_code=200, responses=_answers(200, SearchResults, 408, 413, 415))
 async def search_memories(request: JsonRequest, data: Search) -> Response[bytes]:
-    """Full-text search, best match first."""
+    """Full-text search, best match first. Of long memories fewer than `limit` are returned: those that match best."""
     services, tenant_id = _tenancy(request)
+    limit_bytes = services.settings.answer_limit_bytes
 
     def job(connection: sqlite3.Connection) -> bytes:
-        hits = search(connection, data.query, limit=data.limit, tags=data.tags, memory_type=data.memory_type)
+        hits = search(
+            connection,
+            data.query,
+            limit=data.limit,
+            tags=data.tags,
+            memory_type=data.memory_type,
+            limit_bytes=limit_bytes,
+        )
         return _encode({"results": hits, "count": len(hits)})
 
     return _answer(await services.pool.read(tenant_id, job))

@@ -146,6 +146,9 @@ class Settings(BaseSettings):
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
+    answer_limit_bytes: int = Field(
+        default=1_048_576, ge=1_024, description="a list or search has fewer memories than asked for, but one, above"
+    )
     # Requests for tenants of other machines (gateway/routing.py). The second and third: a pattern with {machine_id} for
     # all machines, or machine=value for one; comma-separated.
     routing: Literal["off", "fly-replay", "forward"] = Field(

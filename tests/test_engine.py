@@ -117,6 +117,50 @@ def test_a_tag_lists_only_its_own_memories_newest_first(connection: sqlite3.Conn
     assert memories.page(connection, limit=10, before_seq=None, tag="eve").memories == []
 
 
+long_texts = st.tuples(st.sampled_from("x\u0001é😀"), st.integers(0, 400)).map(
+    lambda drawn: "apple " + drawn[0] * drawn[1]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(long_texts, max_size=8), st.integers(1, 5_000))
+def test_an_answer_has_as_many_memories_as_fit_and_always_one(contents: list[str], limit_bytes: int) -> None:
+    """Never more bytes than asked for, unless by a single memory; and the short pages together are the whole list."""
+    encode = msgspec.json.encode
+    with fresh() as connection:
+        for content in contents:
+            memories.create(connection, NewMemory(content, memory_type=content[6:20] or "t", metadata={"n": content}))
+        hits = search.search(connection, "apple", limit=100, limit_bytes=limit_bytes)
+        assert len(hits) >= min(1, len(contents))
+        assert len(hits) <= 1 or len(encode({"results": hits, "count": len(hits)})) <= limit_bytes
+        every = search.search(connection, "apple", limit=100)
+        assert hits == every[: len(hits)]
+        seen, cursor = [], None
+        while True:
+            page = memories.page(connection, limit=100, before_seq=cursor, tag=None, limit_bytes=limit_bytes)
+            following = {"memories": page.memories, "next_cursor": "x" * 22}
+            assert len(page.memories) <= 1 or len(encode(following)) <= limit_bytes
+            seen += [memory.content for memory in page.memories]
+            if (cursor := page.next_seq) is None:
+                break
+        assert seen == contents[::-1]
+        assert not connection.in_transaction
+
+
+def test_no_more_rows_are_read_than_fit() -> None:
+    """Two hundred of the longest memories are 80 MB, and were all in memory before any was left out."""
+    row = ("id", "x" * 10_000, "[]", "{}", "note", 0.5, "then", "then", 1)
+    read = []
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        for n in range(200):
+            read.append(n)
+            yield row
+
+    found, cut = memories.within(rows(), 100_000)
+    assert cut and len(found) == 9 and len(read) == 10
+
+
 def test_a_page_of_nothing_is_refused(connection: sqlite3.Connection) -> None:
     """limit 0 would page for ever."""
     with pytest.raises(Permanent):

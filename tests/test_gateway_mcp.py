@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mcp import MCPError
 
-from gateway.mcp.tools import BATCH
+from gateway.mcp.arguments import BATCH
 from shared.tenant import TenantPaths
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
 from tests.mcp_session import Session, events_of, session, within

@@ -12,7 +12,7 @@ import pytest
 from gateway.exchange import Exchange
 from gateway.mcp import tools
 from gateway.mcp.route import Origins
-from gateway.mcp.tools import RESULT_BYTES, Call, change_place
+from gateway.mcp.tools import Call, change_place
 from gateway.problems import CLIENT_LEFT, Refusal
 from gateway.shed import Gate
 from shared import limits, registry
@@ -211,17 +211,43 @@ def test_what_is_no_mcp_request_is_a_problem_document(stack: Stack) -> None:  # 
         assert unknown.json()["error"]["code"] == -32601
 
 
-def test_an_answer_too_large_for_the_event_loop_asks_for_fewer(stack: Stack) -> None:  # noqa: F811
-    """Two hundred memories may be 20 MB; a smaller page of the same list is served."""
-    tenant = stack.tenant()
+def test_a_list_of_long_memories_comes_in_short_pages_and_a_search_finds_fewer(stack: Stack) -> None:  # noqa: F811
+    """Two hundred memories may be 20 MB; over REST and MCP alike all of them are there in the end."""
+    tenant, count = stack.tenant(), 24
+
+    async def pages(mcp: Session) -> list[int]:
+        sizes, more = [], {}
+        while True:
+            page = await mcp.ok("memory_list", limit=200, **more)
+            sizes.append(len(page["memories"]))
+            if page["next_cursor"] is None:
+                return sizes
+            more = {"cursor": page["next_cursor"]}
 
     async def work(mcp: Session) -> None:
-        for _ in range(RESULT_BYTES // 400_000 + 1):
-            await mcp.ok("memory_create_batch", memories=[{"content": "x" * 99_000}] * 4)
-        assert "limit" in (await mcp.problem("memory_list", 413, limit=200))["detail"]
-        assert len((await mcp.ok("memory_list", limit=4))["memories"]) == 4
+        for _ in range(count // 4):
+            await mcp.ok("memory_create_batch", memories=[{"content": "word " + "x" * 99_000}] * 4)
+        assert await pages(mcp) == [10, 10, 4]
+        assert (await mcp.ok("memory_search", query="word", limit=100))["count"] == 10
 
     within(stack, tenant, work)
+    with stack.client(tenant) as api:
+        page = api.get("/v1/memories", params={"limit": 200})
+        assert len(page.json()["memories"]) == 10 and len(page.content) <= Settings().answer_limit_bytes
+        found = api.post("/v1/search", json={"query": "word", "limit": 100})
+        assert found.json()["count"] == 10 and len(found.content) <= Settings().answer_limit_bytes
+
+
+def test_what_a_client_writes_never_stands_for_a_result(stack: Stack) -> None:  # noqa: F811
+    """Its id and its memories come back as they were sent, also with what JSON has to escape."""
+    content = 'a "quoted" \\ line\nand {"mark":0} \u2028 é'
+    with stack.client(stack.tenant()) as api:
+        arguments = {"name": "memory_create", "arguments": {"content": content}}
+        sent = {"jsonrpc": "2.0", "id": '{"mark":0}', "method": "tools/call", "params": arguments}
+        answer = api.post("/v1/mcp", json=sent).json()
+    assert answer["id"] == '{"mark":0}'
+    assert answer["result"]["structuredContent"]["content"] == content
+    assert json.loads(answer["result"]["content"][0]["text"]) == answer["result"]["structuredContent"]
 
 
 def test_rest_is_served_while_mcp_answers_are_made(stack: Stack) -> None:  # noqa: F811

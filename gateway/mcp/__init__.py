@@ -1,6 +1,7 @@
 """MCP at `POST /v1/mcp`: the tools of the contract, on the same engine and under the same guard as REST.
 
-`route` (Origin, body, the worker's one endpoint) → `server` (the official SDK) → `tools` (what each tool does).
+`route` (Origin, body, the worker's one endpoint) → `server` (the official SDK) → `tools` (what each tool does, with
+which `arguments`); the result goes back past the SDK (`filling`).
 
 Stateless streamable HTTP, every answer one JSON document: no session to lose with a worker, and the usage event is
 written when the tool is done, before the answer begins (an event stream begins before the tool does). Without a

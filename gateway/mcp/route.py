@@ -25,6 +25,8 @@ from msgspec import UNSET, UnsetType
 from gateway.body import JsonRequest
 from gateway.exchange import SCOPE_KEY, exchange_of
 from gateway.guard import guard
+from gateway.mcp import filling
+from gateway.mcp.filling import Filling
 from gateway.problems import Problem, Refusal, forbidden
 from gateway.services import Services
 from shared.log import get_logger
@@ -159,6 +161,7 @@ async def call(request: JsonRequest, data: Message) -> ASGIApp:
     body = await request.body()
     handle = await request.app.state.mcp.handle()
     head = [*_HEAD, *((k, v) for k, v in request.scope["headers"] if k.startswith(b"mcp-"))]
+    result = Filling()
     inner = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -169,10 +172,11 @@ async def call(request: JsonRequest, data: Message) -> ASGIApp:
         "query_string": b"",
         "headers": head,
         SCOPE_KEY: exchange_of(request.scope),
+        filling.SCOPE_KEY: result,
     }
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
-        await handle(inner, _replay(body, receive), send)
+        await handle(inner, _replay(body, receive), result.into(send))
 
     return answer
 

@@ -16,7 +16,8 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.exceptions import MCPError
 
 from gateway.exchange import Exchange, exchange_of
-from gateway.mcp import tools
+from gateway.mcp import filling, tools
+from gateway.mcp.arguments import schema_of
 from gateway.problems import MAINTENANCE, Refusal, log_failure, problem_of
 from gateway.services import Services
 from shared.log import get_logger
@@ -49,9 +50,8 @@ def session_manager(services: Services) -> StreamableHTTPSessionManager:
             result = await tools.run(tool, tools.Call(services, exchange), params.arguments or {})
         except Exception as e:  # noqa: BLE001  every failure has a problem; what nobody foresaw is logged with its trace
             return _failed(e, exchange)
-        return types.CallToolResult(
-            content=[types.TextContent(type="text", text=result.text)], structured_content=result.document
-        )
+        text, document = context.request.scope[filling.SCOPE_KEY].stand_in(result)
+        return types.CallToolResult(content=[types.TextContent(type="text", text=text)], structured_content=document)
 
     server: Server[Any] = Server(
         "engram",
@@ -77,8 +77,8 @@ def _listed(tool: tools.Tool) -> types.Tool:
     return types.Tool(
         name=tool.name,
         description=tool.description,
-        input_schema=tools.schema_of(tool.takes),
-        output_schema=tools.schema_of(tool.gives),
+        input_schema=schema_of(tool.takes),
+        output_schema=schema_of(tool.gives),
         annotations=types.ToolAnnotations(
             read_only_hint=reads,
             destructive_hint=tool.name in ("memory_update", "memory_delete"),

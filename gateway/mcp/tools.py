@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
 from gateway import v1
 from gateway.exchange import Exchange
 from gateway.limits import Cost, cost_of
-from gateway.problems import CLIENT_LEFT, SPOOL_FULL, Problem, Refusal, bad_request, forbidden
+from gateway.mcp.arguments import (
+    BATCH,
+    Created,
+    CreateMemories,
+    Deleted,
+    ListMemories,
+    MemoryById,
+    NoArguments,
+    Stats,
+    UpdateMemoryById,
+)
+from gateway.mcp.filling import Result
+from gateway.problems import CLIENT_LEFT, SPOOL_FULL, Refusal, bad_request, forbidden
 from gateway.quota import WARNING_HEADER
 from gateway.ratelimit import TOO_MANY_REQUESTS, too_many
 from gateway.schemas import (
@@ -26,8 +37,6 @@ from gateway.schemas import (
     MemoryView,
     Search,
     SearchResults,
-    Tag,
-    UpdateMemory,
 )
 from gateway.services import Services
 from shared.engine import memories
@@ -36,55 +45,6 @@ from shared.engine.schema import schema_version
 from shared.engine.search import search
 from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
-
-BATCH = 100
-RESULT_BYTES = 2_097_152  # an answer is built on the event loop: a larger one would hold up everybody
-TOO_LARGE = Problem(413, f"The result is larger than {RESULT_BYTES} bytes; ask for fewer with `limit`.")
-_encode = msgspec.json.Encoder().encode
-MemoryId = Annotated[str, Meta(min_length=1, max_length=64, description="the `id` of a memory")]
-
-
-class MemoryById(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    id: MemoryId
-
-
-class CreateMemories(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    memories: Annotated[list[CreateMemory], Meta(min_length=1, max_length=BATCH)]
-
-
-class UpdateMemoryById(UpdateMemory, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """At least one field beside the id; a field that is absent stays as it is."""
-
-    id: MemoryId
-
-
-class ListMemories(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    limit: Annotated[int, Meta(ge=1, le=200)] = 50
-    cursor: Annotated[str, Meta(max_length=64, description="`next_cursor` of the page before")] | None = None
-    tag: Tag | None = None
-
-
-class NoArguments(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    pass
-
-
-class Created(msgspec.Struct):
-    memories: list[MemoryView]
-    count: int
-
-
-class Deleted(msgspec.Struct):
-    id: str
-    deleted: bool
-
-
-class Stats(msgspec.Struct):
-    """`by_type` counts the memories of each `memory_type`; `storage_bytes` is the size on disk now."""
-
-    memories: int
-    by_type: dict[str, int]
-    schema_version: int
-    storage_bytes: int
 
 
 class Call(NamedTuple):
@@ -97,13 +57,6 @@ class Call(NamedTuple):
     def tenant_id(self) -> str:
         assert self.exchange.tenant_id is not None  # the guard set it
         return self.exchange.tenant_id
-
-
-class Result(NamedTuple):
-    """The JSON document, and the same as Python values: MCP sends both."""
-
-    text: str
-    document: dict[str, Any]
 
 
 class Tool(NamedTuple):
@@ -165,21 +118,13 @@ async def change_place(cost: Cost, call: Call) -> None:
     exchange.leave = leave
 
 
-def _result(document: object) -> Result:
-    """In a thread, where the rows were read: this is most of the work of a long list."""
-    text = _encode(document)
-    if len(text) > RESULT_BYTES:
-        raise Refusal(TOO_LARGE)
-    return Result(text.decode(), msgspec.json.decode(text))
-
-
 def _new(data: CreateMemory) -> NewMemory:
     return NewMemory(data.content, data.memory_type, data.tags, data.metadata, data.importance)
 
 
 async def _create(call: Call, data: CreateMemory) -> Result:
     new = _new(data)
-    made = await call.services.pool.write(call.tenant_id, lambda c: _result(memories.create(c, new)))
+    made = await call.services.pool.write(call.tenant_id, lambda c: Result.of(memories.create(c, new)))
     call.exchange.created = 1
     return made
 
@@ -189,7 +134,7 @@ async def _create_batch(call: Call, data: CreateMemories) -> Result:
     new = [_new(each) for each in data.memories]
 
     def job(connection: sqlite3.Connection) -> Result:
-        return _result({"memories": [memories.create(connection, each) for each in new], "count": len(new)})
+        return Result.of({"memories": [memories.create(connection, each) for each in new], "count": len(new)})
 
     made = await call.services.pool.write(call.tenant_id, job)
     call.exchange.created = len(new)
@@ -198,36 +143,46 @@ async def _create_batch(call: Call, data: CreateMemories) -> Result:
 
 async def _get(call: Call, data: MemoryById) -> Result:
     key = v1.known_form(data.id)
-    return await call.services.pool.look_up(call.tenant_id, lambda c: _result(memories.get(c, key)))
+    return await call.services.pool.look_up(call.tenant_id, lambda c: Result.of(memories.get(c, key)))
 
 
 async def _update(call: Call, data: UpdateMemoryById) -> Result:
     key = v1.known_form(data.id)
     changes = Changes(data.content, data.memory_type, data.tags, data.metadata, data.importance)
-    return await call.services.pool.write(call.tenant_id, lambda c: _result(memories.update(c, key, changes)))
+    return await call.services.pool.write(call.tenant_id, lambda c: Result.of(memories.update(c, key, changes)))
 
 
 async def _delete(call: Call, data: MemoryById) -> Result:
     key = v1.known_form(data.id)
     await call.services.pool.write(call.tenant_id, lambda c: memories.delete(c, key))
-    return _result({"id": key, "deleted": True})
+    return Result.of({"id": key, "deleted": True})
 
 
 async def _list(call: Call, data: ListMemories) -> Result:
+    limit_bytes = call.services.settings.answer_limit_bytes
     before = v1.seq_of(data.cursor, call.tenant_id, data.tag) if data.cursor is not None else None
 
     def job(connection: sqlite3.Connection) -> Result:
-        page = memories.page(connection, limit=data.limit, before_seq=before, tag=data.tag)
+        page = memories.page(connection, limit=data.limit, before_seq=before, tag=data.tag, limit_bytes=limit_bytes)
         following = v1.cursor_of(page.next_seq, call.tenant_id, data.tag) if page.next_seq is not None else None
-        return _result({"memories": page.memories, "next_cursor": following})
+        return Result.of({"memories": page.memories, "next_cursor": following})
 
     return await call.services.pool.read(call.tenant_id, job)
 
 
 async def _search(call: Call, data: Search) -> Result:
+    limit_bytes = call.services.settings.answer_limit_bytes
+
     def job(connection: sqlite3.Connection) -> Result:
-        hits = search(connection, data.query, limit=data.limit, tags=data.tags, memory_type=data.memory_type)
-        return _result({"results": hits, "count": len(hits)})
+        hits = search(
+            connection,
+            data.query,
+            limit=data.limit,
+            tags=data.tags,
+            memory_type=data.memory_type,
+            limit_bytes=limit_bytes,
+        )
+        return Result.of({"results": hits, "count": len(hits)})
 
     found = await call.services.pool.read(call.tenant_id, job)
     call.exchange.searches = 1
@@ -240,7 +195,7 @@ async def _stats(call: Call, _: NoArguments) -> Result:
     def job(connection: sqlite3.Connection) -> Result:
         by_type = memories.count_by_type(connection)
         total = sum(by_type.values())
-        return _result(Stats(total, by_type, schema_version(connection), storage_bytes(paths)))
+        return Result.of(Stats(total, by_type, schema_version(connection), storage_bytes(paths)))
 
     return await call.services.pool.read(call.tenant_id, job)
 
@@ -284,7 +239,8 @@ TOOLS = {
         ),
         Tool(
             "memory_list",
-            "The newest memories first, all of them or those with a tag; `next_cursor` continues the list.",
+            "The newest memories first, all of them or those with a tag; `next_cursor` continues the list, also after a"
+            " page that is short because its memories are long.",
             _READ,
             _LIST_COST,
             ListMemories,
@@ -312,10 +268,3 @@ TOOLS = {
         ),
     )
 }
-
-
-def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The JSON schema of an object, as MCP wants it: `type: object` at the top, what it refers to under `$defs`."""
-    (top,), components = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
-    schema = dict(components.pop(top["$ref"].rpartition("/")[2]))
-    return {**schema, "$defs": components} if components else schema

@@ -7,7 +7,9 @@ it replaces into `versions` in the same transaction.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +19,8 @@ from shared.errors import Permanent, UnknownMemory
 from shared.ids import new_text_id
 
 COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
+NO_LIMIT = sys.maxsize
+_BESIDE_TEXTS_BYTES = 384  # at most, of a memory as JSON: its other fields, and what stands around it
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -53,7 +57,7 @@ class Changes(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Newest first. `next_seq` continues the list, None at its end."""
+    """Newest first. `next_seq` continues the list, None at its end; a short page is not the end."""
 
     memories: list[Memory]
     next_seq: int | None
@@ -128,8 +132,16 @@ def delete(connection: sqlite3.Connection, memory_id: str) -> None:
         raise UnknownMemory(f"no memory {memory_id:.80}")
 
 
-def page(connection: sqlite3.Connection, *, limit: int, before_seq: int | None, tag: str | None) -> Page:
-    """At most `limit` memories, newest first, older than `before_seq`, carrying `tag` if given.
+def page(
+    connection: sqlite3.Connection,
+    *,
+    limit: int,
+    before_seq: int | None,
+    tag: str | None,
+    limit_bytes: int = NO_LIMIT,
+) -> Page:
+    """At most `limit` memories, newest first, older than `before_seq`, carrying `tag` if given; fewer, but one, when
+    they would take more than `limit_bytes` as JSON.
 
     Keyset paging: rows created or deleted meanwhile neither repeat nor hide a row that was there throughout.
     """
@@ -145,8 +157,9 @@ def page(connection: sqlite3.Connection, *, limit: int, before_seq: int | None, 
             " WHERE tags.tag = ? AND tags.seq < ? ORDER BY tags.seq DESC LIMIT ?"
         ).replace("tags, metadata", "memories.tags, metadata")
         parameters = (tag, before, limit + 1)
-    rows = connection.execute(sql, parameters).fetchall()
-    more = len(rows) > limit
+    with closing(connection.execute(sql, parameters)) as cursor:
+        rows, cut = within(cursor, limit_bytes)
+    more = cut or len(rows) > limit
     rows = rows[:limit]
     return Page([memory_from_row(r) for r in rows], rows[-1][9] if more else None)
 
@@ -175,6 +188,27 @@ def memory_from_row(row: Sequence[Any]) -> Memory:
         row[7],
         row[8],
     )
+
+
+def within(found: Iterable[Sequence[Any]], limit_bytes: int) -> tuple[list[Sequence[Any]], bool]:
+    """The first of the rows (they begin with `COLUMNS`), at least one, that together take at most `limit_bytes` as
+    JSON; and whether there were more. No more rows are read than that takes, and none is encoded while the longest
+    that JSON can make of them would fit."""
+    rows: list[Sequence[Any]] = []
+    at_most = size = 0
+    for row in found:
+        at_most += _BESIDE_TEXTS_BYTES + 6 * (len(row[1]) + len(row[4])) + 4 * (len(row[2]) + len(row[3]))
+        if at_most > limit_bytes:
+            size = (size or sum(map(_json_bytes, rows))) + _json_bytes(row)
+            if rows and size > limit_bytes:
+                return rows, True
+        rows.append(row)
+    return rows, False
+
+
+def _json_bytes(row: Sequence[Any]) -> int:
+    escaped = len(_encode_json(row[1])) + len(_encode_json(row[4]))
+    return _BESIDE_TEXTS_BYTES + escaped + len(row[2].encode()) + len(row[3].encode())  # those are JSON already
 
 
 def _insert_tags(connection: sqlite3.Connection, seq: int | None, tags: Iterable[str]) -> None:

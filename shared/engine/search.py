@@ -12,10 +12,11 @@ queries, the same answers). Building the answer's JSON in SQL was measured too: 
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 
 import msgspec
 
-from shared.engine.memories import COLUMNS, Memory, memory_from_row
+from shared.engine.memories import COLUMNS, NO_LIMIT, Memory, memory_from_row, within
 from shared.errors import BadSearchQuery
 
 MAX_QUERY_CHARACTERS = 4_096  # FTS5 parses in quadratic time: 50,000 terms took 10 s
@@ -46,8 +47,10 @@ def search(
     limit: int = 10,
     tags: list[str] | None = None,
     memory_type: str | None = None,
+    limit_bytes: int = NO_LIMIT,
 ) -> list[Hit]:
-    """Best `limit` memories that match `query`, carry all of `tags` and have `memory_type`.
+    """Best `limit` memories that match `query`, carry all of `tags` and have `memory_type`; fewer, but one, when they
+    would take more than `limit_bytes` as JSON.
 
     Raises `BadSearchQuery`. Inside `TenantDatabase.read()`.
     """
@@ -63,7 +66,8 @@ def search(
         matching += _WITH_TAG
         parameters.append(tag)
     try:
-        rows = connection.execute(_SELECT + matching + _BEST, (*parameters, limit)).fetchall()
+        with closing(connection.execute(_SELECT + matching + _BEST, (*parameters, limit))) as cursor:
+            rows, _ = within(cursor, limit_bytes)
     except UnicodeEncodeError as e:
         raise BadSearchQuery("the query is not valid Unicode") from e
     except sqlite3.OperationalError as e:
