@@ -309,6 +309,13 @@ def test_the_gateway_has_no_key_of_the_backups_and_can_start_no_run() -> None:
     assert held["bridge"] == {"ENGRAM_BRIDGE_TOKEN"} | runs
 
 
+def test_the_first_lines_name_every_password_the_file_asks_for() -> None:
+    """An engine refuses the whole file for one that is not set."""
+    text = (ROOT / "deployments" / "compose.yaml").read_text()
+    head = text.partition("\nname: engram")[0]
+    assert set(re.findall(r"(ENGRAM_\w+)=…", head)) == set(re.findall(r"\$\{(\w+):\?\}", text))
+
+
 def test_every_container_of_ours_can_do_no_more_than_it_must() -> None:
     """Read-only but for the volume, without capabilities, never root."""
     for name, service in OURS.items():

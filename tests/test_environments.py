@@ -25,10 +25,12 @@ from unittest import mock
 import httpx
 import pytest
 
+from deployments import parts as composition
+from deployments.ports import PortReservations
 from shared import environment, metering, segment
 from shared.environment import ENVIRONMENTS
 from shared.safety import unsafe
-from shared.settings import Settings
+from shared.settings import Settings, variable
 from tests.core_fixtures import ROOT
 from tests.environment_fixtures import SAFE, engram
 from tests.gateway_stack import ISSUER, Gateway, Issuer, Stack, assert_problem, eventually, gateway
@@ -260,7 +262,7 @@ def test_the_dev_issuer_signs_in_dev_alone(tmp_path: Path) -> None:
     assert [_token(env, tmp_path) for env in ENVIRONMENTS] == [0, 3, 3]
 
 
-def test_the_table_of_the_readme_says_what_the_environments_do() -> None:
+def test_the_table_of_the_readme_says_what_the_environments_do(tmp_path: Path) -> None:
     """A row with a setting holds its value in each file; the others were seen above and are looked up here."""
     table = README.partition("| | dev | staging | prod |")[2].partition("\n\n")[0]
     rows = {row[0]: row[1:] for line in table.splitlines()[2:] if (row := [c.strip() for c in line.split("|")[1:-1]])}
@@ -278,8 +280,27 @@ def test_the_table_of_the_readme_says_what_the_environments_do() -> None:
     assert compared == set().union(*files.values()) - how_not_what
     assert rows["`engram token`"] == ["yes", "exit 3", "exit 3"]
     assert rows["start with an unsafe value"] == ["yes", "exit 3", "exit 3"]
+    brought = ("control_plane_url", "prefect_api_url", "jwks_url", "jwt_issuer", "object_store_url")
+    must = [{variable(name) for name in brought} <= {f.name for f in unsafe(Settings(env=env))} for env in ENVIRONMENTS]
+    given = [cell.startswith("given: ") for cell in rows["PostgreSQL, Prefect, token issuer, object store"]]
+    assert given == must == [False, True, True]
+    assert rows["PostgreSQL, Prefect, token issuer, object store"][0] == "embedded, or given"
+    assert _embedded(tmp_path) and not _embedded(tmp_path, **dict.fromkeys(brought[:3], "postgresql://x"))
     dry = rows["usage examined and not billed, `ENGRAM_USAGE_DRY_RUN`"]
     assert ["may be `true`" in cell for cell in dry] == [_starts_dry(env) for env in ENVIRONMENTS]
+
+
+def _embedded(directory: Path, **given: Any) -> bool:
+    """Whether `engram up` in dev would start parts of its own; all of them or none."""
+    ports = PortReservations()
+    try:
+        planned = composition.plan(Settings(data_dir=directory, gateway_port=0, **given), ports)
+    finally:
+        ports.release_all()
+    assert planned.settings.object_store_url == (directory / "objects").as_uri()
+    own = {part is not None for part in (planned.postgres, planned.prefect, planned.issuer)}
+    assert len(own) == 1
+    return own.pop()
 
 
 def _token(env: str, directory: Path) -> int:

@@ -8,6 +8,7 @@ days with an event set aside, and a segment that was not drained. `control_plane
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import tarfile
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from shared.engine.search import search
 from shared.errors import Permanent, SchemaTooNew
 from shared.objects import ObjectStore
 from shared.usage import Counters
-from tests.core_fixtures import World, contents_of, settings_in
+from tests.core_fixtures import ROOT, World, contents_of, settings_in
 from tests.environment_fixtures import engram
 from tests.metering_fixtures import drain
 from tests.restore_fixtures import perform
@@ -162,6 +163,37 @@ def test_an_older_build_refuses_a_newer_control_plane_with_one_line(
     done = engram("migrate", ENGRAM_CONTROL_PLANE_URL=url, ENGRAM_DATA_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert "0002_plans.sql" in one_line(done.stderr.strip())
+
+
+def test_every_query_of_the_first_release_still_works(upgraded: World) -> None:
+    """Processes are replaced one by one, after the migration, and an older one that restarts meanwhile must come back:
+    what it reads is there, and what it writes lacks nothing."""
+    url = upgraded.settings.control_plane_url.get_secret_value()
+    parts = re.split(r"^-- name: (\w+)\n", (FIRST / "queries.sql").read_text(), flags=re.MULTILINE)[1:]
+    with psycopg.connect(url) as connection:
+        for name, statement in zip(parts[::2], parts[1::2], strict=True):
+            numbers: dict[str, int] = {}
+            text = re.sub(r"%\((\w+)\)\w", lambda m: f"${numbers.setdefault(m[1], len(numbers) + 1)}", statement)  # noqa: B023
+            assert connection.execute(f"EXPLAIN (GENERIC_PLAN) {text.replace('%%', '%')}".encode()).fetchall(), name
+        older = [table for table in ROWS if table != "schema_migrations"]
+        columns = connection.execute(
+            "SELECT table_name, column_name FROM information_schema.columns WHERE table_name = ANY (%s)"
+            " AND is_nullable = 'NO' AND column_default IS NULL AND is_identity = 'NO'",
+            (older,),
+        ).fetchall()
+    demanded = [f"{table}.{column}" for table, column in columns if not all(column in row for row in ROWS[table])]
+    assert demanded == []
+
+
+def test_migrations_only_add() -> None:
+    """Or an older process beside a newer control plane would fail. A table made anew under its name is an addition."""
+    taken = re.compile(r"\b(DROP (TABLE|COLUMN|VIEW|FUNCTION)|RENAME|SET NOT NULL|ALTER COLUMN \w+ (SET DATA )?TYPE)\b")
+    found = {
+        file.name
+        for file in (ROOT / "shared" / "sql" / "schema").iterdir()
+        if taken.search(re.sub("--.*", "", file.read_text()))
+    }
+    assert found == {"0003_usage_partitions.sql"}
 
 
 def test_this_build_says_what_to_do_about_an_older_control_plane(old: World, tmp_path: Path) -> None:
