@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -29,6 +30,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
 from prefect.states import Cancelled
 
 from shared.log import get_logger
@@ -38,6 +40,7 @@ _PAGE = 200  # the most the server gives
 _MOST = 20_000  # runs looked at in one go: two weeks of every schedule
 _AT_A_TIME = 8
 _NOT_DONE = (StateType.CANCELLED, StateType.CANCELLING, StateType.FAILED, StateType.CRASHED)
+_FAULTS = (httpx.HTTPError, PrefectException)
 log = get_logger("missed")
 
 
@@ -62,23 +65,37 @@ def superseded() -> State[Any] | None:
 
 
 async def settle() -> int:
-    """Cancel every late run but the newest of its schedule; how many. A server that does not answer is its caller's."""
+    """Cancel every late run but the newest of its schedule; how many. What fails is logged and ends nobody:
+    `superseded` looks again when such a run starts."""
+    try:
+        return await _settle()
+    except _FAULTS as e:
+        log.error("missed_runs_not_read", cause=_cause(e))
+        return 0
+
+
+async def _settle() -> int:
     async with get_client() as client:
         late = [run async for run in _late(client)]
         turn, cancelled = asyncio.Semaphore(_AT_A_TIME), 0
         for newest, surplus in _by_schedule(late):
 
-            async def cancel(run: FlowRun, instead: FlowRun = newest) -> None:
+            async def cancel(run: FlowRun, instead: FlowRun = newest) -> bool:
                 async with turn:
-                    await client.set_flow_run_state(run.id, _missed(instead))
+                    try:
+                        await client.set_flow_run_state(run.id, _missed(instead))
+                    except _FAULTS as e:
+                        log.error("missed_run_not_cancelled", flow_run=run.name, cause=_cause(e))
+                        return False
+                    return True
 
-            await asyncio.gather(*map(cancel, surplus))
-            cancelled += len(surplus)
+            done = sum(await asyncio.gather(*map(cancel, surplus)))
+            cancelled += done
             log.warning(
                 "runs_missed",
                 flow_run=newest.name,
                 deployment_id=str(newest.deployment_id),
-                cancelled=len(surplus),
+                cancelled=done,
                 first_due=_due(surplus[-1]).isoformat(),
                 run_instead=_due(newest).isoformat(),
             )
@@ -129,3 +146,7 @@ def _due(run: FlowRun) -> datetime:
 
 def _missed(instead: FlowRun) -> State[Any]:
     return Cancelled(message=f"missed; the run due {_due(instead):%F %T} UTC is done in its place")
+
+
+def _cause(e: Exception) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
