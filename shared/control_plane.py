@@ -153,7 +153,8 @@ class ControlPlane:
     def migrate(self) -> list[str]:
         """Apply the numbered files of `sql/schema` that are not yet applied, all in one transaction.
 
-        Runners at the same time queue on an advisory lock and find nothing left to do. Returns the names of
+        Runners at the same time queue on an advisory lock and find nothing left to do. Files only add: processes of the
+        older build go on, and start, beside what this one makes, until they are replaced. Returns the names of
         those applied. Raises `Permanent` when an applied file was changed afterwards, or is unknown here.
         """
         files = {
