@@ -45,7 +45,7 @@ from gateway.services import Services
 from gateway.shed import Gate
 from gateway.shortcut import Shortcut
 from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
-from gateway.silence import Silence, speaks_http2
+from gateway.silence import STOPPING, Silence, speaks_http2
 from gateway.steering import steer_here
 from gateway.tenants import Tenants
 from gateway.usage import UsageReport
@@ -119,7 +119,7 @@ async def _running(
     limits = Watch(settings)
     await asyncio.to_thread(limits.poll)
     rates = RateLimiter(settings, limits)
-    patience = Patience(settings)
+    patience = Patience(settings, STOPPING)
     forwarder = Forwarder(settings, patience)
     tenants = Tenants(KnownTenants.of(control_plane, settings.machine_id), settings.tenant_refresh_seconds)
     jwks = Jwks(settings, httpx.AsyncClient(timeout=settings.jwks_timeout_seconds))

@@ -5,6 +5,9 @@ are for bodies alone, twice as many as those to work: a burst that the gate woul
 has its share. Are all of them taken, the tenant that has most gives its youngest up, which may be the one that comes:
 who lets bodies hang loses them to those whose bodies arrive, and the older ones of an honest slow client still end.
 
+A worker that stops waits for none of them longer than a share of the time it has: killed for one slow client, it would
+seal nothing.
+
 `asyncio.timeout` arms a timer for each, 3.5 µs; here one timer looks at all of them every `LOOK_SECONDS`, 0.3 µs a body
 (measured). Who has how many is counted only when it matters.
 """
@@ -12,6 +15,8 @@ who lets bodies hang loses them to those whose bodies arrive, and the older ones
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -22,6 +27,8 @@ from shared.settings import Settings
 
 LOOK_SECONDS = 0.1  # as much later than its time a body may be given up
 BODIES_PER_PLACE = 2
+STOPPING_SHARE = 4  # of the time a stopping worker has before it is killed
+STOPPED = Problem(408, "The gateway is being stopped and did not wait for the whole body; send it again.")
 GIVEN_UP = Problem(408, "The body was slow to arrive while others waited to send theirs.")
 Result = TypeVar("Result")
 
@@ -29,9 +36,22 @@ Result = TypeVar("Result")
 class Patience:
     """For one event loop."""
 
-    __slots__ = ("_late", "_looking", "_most", "_most_of_tenant", "_waits")
+    __slots__ = (
+        "_late",
+        "_looking",
+        "_most",
+        "_most_of_tenant",
+        "_stopped_at",
+        "_stopping",
+        "_stopping_seconds",
+        "_waits",
+    )
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stopping: threading.Event | None = None) -> None:
+        """From when `stopping` is set nothing is waited for longer than a share of the kill time-out."""
+        self._stopping = stopping or threading.Event()
+        self._stopping_seconds = settings.gateway_kill_timeout_seconds / STOPPING_SHARE
+        self._stopped_at = math.inf
         self._most = BODIES_PER_PLACE * settings.inflight_requests
         self._most_of_tenant = BODIES_PER_PLACE * settings.inflight_tenant_requests
         self._waits: dict[asyncio.Task[Any], tuple[float, str]] = {}  # until when, whose; the oldest first
@@ -39,8 +59,8 @@ class Patience:
         self._looking = False
 
     async def wait(self, coroutine: Coroutine[Any, Any, Result], seconds: float, tenant_id: str) -> Result:
-        """What the coroutine returns. Raises `TimeoutError` when that takes longer, a `Refusal` when it has no place.
-        Not to be nested."""
+        """What the coroutine returns. Raises `TimeoutError` when that takes longer, a `Refusal` when it has no place
+        or this worker stops before. Not to be nested."""
         waits = self._waits
         if len(waits) >= self._most_of_tenant or len(waits) >= self._most:
             try:
@@ -84,9 +104,12 @@ class Patience:
 
     def _look(self) -> None:
         now = time.monotonic()
+        if self._stopping.is_set():
+            self._stopped_at = min(self._stopped_at, now)
+        given_up = now >= self._stopped_at + self._stopping_seconds
         for task, (until, _) in self._waits.items():
-            if now >= until and task not in self._late:
-                self._end(task, TimeoutError())
+            if (given_up or now >= until) and task not in self._late:
+                self._end(task, TimeoutError() if now >= until else Refusal(STOPPED))
         self._looking = bool(self._waits)
         if self._looking:
             asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +41,23 @@ def test_each_body_has_its_own_time() -> None:
         return [str(type(r).__name__) for r in await asyncio.gather(*waits, return_exceptions=True)]
 
     assert asyncio.run(run()) == ["TimeoutError", "float", "int"]
+
+
+def test_a_worker_that_stops_gives_everything_up_in_the_same_time_and_says_so() -> None:
+    """Also what begins only then; what has its own time behind it is told that."""
+
+    async def run() -> list[str]:
+        stopping = threading.Event()
+        patience = Patience(Settings(gateway_kill_timeout_seconds=1), stopping)
+        first = [asyncio.create_task(patience.wait(asyncio.sleep(60), limit, "t")) for limit in (60, 0.01)]
+        await asyncio.sleep(0.2)
+        assert not first[0].done()
+        stopping.set()
+        begun = asyncio.create_task(patience.wait(asyncio.sleep(60), 60, "t"))
+        found = await asyncio.gather(*first, begun, return_exceptions=True)
+        return [type(each).__name__ for each in found]
+
+    assert asyncio.run(run()) == ["Refusal", "TimeoutError", "Refusal"]
 
 
 def test_a_task_cancelled_by_somebody_else_is_cancelled() -> None:

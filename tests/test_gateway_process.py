@@ -191,6 +191,24 @@ def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack) 
         )
 
 
+def test_a_client_that_never_ends_its_request_does_not_keep_a_worker_from_stopping_in_order(stack: Stack) -> None:  # noqa: F811
+    """A body may take longer than whoever stops the gateway waits: a worker that is killed for it seals nothing."""
+    tenant, data_dir = stack.tenant(), _own_data_dir(stack, "stalled")
+    slow_limits = {"body_timeout_seconds": 300, "gateway_kill_timeout_seconds": 8, "gateway_workers": 1}
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, **slow_limits) as served:
+        where = urlsplit(served.url)
+        head = f"POST /v1/memories HTTP/1.1\r\nHost: x\r\nAuthorization: {stack.headers(tenant)['Authorization']}\r\n"
+        with socket.create_connection((where.hostname, where.port), timeout=60) as slow:
+            slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{{".encode())
+            eventually(lambda: served.client.get("/v1/memories", headers=stack.headers(tenant)).status_code == 200)
+            served.process.terminate()
+            answer = slow.recv(65_536)
+            assert served.process.wait(30) == 0
+        assert answer.startswith(b"HTTP/1.1 408") and b"stopped" in answer, answer
+        assert any(line["event"] == "worker_stopped" for line in served.log())
+        assert not list((data_dir / "spool").glob("*.open")), "every segment was sealed"
+
+
 @pytest.mark.parametrize(("told_to_stop", "code"), [(True, 0), (False, 1)])
 def test_a_worker_that_died_as_the_gateway_is_stopped_is_no_failure_of_the_stop(told_to_stop: bool, code: int) -> None:
     """Granian exits 1 for every death it has not dealt with; whoever runs the gateway would start it again."""
