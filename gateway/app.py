@@ -28,6 +28,7 @@ from gateway.access_log import FLUSH_SECONDS, AccessLog
 from gateway.auth import Authenticator
 from gateway.busiest import LOOK_SECONDS, Busiest
 from gateway.edge import ASGIApp, Edge
+from gateway.exposition import Exposition
 from gateway.forward import Forwarder
 from gateway.headers import Heads
 from gateway.jwks import Jwks
@@ -137,6 +138,7 @@ async def _running(
         gate=Gate(settings, limits),
         operations=admin.Operations(settings, control_plane),
         patience=patience,
+        exposition=Exposition(metrics.render, settings.metrics_cache_seconds),
     )
     usage_spool.quotas = services.quotas
     announcement = Announcement(settings)

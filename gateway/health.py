@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -13,7 +12,6 @@ from gateway.jwks import JwksUnavailable
 from gateway.problems import MEDIA_TYPE, Problem, Refusal
 from gateway.schemas import ProblemView
 from gateway.services import Services, services_of
-from shared import metrics
 
 
 class Status(msgspec.Struct):
@@ -51,9 +49,9 @@ async def ready(request: Request[Any, Any, Any]) -> Status:
 
 
 @get("/metrics", media_type="text/plain; version=0.0.4; charset=utf-8")
-async def prometheus() -> Response[bytes]:
+async def prometheus(request: Request[Any, Any, Any]) -> Response[bytes]:
     """All workers of this gateway together."""
-    text = await asyncio.to_thread(metrics.render)
+    text = await services_of(request).exposition.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.auth import Authenticator
+from gateway.exposition import Exposition
 from gateway.jwks import Jwks
 from gateway.patience import Patience
 from gateway.pool import TenantPool
@@ -37,6 +38,7 @@ class Services:
     gate: Gate
     operations: Operations
     patience: Patience
+    exposition: Exposition
 
 
 class Operations(Protocol):

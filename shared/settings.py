@@ -145,6 +145,7 @@ class Settings(BaseSettings):
     worker_silence_seconds: float = Field(
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
+    metrics_cache_seconds: float = Field(default=0.5, ge=0, description="/metrics is not rendered more often")
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
     answer_limit_bytes: int = Field(
         default=1_048_576, ge=1_024, description="a list or search has fewer memories than asked for, but one, above"

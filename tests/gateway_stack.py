@@ -253,6 +253,7 @@ def gateway(
         "jwks_cooldown_seconds": 0.2,
         "body_limit_bytes": 500_000,
         "gateway_kill_timeout_seconds": 10,
+        "metrics_cache_seconds": 0,
         "admin_rps": 1_000,
         "admin_burst": 1_000,
     } | settings
