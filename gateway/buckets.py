@@ -86,8 +86,9 @@ class Table:
         self._unlocked_until = 0.0
         self._debts: dict[int, tuple[float, float]] = {}  # by key: seconds granted without the lock, and since when
 
-    def take(self, buckets: Iterable[Bucket], *, keep: bool = True) -> Decision:
-        """A place in every bucket, or none in any. With `keep` false it only says whether there is one."""
+    def take(self, buckets: Iterable[Bucket], places: int = 1, *, keep: bool = True) -> Decision:
+        """So many places in every bucket, or none in any: more than a bucket holds when it is full, which then is empty
+        until the last of them has come. With `keep` false it only says whether there are."""
         locked = self._lock()
         try:
             now = time.monotonic()  # under the lock, or a later one could write an earlier time
@@ -107,19 +108,18 @@ class Table:
                     arrival = max(arrival, since) + seconds
                 ahead = max(arrival - now, 0.0)
                 room = (window - ahead) / interval + 1e-6
-                allowed = room >= 1.0
-                remaining = int(room) - 1 if allowed else 0
-                after = ahead + interval if allowed else ahead
+                needed = interval if places == 1 else min(interval * places, window)
+                allowed = room * interval >= needed
+                remaining = max(int(room) - places, 0) if allowed else 0
+                after = ahead + interval * places if allowed else ahead
                 granted = granted and allowed
                 following.append((bucket, slot, ahead))
                 if tightest is None or (allowed, remaining) < (tightest.allowed, tightest.remaining):
-                    tightest = Decision(
-                        allowed, bucket, remaining, 0.0 if allowed else after + interval - window, after
-                    )
+                    tightest = Decision(allowed, bucket, remaining, 0.0 if allowed else after + needed - window, after)
             assert tightest is not None
             if granted or (writes and self._debts):
                 for bucket, slot, ahead in following:
-                    cost = bucket.interval_seconds if granted else 0.0
+                    cost = bucket.interval_seconds * places if granted else 0.0
                     if writes:
                         arrivals[slot] = now + ahead + cost
                         self._debts.pop(bucket.key, None)

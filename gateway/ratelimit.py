@@ -58,11 +58,12 @@ class RateLimiter:
             return None
         return self._judged(self._tenants.take(buckets), "tenant", tenant_id)
 
-    def within(self, tenant_id: str, rate_class: RateClass) -> Decision | None:
-        """As `tenant`, inside a request that has the tenant's own place already: of the class's bucket alone."""
+    def within(self, tenant_id: str, rate_class: RateClass, places: int) -> Decision | None:
+        """As `tenant`, inside a request that has the tenant's own place already: of the class's bucket alone, as many
+        places as it does things at once."""
         own = self._buckets(tenant_id, "")
         buckets = [b for b in self._buckets(tenant_id, rate_class) if b not in own]
-        return self._judged(self._tenants.take(buckets), "tenant", tenant_id) if buckets else None
+        return self._judged(self._tenants.take(buckets, places), "tenant", tenant_id) if buckets else None
 
     def operators(self) -> Decision:
         """Of the admin API: all operators of this machine together, whatever the mode."""

@@ -39,6 +39,20 @@ def test_a_table_of_another_boot_is_not_used(tmp_path: Path, monkeypatch: pytest
     assert not before.take([bucket]).allowed
 
 
+def test_many_places_at_once_cost_what_they_would_one_by_one(tmp_path: Path) -> None:
+    """All or none of them; more than a bucket ever holds wait until it is full, and are then owed."""
+    table, bucket = Table(tmp_path / "t.rates"), Bucket.of("acme", SLOW, 10)
+    assert table.take([bucket], 7).remaining == 3
+    refused = table.take([bucket], 5)
+    assert not refused.allowed and 1_990 <= refused.retry_seconds <= 2_000, "two of the five are missing"
+    assert table.take([bucket], 3).allowed and not table.take([bucket]).allowed
+    large = Bucket.of("large", SLOW, 10)
+    assert table.take([large], 25).allowed
+    assert 15_990 <= table.take([large]).retry_seconds <= 16_000
+    touched = Bucket.of("touched", SLOW, 10)
+    assert table.take([touched]).allowed and not table.take([touched], 25).allowed
+
+
 _PROCESS = """
 import sys, time
 from gateway.buckets import Bucket, Table

@@ -62,6 +62,25 @@ def test_limits_of_a_class_of_routes_hold_for_its_tools_too(stack: Stack) -> Non
     assert len(refusals) >= 2 and not any(e.api_calls or e.search_queries for e in refusals)
 
 
+def test_a_batch_takes_as_many_places_of_the_write_rate_as_it_has_parts(stack: Stack) -> None:  # noqa: F811
+    """Or the rate would hold for everybody but those who send a hundred at a time."""
+    tenant = stack.tenant()
+    seconds_a_write = 1_000
+    rate = {"rps": 0, "write_rps": 1 / seconds_a_write}
+    limits.set_limit(stack.settings, f"rate_limit:{tenant}", rate, ttl_seconds=60, reason="test")
+
+    async def work(mcp: Session) -> None:
+        for _ in range(200):  # until each worker has heard of the rate, and one batch was granted under it
+            result = await mcp.client.call_tool("memory_create_batch", {"memories": [{"content": "x"}] * 3})
+            if result.is_error:
+                break
+            await asyncio.sleep(0.05)
+        problem = json.loads(result.content[0].text)
+        assert problem["status"] == 429 and 2 * seconds_a_write < problem["retry_after"] <= 3 * seconds_a_write
+
+    within(stack, tenant, work)
+
+
 def test_a_used_up_quota_refuses_the_tools_that_draw_on_it(stack: Stack) -> None:  # noqa: F811
     """402 as a tool error, with the counter; what draws on another counter is served. A batch counts as its parts
     before it runs: four where three are allowed are refused, three are not."""

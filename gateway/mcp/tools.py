@@ -77,20 +77,22 @@ async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
         raise forbidden(f"The token lacks the scope {tool.scope}.")
     if tool.cost.rate == "write" and not call.services.spool.takes_writes:
         raise Refusal(SPOOL_FULL)
-    _check_rate(tool.cost, call)
     try:
         taken = msgspec.convert(arguments, tool.takes)
     except (msgspec.ValidationError, RecursionError) as e:
         raise bad_request(f"The arguments are not valid: {str(e)[:300]}") from None
-    _check_quota(tool.cost, call, len(taken.memories) if isinstance(taken, CreateMemories) else 1)
+    parts = len(taken.memories) if isinstance(taken, CreateMemories) else 1
+    _check_rate(tool.cost, call, parts)
+    _check_quota(tool.cost, call, parts)
     await change_place(tool.cost, call)
     return await tool.run(call, taken)
 
 
-def _check_rate(cost: Cost, call: Call) -> None:
-    """What the guard could not know: of which class the request is. The tenant's rate was the guard's."""
+def _check_rate(cost: Cost, call: Call, parts: int) -> None:
+    """What the guard could not know: of which class the request is, and of how many parts. The tenant's rate was the
+    guard's."""
     call.services.gate.check(cost.route_class)
-    decision = call.services.rates.within(call.tenant_id, cost.rate)
+    decision = call.services.rates.within(call.tenant_id, cost.rate, parts)
     if decision is not None and not decision.allowed:
         raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
 
