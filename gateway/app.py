@@ -189,7 +189,7 @@ async def _running(
         try:
             await asyncio.to_thread(usage_spool.close)
         except SpoolUnavailable as e:
-            log.error("usage_events_unwritten", cause=str(e))
+            log.error("usage_events_unwritten", cause=str(e), lost=await asyncio.to_thread(usage_spool.give_up))
         await asyncio.to_thread(control_plane.close)
         services.rates.close()
         announcement.close()

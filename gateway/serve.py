@@ -53,13 +53,14 @@ from gateway.supervisor import Supervisor
 from shared import counters
 from shared.errors import Permanent, exit_code
 from shared.limits import Watch
-from shared.log import configure
+from shared.log import configure, get_logger
 from shared.orphan import end_with_parent
 from shared.settings import Settings
 
 PORT_WAIT_SECONDS = 10.0
 HEAD_SLACK = 2
 STREAMS = 128  # requests at once over one connection of HTTP/2
+log = get_logger("gateway")
 
 
 class JsonLines(logging.Formatter):
@@ -182,10 +183,16 @@ def _leave(_number: int, _frame: object) -> NoReturn:
 
 
 def _empty_metrics_dir(settings: Settings) -> str:
-    """A directory of its own for each port; what earlier processes counted is not ours."""
+    """A directory of its own for each port; what earlier processes counted is not ours, but for what they lost."""
     directory = counters.directory(settings)
+    lost = counters.lost(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, mode=0o700)
+    if lost:
+        try:
+            counters.carry_lost(directory, lost)
+        except OSError as e:
+            log.error("usage_lost_before", events=lost, uncounted_because=e.strerror)
     counters.begin(directory)
     return str(directory)
 

@@ -3,18 +3,25 @@
 {data_dir}/run/metrics-PORT/counter_PID.db   written by prometheus-client in each worker; outlives its death
                             histogram_PID.db
                             since            when this gateway was started: what it counted, it counted after that
+                            counter_before.db  what was lost before that (`engram_usage_lost_total`): a stop may lose
+                                             usage when nobody can be told any more, so that count never starts anew
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import msgspec
 
+from shared.durable import fsync_path
 from shared.settings import Settings
 
 _SINCE = "since"
+_BEFORE = "before"
+_FILE_BYTES = 4_096
+_LOST = "engram_usage_lost_total"
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -32,6 +39,28 @@ def directory(settings: Settings) -> Path:
     return settings.run_dir / f"metrics-{settings.gateway_port}"
 
 
+def lost(directory_: Path) -> float:
+    """Usage events that were lost until now, by this gateway and those before it."""
+    return sum(counted.get(_LOST, 0.0) for counted in _by_file(directory_).values())
+
+
+def carry_lost(directory_: Path, events: float) -> None:
+    """Put what was lost before into the counters of the gateway that starts now. Raises `OSError`."""
+    from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+    from shared.metrics import usage_lost_total as metric
+
+    path = directory_ / f"counter_{_BEFORE}.db"
+    with path.open("wb") as empty:
+        os.posix_fallocate(empty.fileno(), 0, _FILE_BYTES)  # on a full disk an error, not a SIGBUS
+    file = MmapedDict(str(path))  # type: ignore[no-untyped-call]
+    key = mmap_key(metric._name, _LOST, [], [], metric._documentation)
+    file.write_value(key, events, 0.0)  # type: ignore[no-untyped-call]
+    file.close()  # type: ignore[no-untyped-call]
+    fsync_path(path)
+    fsync_path(directory_)
+
+
 def begin(directory_: Path) -> None:
     (directory_ / _SINCE).write_text(str(time.time_ns() // 1000))
 
@@ -46,13 +75,17 @@ def started_at_us(directory_: Path) -> int | None:
 
 def by_process(directory_: Path) -> dict[int, dict[str, float]]:
     """The counters without labels of every process, dead ones included, by pid."""
+    return {int(name): counted for name, counted in _by_file(directory_).items() if name != _BEFORE}
+
+
+def _by_file(directory_: Path) -> dict[str, dict[str, float]]:
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    found: dict[int, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for path in directory_.glob("counter_*.db"):
         merged = MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
         samples = (sample for metric in merged for sample in metric.samples if not sample.labels)
-        found[int(path.stem.removeprefix("counter_"))] = {sample.name: sample.value for sample in samples}
+        found[path.stem.removeprefix("counter_")] = {sample.name: sample.value for sample in samples}
     return found
 
 

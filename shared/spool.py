@@ -15,10 +15,11 @@ What is lost when, of events whose requests were answered:
 | the machine loses power, durability async   | those since the last fdatasync: `usage_fsync_seconds` (0.5 s) |
 | the machine loses power, durability sync    | none: the answer waited for the fdatasync                     |
 | the disk refuses a write                    | none; up to `usage_backlog_events` wait in memory, where a    |
-|                                             | SIGKILL would lose them; everything is refused meanwhile      |
+|                                             | SIGKILL would lose them, and a stop does if the disk still    |
+|                                             | refuses; everything is refused meanwhile                      |
 
 How full the directory may become and what follows is in `shared.spool_limit`. Whatever is dropped is counted in
-`engram_usage_lost_total` and logged.
+`engram_usage_lost_total`, which goes on over restarts (`shared.counters`), and logged.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Spool:
             return [refusal for _, refusal in refused]
 
     def close(self) -> None:
-        """Seal everything. Raises `SpoolUnavailable` when events could not be written."""
+        """Seal everything. Raises `SpoolUnavailable` when that could not be done; it can be tried again."""
         with self._disk_lock:
             self._retry_backlog()
             with self._lock:
@@ -148,6 +149,18 @@ class Spool:
             self._say_what_was_lost()
         if self._backlog or self._sealing:
             raise SpoolUnavailable(f"{len(self._backlog)} usage events could not be written to {self.dir}")
+
+    def give_up(self) -> int:
+        """At the end of a worker that could not close its spool: count what memory still holds as lost; how much. What
+        is in a segment will be adopted."""
+        with self._disk_lock, self._lock:
+            given_up = len(self._backlog)
+            self._backlog.clear()
+            metrics.usage_lost_total.inc(given_up)
+            self._lost += given_up
+            self._lost_cause = "the disk refused them until the worker's end"
+        self._say_what_was_lost()
+        return given_up
 
     def measure(self) -> None:
         """Look at the directory and the disk: sets the gauges and what is refused from now on. Blocking."""

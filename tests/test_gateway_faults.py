@@ -20,6 +20,7 @@ from tests.gateway_stack import (  # noqa: F401
     assert_problem,
     control_plane_url,
     eventually,
+    free_port,
     gateway,
     stack,
 )
@@ -173,6 +174,44 @@ def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_l
         assert full.metric("engram_usage_lost_total") == 0
         assert full.metric("engram_usage_flush_failures_total") > 0
         assert full.metric("engram_shed_total", route="/v1/memories") == len(answered) - len(billed)
+
+
+def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_the_next_starts(
+    stack: Stack,  # noqa: F811
+    tmp_path,
+    small_disks,
+) -> None:
+    """A request was answered and its event waits in memory: when the gateway ends nobody can be told, so the next one
+    tells, and the alert sees the counter rise."""
+    tenant = stack.tenant()
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    (data_dir / "spool").symlink_to(small_disks[1])
+    port = free_port()
+
+    def started():
+        return gateway(data_dir, stack.control_plane_url, stack.issuer, gateway_workers=1, gateway_port=port)
+
+    filler = small_disks[1] / "filler"
+    with started() as full:
+        full.client.headers.update(stack.headers(tenant))
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
+            while f.write(b"x" * 4_096):
+                pass
+        answers = []
+        while not answers or answers[-1] != 503:
+            answers.append(full.client.get("/v1/memories").status_code)
+        written = len(full.events(tenant))
+        assert full.metric("engram_usage_lost_total") == 0
+        full.stop()
+        said = next(line for line in full.log() if line.get("event") == "usage_events_unwritten")
+        lost = answers.count(200) - written
+        assert said["lost"] == lost > 0
+    for _ in range(2):
+        with started() as again:
+            assert again.metric("engram_usage_lost_total") == lost
+    filler.unlink()
 
 
 def test_without_the_control_plane_known_tenants_are_served(stack: Stack, tmp_path) -> None:  # noqa: F811
