@@ -27,7 +27,6 @@ import functools
 import hashlib
 import itertools
 import random
-import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -44,7 +43,7 @@ from shared import local_objects, pack
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.log import get_logger
-from shared.s3 import Exists, Throttled, client, translated
+from shared.s3 import Exists, Throttled, client, locked, translated
 from shared.settings import Settings
 from shared.streams import Progress
 
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
     from obstore import GetOptions  # a type only, not importable at run time
 
 _READ_BYTES = 1 << 20
-# How stores say that an object must not be deleted yet: R2 names a bucket lock, AWS an object lock, others WORM.
-_LOCKED = re.compile(r"object ?lock|locked|WORM|retention|legal hold", re.IGNORECASE)
 log = get_logger("objects")
 
 
@@ -194,7 +191,7 @@ class ObjectStore:
                     obstore.delete(self._deleter, key)
                 except BaseError as e:
                     said = " ".join(str(e).split("Debug source")[0].split())[:300]
-                    if _LOCKED.search(said) or (_denied(e) and self._may_delete()):
+                    if locked(e, self._names(key)) or (_denied(e) and self._may_delete()):
                         raise ObjectLocked(f"{key}: {said}") from e
                     if _denied(e):
                         raise ObjectStoreRefused(f"{key}: the object store refuses to delete: {said}") from e
@@ -203,6 +200,11 @@ class ObjectStore:
             return
         if self._local_root is not None:
             fsync_path((self._local_root / key).parent)
+
+    def _names(self, key: str) -> list[str]:
+        """What a store's message may repeat, and what says nothing by the words in it."""
+        url = urlsplit(self.settings.object_store_url)
+        return [key, url.path.strip("/"), url.netloc]
 
     def _may_delete(self) -> bool:
         """Whether these credentials can delete at all: a 403 alone does not say what is refused."""

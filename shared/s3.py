@@ -8,7 +8,7 @@ the store's status, code and text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -32,6 +32,12 @@ _THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExc
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,120})")
+# How stores say that an object must not be deleted yet: R2 names a bucket lock, AWS an object lock, others WORM.
+# Deletes go in bulk: the refusal of one key is in an answer that is a 200.
+_OF_ONE_KEY = re.compile(r"DeleteObjects request failed for key .*?: (.*) \(code: ([A-Za-z0-9.]{1,60})\)", re.DOTALL)
+_LOCK_CODE = re.compile(r"ObjectLock|Retention|LegalHold|WORM", re.IGNORECASE)
+_LOCK_MESSAGE = re.compile(r"\b(object ?lock(ed)?|locked|WORM|retention|legal hold)\b", re.IGNORECASE)
+_FAULTS = ("InternalError", "ServiceUnavailable", "SlowDown")  # what a 5xx is in a bulk answer
 
 
 class Exists(Exception):
@@ -93,6 +99,22 @@ def translated(key: str) -> Iterator[None]:
         cause = said(e) or f": {' '.join(str(e).partition('Debug source')[0].split())[:200]}"
         kind = Throttled if _THROTTLED.search(cause) else ObjectStoreUnavailable
         raise kind(f"{key}: {type(e).__name__}{cause}") from e
+
+
+def locked(e: Exception, names: Iterable[str]) -> bool:
+    """Whether the store itself, by the code or the message of its refusal, says that an object is kept for now. A fault
+    is none, whatever it is worded like, nor is a word in one of `names`, which the message may repeat."""
+    text = str(e).partition("Debug source")[0]
+    if (one := _OF_ONE_KEY.search(text)) is not None:
+        message, code = one.groups()
+    else:
+        status, found, told = _STATUS.search(text), _CODE.search(text), _MESSAGE.search(text)
+        if status is None or not status[1].startswith("4"):
+            return False
+        code, message = found[1] if found else "", told[1] if told else ""
+    for name in filter(None, names):
+        message = message.replace(name, "")
+    return code not in _FAULTS and bool(_LOCK_CODE.search(code) or _LOCK_MESSAGE.search(message))
 
 
 def said(e: Exception) -> str:

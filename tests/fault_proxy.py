@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>told to</Message></Error>"
+ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
 
 
 class Request(NamedTuple):
@@ -32,6 +32,7 @@ class Fault:
 
     status: int = 0
     code: str = "InternalError"
+    message: str = "told to"
     headers: dict[str, str] = field(default_factory=dict)
     lose: str = ""
     cut: bool = False
@@ -79,7 +80,9 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
 
         def _answer(self, fault: Fault, body: bytes) -> None:
             if fault.status:
-                return self._send(fault.status, fault.headers, ERROR.format(code=fault.code).encode(), False)
+                return self._send(
+                    fault.status, fault.headers, ERROR.format(code=fault.code, message=fault.message).encode(), False
+                )
             if fault.lose == "request":
                 return self._hang_up()
             if fault.lose == "silence":

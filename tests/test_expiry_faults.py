@@ -159,6 +159,9 @@ R2_LOCK = "<Error><Code>ObjectLockedByBucketPolicy</Code><Message>The object is 
 DENIED = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
+LOCKS_AWAY = "<Error><Code>InternalError</Code><Message>The object lock service is away</Message></Error>"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "outcome"),
@@ -169,8 +172,9 @@ DENIED = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Erro
         (_in_bulk("AccessDenied", "Access Denied."), "locked"),  # but others may be deleted
         (lambda _: (403, DENIED), "refused"),  # nothing may be deleted
         (lambda _: (500, "<Error><Code>InternalError</Code></Error>"), "unavailable"),
+        (lambda _: (500, LOCKS_AWAY), "unavailable"),
     ],
-    ids=["r2-lock", "aws-lock", "worm", "403-of-one", "403-of-all", "500"],
+    ids=["r2-lock", "aws-lock", "worm", "403-of-one", "403-of-all", "500", "500-about-locks"],
 )
 def test_a_refusal_to_delete_is_told_from_wrong_rights_and_from_an_outage(
     own: World, s3: dict[str, object], answer: Any, outcome: str

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from shared import backup, catalogue
-from shared.errors import CorruptBackup, KeyTaken, NoSpace, ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
+from shared.errors import (
+    CorruptBackup,
+    KeyTaken,
+    NoSpace,
+    ObjectLocked,
+    ObjectStoreRefused,
+    ObjectStoreUnavailable,
+    UnknownBackup,
+)
 from shared.objects import ObjectStore
 from tests.core_fixtures import World, contents_of, settings_in, sha256_of, start_child
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
@@ -214,6 +222,38 @@ def test_a_read_that_brings_nothing_more_is_given_up(store: ObjectStore, proxy: 
             seen += len(chunk)
     assert 0 < seen < PARTS
     assert proxy.count("GET") <= 1 + (1 + 1) * 2  # of obstore, and once more from where it stopped
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Fault(status=500), ObjectStoreUnavailable),
+        (
+            Fault(status=403, code="AccessDenied", message="no DeleteObject on my-retention-bucket/*"),
+            ObjectStoreRefused,
+        ),
+        (Fault(status=403, code="AccessDenied", message="protected by object lock"), ObjectLocked),
+    ],
+)
+def test_only_the_stores_own_words_make_an_object_locked(
+    through: dict[str, object], proxy: FaultProxy, tmp_path: Path, fault: Fault, error: type[Exception]
+) -> None:
+    """A bucket may be named after its retention: an outage or missing rights would pass for a lock, and unnoticed."""
+    there = through | {"object_store_url": f"s3://my-retention-bucket/{tmp_path.name}"}
+    store = ObjectStore(settings_in(tmp_path, "", **there))
+    path, digest = make(tmp_path, SMALL)
+    store.put_file(KEY, path, digest)
+    proxy.fail(fault, method="POST", containing="delete")
+    with pytest.raises(error):
+        store.delete(KEY)
+
+
+def test_a_local_disks_refusal_is_no_lock(tmp_path: Path) -> None:
+    """Its message has the path in it, and that the tenant's name."""
+    store = ObjectStore(settings_in(tmp_path, ""))
+    (tmp_path / "objects/tenants/worm").mkdir(parents=True)
+    with pytest.raises(ObjectStoreUnavailable):
+        store.delete("tenants/worm")
 
 
 # The whole of a backup: nothing half-registered
