@@ -8,7 +8,9 @@
 from or held since the plan is seen. A marked row is chosen by nobody; only then is its object removed, and only when
 that is known does the row say so. A run that dies anywhere leaves rows `deleting`, which the next run goes on with:
 removing an object twice is fine. Before it removes one it asks again whether the tenant has another good backup; when
-that was lost meanwhile, the row is taken back, once its object was read and found whole.
+that was lost meanwhile, the row is taken back: available, once its object was read and found whole, else corrupt. That
+its object is missing is the store's word alone, and a store may be wrong for a night: such a row becomes corrupt, which
+verification looks at again, and not deleted, for which the object would go when it is seen again.
 
 An object that may not be deleted yet (object lock, legal hold, a bucket lock rule) stays `deleting` with the cause in
 `delete_error`: no failure, tried again by the next run. On a versioned bucket a delete leaves a marker and the versions
@@ -207,8 +209,8 @@ class _Remover:
     def _take_back(self, connection: Connection, row: dict[str, Any]) -> tuple[Outcome, str | None]:
         """The tenant has lost its other good backups: keep this one, as what it is."""
         if not self._objects.exists(row["key"]):
-            return "deleted", "its object was gone already"
-        if row["status_before"] == "corrupt":
+            status, reason = "corrupt", "missing when it was to be removed, and the tenant has no good one any more"
+        elif row["status_before"] == "corrupt":
             status, reason = "corrupt", "the tenant has no good one any more"
         else:
             backup = Backup(**rows(connection, "backup_get", backup_id=row["backup_id"])[0])
@@ -216,8 +218,6 @@ class _Remover:
                 examined = examine(self._control_plane, self._objects, backup, directory)
             if examined.outcome == "inconclusive":
                 return "unavailable", examined.cause
-            if examined.outcome == "missing":
-                return "deleted", "its object was gone already"
             status = "available" if examined.outcome == "good" else "corrupt"
             reason = examined.cause or "the tenant's only good one"
         rows(connection, "backup_taken_back", backup_id=row["backup_id"], status=status, reason=reason)

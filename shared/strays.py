@@ -2,7 +2,9 @@
 restored from before. Those older than `retention_orphan_hours` are looked at once a run.
 
     adopted     it opens as the tenant's database its key names: it gets a row, as a safety backup, because nobody knows
-                any more what it was made for. So it is restored by its id or by a time, never as "the newest"
+                any more what it was made for. So it is restored by its id or by a time, never as "the newest".
+                One whose row says deleted while its tenant has no good backup: it becomes corrupt, which verification
+                looks at again, and makes available when it is whole
     removed     its row says deleted, or its tenant was erased, or deleted long ago: it should not be there
     registered  a finished upload that a crash kept from its row: it gets that row, as what it was made for
     listed      anything else: a key that is not ours, an unknown tenant, a file that does not open. Left as it is
@@ -100,6 +102,10 @@ def _attend(
     if parts is None:
         return "listed", "not a key of ours"
     former = isinstance(row["erased_at"], datetime) and parts.ts < row["erased_at"]  # an erased tenant had that id
+    if row["status"] == "deleted" and row["needed"] and not former:
+        if not dry_run:
+            control_plane.execute("backup_undeleted", key=listed.key)
+        return "adopted", "its row says deleted, and the tenant has no good one: left to verification"
     if row["status"] == "deleted" or row["tenant_gone"] or (former and not row["tenant_leaving"]):
         if not dry_run:
             objects.delete(listed.key)

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from shared import catalogue, expiry
+from shared import catalogue, expiry, strays, verify
 from shared.errors import ObjectLocked, UnknownBackup
 from tests.core_fixtures import World
 from tests.expiry_fixtures import DAY, NOW, Away, add, check_truth, few, restoring, run, run_sql, statuses
@@ -160,16 +160,39 @@ def test_one_that_became_the_only_good_one_is_taken_back(own: World) -> None:
     check_truth(own)
 
 
-def test_one_that_became_the_only_one_and_whose_object_is_gone_is_not_taken_back(own: World) -> None:
-    """The reply of its removal was lost: the row must not promise it again."""
+def test_one_that_became_the_only_one_and_whose_object_is_gone_is_promised_to_nobody(own: World) -> None:
+    """The reply of its removal was lost, or the store is wrong: its row neither promises it nor calls it deleted."""
     kept, _ = few(own)
     page = expiry.plan(own.control_plane, own.settings)
     expiry.mark(own.control_plane, own.settings, page.planned)
     for row in run_sql(own, "SELECT key FROM backups WHERE status = 'deleting'"):
         own.objects.delete(row["key"])
     own.control_plane.execute("backup_found_corrupt", backup_id=kept, reason="test")
-    assert {r.outcome for r in run(own)} == {"deleted"}
-    assert set(statuses(own).values()) == {"corrupt", "deleted"}
+    assert {r.outcome for r in run(own)} == {"taken back"}
+    assert set(statuses(own).values()) == {"corrupt"}
+    assert run(own) == []
+
+
+class Forgetful(Away):
+    """A store that says of everything that there is no such object."""
+
+    def exists(self, key: str) -> bool:
+        return False
+
+
+def test_the_last_good_one_outlives_a_store_that_forgot_it_for_a_night(own: World) -> None:
+    """It was to go, its successors were lost, and the store answered 404: when the store is right again it is there."""
+    own.write("one")
+    old = own.back_up()
+    own.objects.sha256(old.key)
+    run_sql(own, "UPDATE backups SET status = 'deleting', status_before = 'available', verified_at = NULL")
+    [removed] = expiry.remove(own.control_plane, Forgetful(own), own.settings)  # type: ignore[arg-type]
+    assert removed.outcome == "taken back" and statuses(own) == {old.backup_id: "corrupt"}
+    settings = own.settings.model_copy(update={"retention_orphan_hours": 1e-9})
+    assert list(strays.find(own.control_plane, own.objects, settings, dry_run=False)) == []
+    share = verify.choose(own.control_plane, own.settings)
+    verify.examine_all(own.control_plane, own.objects, own.settings, share)
+    assert catalogue.newest(own.control_plane, own.tenant_id).backup_id == old.backup_id
 
 
 # --- an object store that is away, locked, or refuses ---

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import backup, catalogue, keys, strays, uploads
+from shared import backup, catalogue, keys, strays, uploads, verify
 from shared.control_plane import ControlPlane
 from shared.errors import ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
@@ -96,10 +96,23 @@ def test_what_does_not_open_or_is_not_ours_is_listed_and_left(own: World) -> Non
 
 def test_an_object_whose_row_says_deleted_goes(own: World) -> None:
     """A local disk may bring a file back after a power loss; a row that says deleted must not lie."""
-    gone = add(own, timedelta(days=9), status="deleted")
+    good, gone = add(own, timedelta(days=8)), add(own, timedelta(days=9), status="deleted")
     assert [s.outcome for s in find(own, dry_run=True)] == ["removed"]
     assert [s.outcome for s in find(own)] == ["removed"]
-    assert own.objects.keys("tenants") == [] and statuses(own) == {gone: "deleted"}
+    assert len(own.objects.keys("tenants")) == 1 and statuses(own) == {good: "available", gone: "deleted"}
+
+
+def test_an_object_whose_row_says_deleted_stays_while_its_tenant_has_no_good_one(own: World) -> None:
+    """The row may be wrong, by a store that denied the object: the tenant's last good backup is not removed for it."""
+    own.write("one")
+    made = own.back_up()
+    run_sql(own, "UPDATE backups SET status = 'deleted'")
+    assert [s.outcome for s in find(own, dry_run=True)] == ["adopted"] and statuses(own) == {made.backup_id: "deleted"}
+    assert [s.outcome for s in find(own)] == ["adopted"]
+    assert find(own) == [] and statuses(own) == {made.backup_id: "corrupt"}
+    share = verify.choose(own.control_plane, own.settings)
+    verify.examine_all(own.control_plane, own.objects, own.settings, share)
+    assert catalogue.newest(own.control_plane, own.tenant_id).backup_id == made.backup_id
 
 
 def test_a_deleted_tenants_stray_gets_no_row_and_goes_with_the_tenants_backups(own: World) -> None:

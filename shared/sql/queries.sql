@@ -794,7 +794,7 @@ ORDER BY t.tenant_id LIMIT %(limit)s;
 -- Objects without a row (shared/strays.py).
 
 -- name: strays_of
--- Of these keys those the catalogue does not know, or calls deleted.
+-- Of these keys those the catalogue does not know, or calls deleted; `needed`: their tenant has no good backup.
 SELECT k.key, b.status, u.key IS NOT NULL AS uploading, t.tenant_id IS NOT NULL AS tenant_known,
        coalesce(t.state IN ('deleting', 'deleted'), false) AS tenant_leaving,
        -- At once after a deletion that erased everything; beside kept backups as long as they are kept.
@@ -802,13 +802,21 @@ SELECT k.key, b.status, u.key IS NOT NULL AS uploading, t.tenant_id IS NOT NULL 
            t.updated_at < clock_timestamp() - make_interval(days => %(deleted_days)s)
            OR (SELECT d.erased FROM tenant_deletions d WHERE d.tenant_id = t.tenant_id
                ORDER BY d.started_at DESC LIMIT 1)), false) AS tenant_gone,
-       (SELECT max(d.finished_at) FROM tenant_deletions d WHERE d.tenant_id = t.tenant_id AND d.erased) AS erased_at
+       (SELECT max(d.finished_at) FROM tenant_deletions d WHERE d.tenant_id = t.tenant_id AND d.erased) AS erased_at,
+       coalesce(t.state NOT IN ('deleting', 'deleted'), false) AND NOT EXISTS (
+           SELECT 1 FROM backups g
+           WHERE g.tenant_id = k.tenant_id AND g.status = 'available' AND g.verified_at IS NOT NULL) AS needed
 FROM unnest(%(keys)s::text[], %(tenant_ids)s::text[]) AS k (key, tenant_id)
 LEFT JOIN backups b ON b.key = k.key
 LEFT JOIN backup_uploads u ON u.key = k.key
 LEFT JOIN tenants t ON t.tenant_id = k.tenant_id
 WHERE b.key IS NULL OR b.status = 'deleted'
 ORDER BY k.key;
+
+-- name: backup_undeleted
+UPDATE backups SET status = 'corrupt', status_at = clock_timestamp(),
+       status_reason = 'its row said deleted, its object is there and the tenant has no good one'
+WHERE key = %(key)s AND status = 'deleted';
 
 -- name: tenant_key_ids
 SELECT key_id FROM tenant_keys WHERE tenant_id = %(tenant_id)s ORDER BY created_at DESC;
