@@ -126,9 +126,8 @@ def backup(
     if tenants:
         parts = [Part(m, tuple(names)) for m, names in _by_machine(tenants).items()]
     else:
-        wanted = [shard] if shard is not None else range(shards)
-        machines = [machine_id] if machine_id else _machines()
-        parts = [Part(m, None, n, shards) for m in machines for n in wanted]
+        wanted = range(shards) if shard is None else [shard]
+        parts = [Part(m, None, n, shards) for m in ([machine_id] if machine_id else _machines()) for n in wanted]
     mine = next((part for part in parts if part.machine_id == settings.machine_id), None)
     others: dict[Part, Elsewhere] = {}
     refused: dict[str, str] = {}

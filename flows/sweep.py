@@ -5,6 +5,7 @@ flow is the same, every minute, where an operator sees it, and the only part tha
 """
 
 import os
+from datetime import UTC, datetime
 from typing import Any
 
 import psutil
@@ -75,13 +76,24 @@ def _process_is_gone(run: FlowRun) -> bool:
         return False
     if not pid.isdigit():
         return False
+    started: datetime | None = run.start_time
+    if _retried(run):
+        assert run.state is not None  # it was listed by its state
+        if (datetime.now(UTC) - run.state.timestamp).total_seconds() < configuration().prefect_pick_up_seconds:
+            return False  # the pid may still be the one of the try before
+        started = None if run.state.is_pending() else run.state.timestamp
     try:
         process = psutil.Process(int(pid))
         # A pid used again belongs to something younger than the run's start.
-        reused = run.start_time is not None and process.create_time() > run.start_time.timestamp() + 5
+        reused = started is not None and process.create_time() > started.timestamp() + 5
         return bool(reused or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def _retried(run: FlowRun) -> bool:
+    """Whether somebody has a run that had ended done once more: `start_time` is of its first try."""
+    return run.run_count > (0 if run.state_type == StateType.PENDING else 1)
 
 
 @flow(name="sweep", flow_run_name="sweep", **policy.FLOW)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import core as flow_core
 from flows import machine as machine_core
 from flows.backup import backup
 from flows.machine import Elsewhere
-from shared import catalogue, fleet_run
+from flows.sweep import _process_is_gone
+from shared import catalogue, fleet_run, queues
 from shared.errors import ControlPlaneUnavailable, LeaseHeld
 from shared.fleet import Fleet
 from shared.settings import settings as cached_settings
@@ -111,6 +115,30 @@ def test_a_run_elsewhere_that_prefect_cannot_tell_about_has_a_bound(flow_machine
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}/api"
     with temporary_settings({PREFECT_API_URL: nobody}):
         assert "Prefect does not answer" in str(machine_core.wait(elsewhere))
+
+
+def test_a_run_done_once_more_is_not_taken_for_dead(flow_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect keeps the first try's start, and its pid until the next has one: no sweep may end the second for it."""
+    monkeypatch.setenv("ENGRAM_PREFECT_PICK_UP_SECONDS", "30")
+    cached_settings.cache_clear()
+    ours = {"prefect.worker.name": queues.worker_names(flow_core.configuration())[0]}
+    long_ago, now = (datetime.now(UTC) - timedelta(days=days) for days in (3, 0))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+
+    def gone(pid: int, count: int, state: State[Any]) -> bool:
+        run = FlowRun(id=uuid4(), flow_id=uuid4(), labels=ours, infrastructure_pid=str(pid), run_count=count,
+                      start_time=long_ago, state=state, state_type=state.type)  # fmt: skip
+        return _process_is_gone(run)
+
+    def at(kind: StateType, when: datetime) -> State[Any]:
+        return State(type=kind, timestamp=when)
+
+    assert gone(os.getpid(), 1, at(StateType.RUNNING, long_ago)), "used again by something younger"
+    assert not gone(os.getpid(), 2, at(StateType.RUNNING, now))
+    assert not gone(dead.pid, 2, at(StateType.RUNNING, now)) and not gone(dead.pid, 1, at(StateType.PENDING, now))
+    assert gone(dead.pid, 2, at(StateType.RUNNING, now - timedelta(minutes=1)))
+    assert gone(dead.pid, 1, at(StateType.RUNNING, now))
 
 
 def test_a_second_run_beside_a_living_one_is_refused(flow_machine: Machine) -> None:
