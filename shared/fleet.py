@@ -10,7 +10,8 @@ A tenant is skipped only on proof, and only while its last good backup can still
     the snapshot is equal   same sha256 as the last good backup: nothing is uploaded
     done by this run        before it was killed
 
-The first two are off for a backup older than ENGRAM_BACKUP_FORCE_DAYS, or packed in another way than is set now.
+The first two are off for a backup older than ENGRAM_BACKUP_FORCE_DAYS, packed in another way than is set now, or
+encrypted with a key that was rotated since.
 Whether the backup can be trusted is asked again by the statement that writes the mark: a backup that a verify run
 found corrupt in the meantime is replaced, not skipped.
 
@@ -135,6 +136,7 @@ class Fleet:
         return (
             timedelta(0) <= age < timedelta(days=self.settings.backup_force_days)
             and last.packing == Packing.of(self.settings).name
+            and last.key_current
         )
 
     def _mark(self, marks: Sequence[_Mark]) -> set[str]:

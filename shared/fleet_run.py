@@ -25,7 +25,7 @@ from shared.settings import Settings
 
 
 class Last(Receipt, frozen=True):
-    """A tenant's last good backup, as far as a run needs it."""
+    """A tenant's last good backup, as far as a run needs it. `key_current`: its key, if it has one, is not retired."""
 
     backup_id: UUID
     ts: datetime
@@ -33,6 +33,7 @@ class Last(Receipt, frozen=True):
     sha256: str
     size_bytes: int
     packing: str
+    key_current: bool
 
 
 class Chosen(Receipt, frozen=True):

@@ -10,7 +10,8 @@ Erasing a tenant's rows makes its backups unreadable wherever copies of them lie
 own history of the row is gone too: dead tuples until a vacuum, WAL and point-in-time copies until their retention.
 
 Master rotation: put the new key in ENGRAM_BACKUP_MASTER_KEY and the old one in ENGRAM_BACKUP_MASTER_KEYS_OLDER, run
-`rewrap`, drop the old one. Tenant rotation: `rotate`; the retired key still opens what it encrypted.
+`rewrap`, drop the old one. Tenant rotation: `rotate`; the retired key still opens what it encrypted, and the next run
+over all tenants stores this one anew, changed or not.
 
 Nothing here puts a key into a message, and no name or comment of a wrapped file says more than whose it is.
 """

@@ -55,6 +55,14 @@ class Machine:
         return len(self.objects.keys("tenants"))
 
 
+def made(done: list[Done]) -> set[str]:
+    return {d.tenant_id for d in done if not d.skipped and d.error is None}
+
+
+def skipped(done: list[Done]) -> set[str]:
+    return {d.tenant_id for d in done if d.skipped}
+
+
 def make_machine(directory: Path, url: str, control_plane: ControlPlane, tenants: int = 4) -> Machine:
     token = secrets.token_hex(4)
     settings = settings_in(directory, url, machine_id=f"m-{token}")

@@ -58,7 +58,7 @@ def rotate(
         if tenant_id is not None:
             made = core.rotate(control_plane, settings, tenant_id)
             result = {"tenant_id": made.tenant_id, "key_id": made.key_id, "recipient": made.recipient}
-            text = f"{tenant_id}: the next backup uses key {made.key_id}; the older ones stay readable"
+            text = f"{tenant_id}: the next run stores it anew with key {made.key_id}; older backups stay readable"
             failed: tuple[object, ...] = ()
         else:
             done = core.rewrap(control_plane, settings)

@@ -645,11 +645,13 @@ ORDER BY max(started_at) DESC LIMIT 1;
 -- name: fleet_tenants
 -- A machine's tenants with their last good backup and the mark beside it; those longest without a true one first.
 SELECT t.tenant_id, m.fingerprint, m.run_id, m.backup_id AS marked_backup_id,
-       b.backup_id, b.ts, b.key, b.sha256, b.size_bytes, b.packing
+       b.backup_id, b.ts, b.key, b.sha256, b.size_bytes, b.packing,
+       b.key_id IS NULL OR EXISTS (
+           SELECT 1 FROM tenant_keys k WHERE k.key_id = b.key_id AND k.retired_at IS NULL) AS key_current
 FROM tenants t
 LEFT JOIN backup_marks m ON m.tenant_id = t.tenant_id
 LEFT JOIN LATERAL (
-    SELECT backup_id, ts, key, sha256, size_bytes, packing, current_at FROM backups
+    SELECT backup_id, ts, key, sha256, size_bytes, packing, key_id, current_at FROM backups
     WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
     ORDER BY ts DESC LIMIT 1
 ) b ON true
