@@ -856,7 +856,7 @@ UPDATE backups SET unread_at = clock_timestamp() WHERE backup_id = %(backup_id)s
 -- name: backups_seen_last
 -- Those that were last known to lie whole in the store.
 SELECT key FROM backups WHERE status = 'available' AND verified_at IS NOT NULL
-ORDER BY verified_at DESC LIMIT %(limit)s;
+ORDER BY verified_at DESC NULLS LAST LIMIT %(limit)s;
 
 -- name: backup_verified
 -- Also of one that was found corrupt and reads whole again: what was damaged then was the way to it.
