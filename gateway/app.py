@@ -49,6 +49,7 @@ from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
 from gateway.silence import STOPPING, Silence, speaks_http2
 from gateway.steering import steer_here
 from gateway.tenants import Tenants
+from gateway.unread import cut_off_unread
 from gateway.usage import UsageReport
 from shared import metrics
 from shared.control_plane import ControlPlane
@@ -166,6 +167,7 @@ async def _running(
         silence = Silence(settings, services.gate.is_idle)
         work.append(Periodic("silence", SILENCE_SECONDS, silence.look).start())
     if parent_pid is not None:
+        cut_off_unread(settings.gateway_port, settings.answer_stall_seconds)
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())
     if pulse is not None:

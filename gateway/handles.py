@@ -34,11 +34,13 @@ log = get_logger("pool")
 
 
 class Read(NamedTuple):
-    """A read that waits for a thread; `step` is `read` or `read_and_renew`."""
+    """A read that waits for a thread; `step` is `read` or `read_and_renew`. A `slow` one may take long."""
 
     step: Callable[[OpenTenant, Job[Any]], Any]
     job: Job[Any]
     answer: asyncio.Future[Any]
+    slow: bool
+    asked_at: float  # monotonic
 
 
 class OpenTenant:
@@ -94,15 +96,24 @@ def read(tenant: OpenTenant, job: Job[Result]) -> Result:
         return job(connection)
 
 
-def read_waiting(tenant: OpenTenant, settle: Callable[[asyncio.Future[Any], Any, BaseException | None], None]) -> None:
+def read_waiting(
+    tenant: OpenTenant, settle: Callable[[asyncio.Future[Any], Any, BaseException | None], None], slow: bool
+) -> None:
     """Serve the reads that wait, and those that come meanwhile; each is answered when it is done, not when all are.
 
     The way to a thread and back costs more than most reads: a busy tenant's share one. One whose caller has left
-    before it began is settled unread.
+    before it began is settled unread. A thread that is not for `slow` ones stops before the first of them.
     """
     began = time.monotonic()
     while tenant.reads and time.monotonic() - began < READ_SECONDS:
-        step, job, answer = tenant.reads.popleft()
+        try:
+            waiting = tenant.reads.popleft()
+        except IndexError:  # it was overdue just now
+            return
+        step, job, answer, is_slow, _ = waiting
+        if is_slow and not slow:
+            tenant.reads.appendleft(waiting)
+            return
         result: Any = None
         failed: BaseException | None = None
         if not answer.done():
@@ -123,7 +134,7 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
     def waiting() -> Iterator[batch.Job]:
         while len(members) < most and (member := tenant.writes.next()) is not None:
             members.append(member)
-            yield member[0]
+            yield member.job
 
     try:
         return batch.commit(_writer(tenant), waiting())

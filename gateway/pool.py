@@ -13,7 +13,8 @@ Reads that wait behind a tenant's thread are served by it one after the other, w
 
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
-lock, not in the threads, so it cannot take them from the others.
+lock, not in the threads, so it cannot take them from the others. What may take long, a search, never has all threads
+(`gateway.threads`). What no thread has begun within `database_wait_seconds` is shed, and never begun.
 
 What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 8 with two. Page
 caches come on top, up to 2 MB a connection, until all of SQLite's memory in this process reaches `sqlite_heap_bytes`;
@@ -48,7 +49,7 @@ from gateway.problems import shed
 from gateway.recency import Recency
 from gateway.shed import bounded
 from gateway.threads import Threads
-from gateway.writes import Member, again
+from gateway.writes import Member, again, take_overdue
 from shared import metrics
 from shared.engine.batch import Outcome
 from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
@@ -61,6 +62,7 @@ BATCH = 64  # writes in one transaction: no more than may wait anyway
 ROOM_WAIT_SECONDS = 0.5
 FILES_PER_TENANT = 8
 FILES_FOR_THE_REST = 200  # sockets, spool, control plane; each request may bring a socket more
+LOOK_SECONDS = 0.1  # between two looks at who has waited for too long
 _ROOM_POLL_SECONDS = 0.01
 
 
@@ -75,6 +77,8 @@ class TenantPool:
         self._threads = Threads(settings.gateway_threads, "sqlite")
         self._queue_limit = settings.gateway_threads * QUEUE_PER_THREAD
         self._queued = 0
+        self._wait_seconds = settings.database_wait_seconds
+        self._looking = False
         self._open: Recency[OpenTenant] = Recency(_within_file_limit(settings.tenant_pool_size))
         with closing(sqlite3.connect(":memory:")) as any_database:  # the limit is the process's
             any_database.execute(f"PRAGMA soft_heap_limit = {settings.sqlite_heap_bytes}")
@@ -93,12 +97,13 @@ class TenantPool:
                 self._discard(tenant)
                 raise
         if tenant is None:
-            return await self._run(tenant_id, read, job)
-        return await self._run(tenant_id, read_and_renew, job)
+            return await self._run(tenant_id, read, job, slow=False)
+        return await self._run(tenant_id, read_and_renew, job, slow=False)
 
-    async def read(self, tenant_id: str, job: Job[Result]) -> Result:
-        """Run `job` on a fenced connection in a thread. Raises what `TenantDatabase.read` raises."""
-        return await self._run(tenant_id, read, bounded(job, self._query_timeout_seconds))
+    async def read(self, tenant_id: str, job: Job[Result], *, brief: bool = False) -> Result:
+        """Run `job`, which never takes long if it is `brief`, on a fenced connection in a thread. Raises what
+        `TenantDatabase.read` raises."""
+        return await self._run(tenant_id, read, bounded(job, self._query_timeout_seconds), slow=not brief)
 
     async def write(self, tenant_id: str, job: Job[Result]) -> Result:
         """Run `job` in a transaction in a thread; when this returns it is committed and fsynced.
@@ -107,7 +112,7 @@ class TenantPool:
         that is cancelled before its job began leaves no trace; after that the job is stored all the same.
         """
         tenant = await self._admit(tenant_id)
-        waiting = tenant.writes.put(job)
+        waiting = tenant.writes.put(job, time.monotonic())
         if tenant.writing is None:
             tenant.writing = asyncio.get_running_loop().create_task(self._write_waiting(tenant))
         result: Result = await waiting
@@ -137,12 +142,14 @@ class TenantPool:
         async with tenant.lock:  # a thread may still be busy for a caller that has left
             await self._threads.run(close_and_fold, tenant)
 
-    async def _run(self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result]) -> Result:
+    async def _run(
+        self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result], *, slow: bool
+    ) -> Result:
         tenant = await self._admit(tenant_id)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # From here the thread owns the handle: it is given back when the thread is done with it, not when this
         # coroutine is cancelled.
-        tenant.reads.append(Read(step, job, answer))
+        tenant.reads.append(Read(step, job, answer, slow, time.monotonic()))
         if step is read_and_renew:
             tenant.inline = False
         if not tenant.reading:
@@ -166,8 +173,9 @@ class TenantPool:
 
     def _read_in_thread(self, tenant: OpenTenant) -> None:
         """The caller has the lock; the thread gives it back."""
-        settle = partial(self._settle, tenant)
-        self._threads.run(read_waiting, tenant, settle, then=partial(self._finished, tenant))
+        settle, finished = partial(self._settle, tenant), partial(self._finished, tenant)
+        slow = bool(tenant.reads) and tenant.reads[0].slow
+        self._threads.run(read_waiting, tenant, settle, slow, then=finished, slow=slow)
 
     def _settle(
         self, tenant: OpenTenant, answer: asyncio.Future[Any], result: Any, error: BaseException | None
@@ -187,14 +195,15 @@ class TenantPool:
                 error = e
                 self._note(tenant, e)
             tenant.lock.release()
-            for n, (_, waiting) in enumerate(members):
+            for n, (_, waiting, _) in enumerate(members):
                 if not waiting.done():  # its caller may have been cancelled
                     failed = error or outcomes[n].error
                     if failed is None:
                         waiting.set_result(outcomes[n].value)
                     else:
                         waiting.set_exception(again(failed))
-            done, tenant.writes.left = len(members) + tenant.writes.left, 0
+            done = len(members) + tenant.writes.left + tenant.writes.overdue
+            tenant.writes.left = tenant.writes.overdue = 0
             if not tenant.writes:
                 tenant.writing = None
             for _ in range(done):
@@ -205,6 +214,9 @@ class TenantPool:
         if self._queued >= self._queue_limit:
             raise shed("The server is busy.")
         self._queued += 1
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
         try:
             tenant = self._open.use(tenant_id) or await self._make_room(tenant_id)
         except BaseException:
@@ -215,6 +227,21 @@ class TenantPool:
             self._released(tenant)
             raise shed("The tenant has too many requests waiting.")
         return tenant
+
+    def _look(self) -> None:
+        """Shed what has waited for too long. Writes keep their places until the one that is under way is done."""
+        asked_before = time.monotonic() - self._wait_seconds
+        for tenant in [tenant for tenant in self._open.leaving() if tenant.users]:
+            reads = take_overdue(tenant.reads, asked_before)
+            writes = tenant.writes.take_overdue(asked_before)
+            for answer in [*(each.answer for each in reads), *(each.answer for each in writes)]:
+                if not answer.done():
+                    answer.set_exception(shed("The server is busy."))
+            for _ in reads:
+                self._released(tenant)
+        self._looking = self._queued > 0
+        if self._looking:
+            asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 
     def _answered(self, tenant: OpenTenant, error: BaseException | None) -> None:
         self._note(tenant, error)

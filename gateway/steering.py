@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -38,21 +39,30 @@ class _Program(ctypes.Structure):
 
 
 def steer_here(port: int, place: int) -> None:
-    """In a thread of its own: once this process listens on `port`, be given all its new connections."""
-    threading.Thread(target=_steer, args=(port, place), name="steering", daemon=True).start()
+    """Once this process listens on `port`, be given all its new connections."""
+    once_listening(port, lambda mine: _steer(mine, place), name="steering")
 
 
-def _steer(port: int, place: int) -> None:
+def once_listening(port: int, what: Callable[[socket.socket], None], name: str) -> None:
+    """In a thread of its own: once this process listens on `port`, do that with the socket."""
+    threading.Thread(target=_wait_and_do, args=(port, what), name=name, daemon=True).start()
+
+
+def _wait_and_do(port: int, what: Callable[[socket.socket], None]) -> None:
     deadline = time.monotonic() + _LISTEN_SECONDS
     while (mine := listener(port)) is None:
         if time.monotonic() > deadline:
             return
         time.sleep(_POLL_SECONDS)
     with closing(mine):
-        try:
-            _attach(mine, place)
-        except OSError as e:
-            log.warning("connections_not_steered", cause=e.strerror)
+        what(mine)
+
+
+def _steer(listening: socket.socket, place: int) -> None:
+    try:
+        _attach(listening, place)
+    except OSError as e:
+        log.warning("connections_not_steered", cause=e.strerror)
 
 
 def _attach(listening: socket.socket, place: int) -> None:

@@ -137,7 +137,7 @@ async def list_memories(
         following = cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
         return _encode({"memories": page.memories, "next_cursor": following})
 
-    return _answer(await services.pool.read(tenant_id, job))
+    return _answer(await services.pool.read(tenant_id, job, brief=True))
 
 
 @get("/memories/{memory_id:str}", opt={"scope": "memories:read"}, responses=_answers(200, MemoryView, 404))

@@ -174,6 +174,9 @@ class Settings(BaseSettings):
     tenant_refresh_seconds: float = Field(default=2.0, gt=0)
     tenant_lock_wait_seconds: float = Field(default=2.0, ge=0)
     sqlite_busy_timeout_seconds: float = Field(default=5.0, ge=0)
+    database_wait_seconds: float = Field(
+        default=2.0, gt=0, description="longest wait for a thread and the tenant's turn; then 503, and nothing was done"
+    )
     query_timeout_seconds: float = Field(default=5.0, ge=0, description="of a list or a search; 0 is no limit")
 
     # What a client may send and how slowly
@@ -181,6 +184,9 @@ class Settings(BaseSettings):
     header_limit_bytes: int = Field(default=32_768, ge=1_024)
     header_timeout_seconds: float = Field(default=30.0, gt=0, description="also how long an idle connection is kept")
     body_timeout_seconds: float = Field(default=30.0, gt=0)
+    answer_stall_seconds: float = Field(
+        default=30.0, gt=0, description="a client that reads nothing for so long is cut"
+    )
 
     # How much a client may ask for. Some can be overridden while running: `shared.limits`.
     rate_limit_mode: Literal["off", "shadow", "enforce"] = "enforce"

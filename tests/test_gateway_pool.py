@@ -127,7 +127,7 @@ def test_a_hot_tenant_is_shed_before_it_takes_the_threads_from_the_others(tmp_pa
         assert sum(isinstance(r, Refusal) for r in results) == 10
         assert results.count(True) == PER_TENANT_QUEUE
 
-    with_pool(tmp_path, test, 2, gateway_threads=2)
+    with_pool(tmp_path, test, 2, gateway_threads=3)
 
 
 def test_a_cancelled_caller_leaves_its_handle_only_when_the_thread_has(tmp_path: Path) -> None:

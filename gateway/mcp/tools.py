@@ -169,7 +169,7 @@ async def _list(call: Call, data: ListMemories) -> Result:
         following = v1.cursor_of(page.next_seq, call.tenant_id, data.tag) if page.next_seq is not None else None
         return Result.of({"memories": page.memories, "next_cursor": following})
 
-    return await call.services.pool.read(call.tenant_id, job)
+    return await call.services.pool.read(call.tenant_id, job, brief=True)
 
 
 async def _search(call: Call, data: Search) -> Result:
