@@ -1,6 +1,6 @@
 """Which tenants are active, here or on another machine, known to this worker without asking PostgreSQL in a request.
 
-The map is read every `tenant_refresh_seconds`; when the control plane does not answer the last one stands. A
+What changed is read every `tenant_refresh_seconds`; when the control plane does not answer the last map stands. A
 tenant the map does not hold (or holds half-made) triggers one read for everybody who waits for it, at most
 every `ON_DEMAND_SECONDS`: a tenant works the moment it was created, and a flood of tokens for tenants that do
 not exist costs two queries a second. A read that began before the question was asked does not answer it: who is not in

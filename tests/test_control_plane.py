@@ -121,6 +121,7 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         "ttl_seconds": 1.5,
     },
     "action_get": {"action_id": uuid4()},
+    "tenant_standings": {"since": "7"},
     "actions_lock": {"lock": 1},
     "tenant_deletion_begin": {"inventory": Jsonb({}), "deletion_id": uuid4(), "keep_backups": False},
     "tenant_deletion_finish": {"deletion_id": uuid4(), "erased": True},

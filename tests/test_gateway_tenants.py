@@ -9,7 +9,7 @@ import pytest
 
 from gateway.tenants import Tenants
 from shared.errors import ControlPlaneUnavailable
-from shared.registry import KnownTenants
+from shared.registry import KnownTenants, Standings
 
 
 def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unknown() -> None:
@@ -17,10 +17,10 @@ def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unk
     rows: list[dict[str, Any]] = [{"tenant_id": "acme", "state": "active", "elsewhere": None}]
     away = False
 
-    def read() -> list[dict[str, Any]]:
+    def read(_since: str | None) -> Standings:
         if away:
             raise ControlPlaneUnavailable("away")
-        return list(rows)
+        return list(rows), "7"
 
     async def run() -> None:
         nonlocal away

@@ -17,7 +17,7 @@ from shared.errors import (
     UnknownTenant,
     UnsafeTenantId,
 )
-from shared.registry import KnownTenants
+from shared.registry import Elsewhere, KnownTenants, Standings
 from shared.tenant import TenantPaths
 from tests.core_fixtures import World, add_memories, contents_of, settings_in
 
@@ -115,8 +115,41 @@ def test_the_gateways_map_survives_a_control_plane_that_is_away(world: World, tm
     assert known.standings[world.tenant_id] == "active"
     settings = settings_in(tmp_path, "postgresql://u:p@127.0.0.1:1/d", control_plane_connect_timeout_seconds=0.2)
     with ControlPlane(settings) as dead:
-        known._read = lambda: dead.rows("tenant_standings", machine_id=world.settings.machine_id)
+        known._read = KnownTenants.of(dead, world.settings.machine_id)._read
         with pytest.raises(ControlPlaneUnavailable):
             known.refresh()
     assert known.standings[world.tenant_id] == "active"
     assert world.tenant_id in {t.tenant_id for t in registry.list_all(world.control_plane)}
+
+
+def test_a_refresh_reads_what_has_changed_and_misses_nothing_that_was_committed_late(world: World) -> None:
+    """Not every tenant of every machine each time; a change that was under way during a read is in a later one."""
+    other = f"t{secrets.token_hex(6)}"
+    known, read = KnownTenants.of(world.control_plane, world.settings.machine_id), list[int]()
+    asked = known._read
+
+    def counted(since: str | None) -> Standings:
+        rows, following = asked(since)
+        read.append(len(rows))
+        return rows, following
+
+    known._read = counted
+    known.refresh()
+    known.refresh()
+    everything, nothing = read
+    assert everything >= 1 and nothing < everything
+    with world.control_plane.transaction() as connection:
+        connection.execute("UPDATE tenants SET machine_id = 'far' WHERE tenant_id = %s", (world.tenant_id,))
+        registry.create(world.control_plane, world.settings, other)  # begun later, over sooner
+        known.refresh()
+        assert known.standings[other] == "active"
+        assert known.standings[world.tenant_id] == "active"
+    known.refresh()
+    assert known.standings[world.tenant_id] == Elsewhere("far")
+    registry.suspend(world.control_plane, other)
+    known.refresh()
+    assert known.standings[other] == "suspended"
+    assert max(read[1:]) < everything + 1
+    known._full_read_at = float("-inf")
+    known.refresh()
+    assert read[-1] == everything + 1

@@ -32,7 +32,11 @@ FROM tenants ORDER BY tenant_id;
 SELECT tenant_id FROM tenants WHERE machine_id = %(machine_id)s AND state = 'active' ORDER BY tenant_id;
 
 -- name: tenant_standings
-SELECT tenant_id, state, NULLIF(machine_id, %(machine_id)s) AS elsewhere FROM tenants;
+-- All rows, or those of transactions that were not over at the read that said `since`; always one, if only to say the
+-- next `since`. xmin is the transaction that wrote a row; age() compares such numbers although they wrap around.
+SELECT t.tenant_id, t.state, NULLIF(t.machine_id, %(machine_id)s) AS elsewhere, now.since::text
+FROM (SELECT pg_snapshot_xmin(pg_current_snapshot())::xid AS since) now
+LEFT JOIN tenants t ON %(since)s::xid IS NULL OR age(t.xmin) <= age(%(since)s::xid);
 
 -- name: backup_insert
 WITH done AS (DELETE FROM backup_uploads WHERE key = %(key)s)
