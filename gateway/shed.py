@@ -1,8 +1,9 @@
 """How much is at work at once in one worker, who waits, and who is turned away first.
 
-A request of a tenant needs a place. Searches may take half of the places, lists three quarters, writes nine
-tenths, lookups by id all: under overload the expensive go first, and /health, /ready, /metrics and a bad token
-are answered without a place. One tenant has at most `inflight_tenant_requests` of them.
+A request of a tenant needs a place, once its body is there (`gateway.patience`). Searches may take half of the
+places, lists three quarters, writes nine tenths, lookups by id all: under overload the expensive go first, and
+/health, /ready, /metrics and a bad token are answered without a place. One tenant has at most
+`inflight_tenant_requests` of them.
 
 Without a place a request waits, at most `inflight_wait_seconds`; as many may wait as may work, a tenant's share
 of them bounded alike. When all of that is taken, a waiting request of a cheaper class to lose makes room, else
