@@ -30,13 +30,14 @@ _LONG = (
         "test_gateway_process",
         "test_rules",
         "acceptance/test_usage_chaos",
+        "acceptance/test_canaries",
         "test_gateway_openapi",
         "test_objects_faults",
     ),
     *("test_restore_faults", "test_act", "test_gateway_routing", "test_gateway_tls", "test_playbook_workers"),
     *("test_flows_s3", "test_gateway_ratelimit", "test_power_loss", "test_mcp_conformance", "test_environments"),
 )
-_OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_usage_chaos")
+_OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_canaries", "acceptance/test_usage_chaos")
 _RESTORES = ("test_restore_", "test_ui", "test_slo_report", "test_usage_flow", "test_point_in_time")
 
 

