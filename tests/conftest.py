@@ -61,7 +61,7 @@ _UNIT = frozenset(
         *("help", "ids", "imports", "issuer", "jwks", "lease", "limits", "log", "metering", "metering_dry_run"),
         *("metering_quarantine", "metering_stuck", "metrics", "monitoring", "move", "objects", "pack"),
         *("plan", "playbook", "recency", "reconcile", "registry", "restore", "restore_refusals", "retention"),
-        *("selection", "settings", "slo", "snapshot", "spool", "spool_faults", "spool_frames"),
+        *("safety", "selection", "settings", "slo", "snapshot", "spool", "spool_faults", "spool_frames"),
         *("spool_limit", "spool_model", "storage", "strays", "supply_licences", "sweep", "tenant", "usage"),
         *("usage_batch", "verify", "write_lock"),
     )

@@ -7,12 +7,14 @@ import io
 import os
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+from pydantic import SecretStr
 
 from deployments import cli
+from shared.settings import Settings
 
 SAFE: Mapping[str, str] = {
     "ENGRAM_CONTROL_PLANE_URL": "postgresql://engram:pw@ep-branch.neon.test/engram?sslmode=verify-full",
@@ -30,9 +32,27 @@ SAFE: Mapping[str, str] = {
 }
 
 
+SECRET = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
+KEY_IDS = {name for name in Settings.model_fields if name.endswith("access_key_id")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a file that takes it in: what this process has set counts for nothing."""
+    for name in list(os.environ):
+        if name.startswith(("ENGRAM_", "PREFECT_API_")):
+            monkeypatch.delenv(name)
+
+
 def bare() -> dict[str, str]:
     """This process's environment without any setting."""
     return {k: v for k, v in os.environ.items() if not k.upper().startswith(("ENGRAM_", "PREFECT_", "PROMETHEUS_"))}
+
+
+def settings(env: str, **changes: Any) -> Settings:
+    """A safe environment with these changes, by field name."""
+    given = {name.removeprefix("ENGRAM_").lower(): value for name, value in SAFE.items()}
+    return Settings(**{"env": env, **given, **changes})
 
 
 class Done(NamedTuple):
