@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 
 from gateway.jwks import Jwks
+from shared.jwk import VerificationKey
 from shared.settings import Settings
-from shared.token import Caller, Rules, Unauthenticated, bearer, judge, take_apart
+from shared.token import Caller, Parts, Rules, Unauthenticated, bearer, judge, take_apart
 
 __all__ = ["Authenticator", "Caller", "Unauthenticated"]
 
@@ -61,9 +62,10 @@ class Authenticator:
 
     async def _verify(self, token: bytes, before_signature: Callable[[str | None], None]) -> Caller:
         parts = take_apart(token)
+        asked_at = time.monotonic()
         key = await self._jwks.find(parts.kid)
         if key is None:
-            raise Unauthenticated("unknown_kid")
+            key = await self._find_later(parts, asked_at, before_signature)
         if key.algorithm != parts.algorithm:
             raise Unauthenticated("algorithm")
         caller, refusal = self._judged(parts.payload)
@@ -74,6 +76,20 @@ class Authenticator:
         if caller is None:
             raise refusal
         return caller
+
+    async def _find_later(
+        self, parts: Parts, asked_at: float, before_signature: Callable[[str | None], None]
+    ) -> VerificationKey:
+        """The key of a token that may be signed with one we have not heard of: only if the rest of it is good."""
+        caller, _ = self._judged(parts.payload)
+        tenant_id = caller.tenant_id if caller is not None else None
+        key = None
+        if tenant_id is not None and parts.kid is not None:
+            before_signature(tenant_id)
+            key = await self._jwks.find_later(parts.kid, asked_at)
+        if key is None:
+            raise Unauthenticated("unknown_kid", tenant_id)
+        return key
 
     def _judged(self, payload: bytes) -> tuple[Caller | None, Unauthenticated]:
         try:

@@ -7,7 +7,8 @@
     `jwks_stale_max_seconds` later,     wait for a fetch; none to be had → `JwksUnavailable`
     or never loaded
     unknown `kid`                       one fetch, then a cool-down: a rotated key works at once, a flood of
-                                        invented kids costs one fetch per cool-down
+                                        invented kids costs one fetch per cool-down, for which tokens that are good
+                                        otherwise wait (`find_later`)
     forced (`refresh`)                  fetch now, and again when a fetch was already under way: it may have
                                         been answered before the keys changed
 
@@ -16,8 +17,9 @@ waits for the same one; more than `MAX_WAITING` do not wait but are told that we
 waiting for a hanging issuer never fill the server. After a failure nothing is fetched for
 `jwks_cooldown_seconds`. An empty key set is a failure: it is what a broken issuer publishes.
 
-So a new key is accepted from its first token on, unless somebody's invented kid had used up the fetch of that
-cool-down: an issuer that publishes a key one cool-down (at the most one TTL) before it signs is never refused.
+So a new key is accepted from its first token on, if somebody's invented kid had used up the fetch of that cool-down
+then within `LATER_SECONDS`: unless `MAX_LATER` others wait too. An issuer that publishes a key one cool-down (at the
+most one TTL) before it signs is never refused.
 
 `generation` counts changes of the key set and forced refreshes: whoever caches what a key said watches it.
 """
@@ -36,6 +38,8 @@ from shared.log import get_logger
 from shared.settings import Settings, redact_url
 
 MAX_WAITING = 256
+MAX_LATER = 256  # beyond, an unknown kid is refused: whoever invents them must not make us answer 503
+LATER_SECONDS = 5.0
 MIN_RETRY_SECONDS = 0.05
 log = get_logger("jwks")
 
@@ -60,7 +64,8 @@ class Jwks:
         self._fetching: asyncio.Task[None] | None = None
         self._again = False
         self._next: asyncio.TimerHandle | None = None
-        self._waiting = 0
+        self._waiting = self._later = 0
+        self._answered_at = float("-inf")  # when the fetch that gave these keys was sent
         self.generation = 0
         self.asked_at: float | None = None  # seconds since 1970: when the fetch that gave these keys was sent
         self.failed = ""  # why the newest fetch gave none
@@ -110,6 +115,32 @@ class Jwks:
                 key = self._find(kid)
         return key
 
+    async def find_later(self, kid: str, asked_at: float) -> VerificationKey | None:
+        """The key that `find` did not know, asked at `asked_at` of the monotonic clock: by the next fetch that the
+        cool-down allows, if there was none since and it is soon."""
+        if self._later >= MAX_LATER:
+            return None
+        self._later += 1
+        try:
+            while self._answered_at < asked_at:
+                now = time.monotonic()
+                quiet_until = max(self._unknown_quiet_until, self._quiet_until)
+                if self._fetching is not None:
+                    await asyncio.shield(self._fetching)
+                elif now < quiet_until <= asked_at + LATER_SECONDS:
+                    await asyncio.sleep(quiet_until - now)
+                    continue
+                elif now < quiet_until:
+                    break
+                else:
+                    self._unknown_quiet_until = now + self._cooldown
+                    await asyncio.shield(self._fetch_once())
+                if self.failed:
+                    break
+            return self._keys.get(kid)
+        finally:
+            self._later -= 1
+
     def refresh(self) -> None:
         """Fetch now, whatever the TTL and the cool-down say: an operator knows that the keys changed."""
         self.generation += 1
@@ -141,7 +172,7 @@ class Jwks:
 
     async def _fetch(self) -> None:
         wait_seconds = max(self._cooldown, MIN_RETRY_SECONDS)
-        asked_at = time.time()
+        asked_at, began = time.time(), time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 published = await self._get()
@@ -162,7 +193,7 @@ class Jwks:
             if changed:
                 self._keys, self._published = keys, published
                 self.generation += 1
-            self.asked_at, self.failed = asked_at, ""
+            self.asked_at, self.failed, self._answered_at = asked_at, "", began
             if changed:
                 log.info("jwks_loaded", keys=len(keys), generation=self.generation)
         finally:

@@ -72,6 +72,35 @@ def test_harmless_variations_are_accepted(issuer: Issuer) -> None:
     assert [type(x) for x in judge(issuer, *variations)] == [Caller] * len(variations)
 
 
+def test_a_token_of_a_new_key_waits_out_somebody_elses_invented_one_and_a_bad_one_waits_for_nothing() -> None:
+    """Right after a key was published, while strangers send ids of keys that never were: no false 401."""
+
+    async def run() -> None:
+        issuer, forger, rotated = Issuer(), new_key("ES256"), new_key("EdDSA")
+        configured = Settings(jwks_url=issuer.url, jwt_issuer=ISSUER, jwt_audience=AUDIENCE, jwks_cooldown_seconds=1.5)
+        jwks = Jwks(configured, httpx.AsyncClient(trust_env=False))
+        authenticator = Authenticator(configured, jwks)
+
+        async def caller(token: str) -> Caller:
+            return await authenticator.caller([b"Bearer " + token.encode()])
+
+        try:
+            await jwks.load()
+            with pytest.raises(Unauthenticated):
+                await caller(issuer.token("acme", key=forger))
+            issuer.keys.append(rotated)
+            begun = time.monotonic()
+            with pytest.raises(Unauthenticated):
+                await caller(issuer.token("acme", key=rotated, exp=1))
+            assert time.monotonic() - begun < 1.0
+            assert (await caller(issuer.token("acme", key=rotated))).tenant_id == "acme"
+        finally:
+            await jwks.close()
+            issuer.close()
+
+    asyncio.run(run())
+
+
 def test_every_token_of_the_table_is_refused_for_its_own_reason(issuer: Issuer) -> None:
     """RFC 8725 case by case: never accepted, never an exception, and no key is fetched from where a token says."""
     attacker = Issuer()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.jwks import MAX_WAITING, Jwks, JwksUnavailable
+from gateway.jwks import MAX_LATER, MAX_WAITING, Jwks, JwksUnavailable
 from shared.jwk import verification_key
 from shared.settings import Settings
 from tests.gateway_stack import Issuer, new_key
@@ -60,6 +61,46 @@ def test_a_rotated_key_works_at_once_and_invented_kids_cost_one_fetch() -> None:
         assert issuer.fetches == 2
 
     with_jwks(test)
+
+
+def test_a_new_key_is_found_by_the_next_fetch_when_somebody_elses_invention_used_up_this_one() -> None:
+    """Whoever can reach the gateway can invent ids; its clients must not be refused for it. All wait for one fetch."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        assert await jwks.find("invented") is None and issuer.fetches == 2
+        rotated = new_key("ES256")
+        issuer.keys.append(rotated)
+        asked_at = time.monotonic()
+        assert await jwks.find(rotated.kid) is None
+        found = await asyncio.gather(*(jwks.find_later(str(rotated.kid), asked_at) for _ in range(50)))
+        assert all(found) and issuer.fetches == 3
+
+    with_jwks(test, jwks_cooldown_seconds=0.5)
+
+
+def test_nobody_waits_for_an_id_that_was_just_looked_for_nor_for_long_nor_in_a_crowd() -> None:
+    """Invented ids must not pile up in the gateway."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        before = time.monotonic()
+        assert await jwks.find("invented") is None
+        async with asyncio.timeout(0.5):
+            assert await jwks.find_later("invented", before) is None
+        assert issuer.fetches == 2
+        crowd = [asyncio.create_task(jwks.find_later(f"invented-{n}", time.monotonic())) for n in range(MAX_LATER + 20)]
+        await until(lambda: sum(t.done() for t in crowd) == 20)
+        issuer.failing = True
+        assert not any(await asyncio.gather(*crowd))
+        assert issuer.fetches == 3
+
+    with_jwks(test, jwks_cooldown_seconds=2)
+
+    async def far(jwks: Jwks, issuer: Issuer) -> None:
+        assert await jwks.find("invented") is None
+        async with asyncio.timeout(0.5):
+            assert await jwks.find_later("other", time.monotonic()) is None
+
+    with_jwks(far)
 
 
 def test_a_key_published_after_a_fetch_was_answered_is_still_found() -> None:
