@@ -127,7 +127,7 @@ def backup(
         parts = [Part(m, tuple(names)) for m, names in _by_machine(tenants).items()]
     else:
         wanted = range(shards) if shard is None else [shard]
-        parts = [Part(m, None, n, shards) for m in ([machine_id] if machine_id else _machines()) for n in wanted]
+        parts = [Part(m, None, n, shards) for m in ([machine_id] if machine_id else machine.every()) for n in wanted]
     mine = next((part for part in parts if part.machine_id == settings.machine_id), None)
     others: dict[Part, Elsewhere] = {}
     refused: dict[str, str] = {}
@@ -199,11 +199,6 @@ def _by_machine(tenants: list[str]) -> dict[str, list[str]]:
         tenant = registry.get_active(control_plane(), tenant_id)
         found.setdefault(tenant.machine_id, []).append(tenant.tenant_id)
     return found
-
-
-def _machines() -> list[str]:
-    """Every machine that has tenants, and this one."""
-    return sorted({row["machine_id"] for row in control_plane().rows("fleet_machines")} | {configuration().machine_id})
 
 
 def _end(

@@ -76,6 +76,11 @@ def _machine_of(tenant_id: str) -> str:
     return registry.get_active(control_plane(), tenant_id).machine_id
 
 
+def every() -> list[str]:
+    """Every machine that has tenants, and this one."""
+    return sorted({row["machine_id"] for row in control_plane().rows("fleet_machines")} | {configuration().machine_id})
+
+
 def start(name: str, machine_id: str, parameters: Mapping[str, Any], *, part: str = "") -> Elsewhere:
     """Start deployment `name` on its queue of a machine; `part` tells several of one machine apart.
 

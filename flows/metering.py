@@ -1,7 +1,7 @@
 """metering: collect → drain → report. One run takes everything there is, and what comes while it works.
 
 The resident drain (`flows.drain`) starts a run in its own process when segments are waiting, so usage arrives in
-seconds and an idle hour has no runs; the deployment is there for a person who wants one now.
+seconds and an idle hour has no runs; the deployment is there for a person who wants one now, on every machine.
 
 A run counts what it drained whatever happens in the middle of it: a control plane that goes away is asked again a few
 times, and then the run is Failed with the counts of what was committed until then.
@@ -15,12 +15,12 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger, task
 from pydantic import Field
 
-from flows import artifact, policy
+from flows import artifact, machine, policy
 from flows.core import configuration, control_plane
+from shared import dry_run, stuck
 from shared import metering as core
-from shared import stuck
 from shared.backoff import Backoff
-from shared.errors import ControlPlaneUnavailable
+from shared.errors import ControlPlaneUnavailable, Permanent
 from shared.receipt import Receipt
 from shared.usage_audit import Drained
 from shared.watermark import Watermark
@@ -105,7 +105,7 @@ def drain(segments: list[Path], linger_seconds: float, run_seconds: float) -> Ta
 
 
 @task(name="report", **policy.READ)
-def report(taken: Taken) -> dict[str, Any]:
+def report(taken: Taken, elsewhere: dict[str, str]) -> dict[str, Any]:
     settings, drained = configuration(), taken.drained
     totals = {
         "segments": len(drained),
@@ -116,7 +116,7 @@ def report(taken: Taken) -> dict[str, Any]:
         "corrupt bytes": sum(d.corrupt_bytes for d in drained),
         "oldest event in seconds": max((d.age_seconds for d in drained), default=0.0),
         "segments that cannot be drained": len(stuck.segments(settings.spool_dir)),
-        "segments of dry runs, not billed": len(core.dry_run_segments(settings)),
+        "segments of dry runs, not billed": len(dry_run.segments(settings)),
     }
     done = (
         "would have been new: dry run, nothing inserted"
@@ -127,7 +127,8 @@ def report(taken: Taken) -> dict[str, Any]:
         "metering",
         "Metering",
         f"{totals['inserted']} of {totals['events']} events {done}",
-        totals,
+        {"machine": settings.machine_id, **totals},
+        *([artifact.table(("other machine", "its run"), elsewhere.items())] if elsewhere else []),
         artifact.table(
             ("segment", "events", "inserted", "duplicates", "quarantined", "corrupt_bytes"),
             ((d.segment, d.events, d.inserted, d.duplicates, d.quarantined, d.corrupt_bytes) for d in drained[:200]),
@@ -140,15 +141,26 @@ def report(taken: Taken) -> dict[str, Any]:
 def metering(
     linger_seconds: Annotated[float, Field(ge=0, le=600)] = 0.0,
     run_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0,
+    all: bool = False,
+    machine_id: Annotated[str, Field(max_length=100)] | None = None,
 ) -> dict[str, Any]:
-    """Bring the usage spool of this machine into PostgreSQL, each event counted once.
+    """Bring usage spools into PostgreSQL, each event counted once.
 
     Args:
         linger_seconds: End when nothing came for this many seconds.
         run_seconds: End after this many seconds at the latest.
+        all: The spool of every machine, by a run on each. Off is the one machine that takes up this run.
+        machine_id: The spool of this machine alone.
     """
-    taken = drain(collect(), linger_seconds, run_seconds)
-    totals = report(taken)
+    mine = configuration().machine_id
+    wanted = [machine_id] if machine_id else machine.every() if all else [mine]
+    parameters = {"linger_seconds": linger_seconds, "run_seconds": run_seconds}
+    started = [machine.start("metering", m, {**parameters, "machine_id": m}) for m in wanted if m != mine]
+    taken = drain(collect(), linger_seconds, run_seconds) if mine in wanted else Taken([], None)
+    failed = [cause for other in started if (cause := machine.wait(other)) is not None]
+    totals = report(taken, {other.machine_id: other.url for other in started})
     if taken.error is not None:
         raise ControlPlaneUnavailable(taken.error)
+    if failed:
+        raise Permanent("; ".join(failed))
     return totals

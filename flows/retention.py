@@ -10,6 +10,7 @@ object lock is no failure: its objects are listed, and tried again by the next r
 
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -87,6 +88,9 @@ def audit(_dropped: list[Dropped]) -> int:
     removed = 0
     while portion := control_plane().execute("usage_segments_expire", before=before):
         removed += portion
+    held_before = datetime.now(UTC) - timedelta(days=configuration().usage_tally_days + 1)  # as long as tallies
+    while control_plane().execute("usage_held_expire", before=held_before):
+        pass
     return removed
 
 

@@ -73,11 +73,6 @@ def started_at_us(directory_: Path) -> int | None:
         return None
 
 
-def by_process(directory_: Path) -> dict[int, dict[str, float]]:
-    """The counters without labels of every process, dead ones included, by pid."""
-    return {int(name): counted for name, counted in _by_file(directory_).items() if name != _BEFORE}
-
-
 def _by_file(directory_: Path) -> dict[str, dict[str, float]]:
     from prometheus_client.multiprocess import MultiProcessCollector
 

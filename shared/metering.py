@@ -17,16 +17,11 @@ Small neighbours share a transaction, up to one full segment's size: after an ou
 and a transaction is seven round trips and a flush of the log (measured: 5.8 ms a COMMIT here). Each has its own audit
 row, and none is split.
 
-Dry run (`ENGRAM_USAGE_DRY_RUN`): everything but insert. A segment is read, judged and counted against what PostgreSQL
-holds, the counts are logged and reported, nothing is written there, and the file goes to `spool/dry-run/`. There it
-stays, whatever the setting is later, until somebody decides: `bill_dry_runs` gives it back to the spool, and it is
-drained like any other, each event once (older than the retention by then: into the quarantine); or it is removed by
-hand. Every metering run reports how many segments lie there.
+Dry run (`ENGRAM_USAGE_DRY_RUN`): everything but insert, see `shared.dry_run`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,11 +30,10 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import msgspec
 from psycopg.errors import CheckViolation, DataError, IntegrityError, UniqueViolation
 from psycopg.rows import DictRow
 
-from shared import billable, partitions, spool, stuck, usage_audit
+from shared import billable, dry_run, partitions, spool, stuck, usage_audit
 from shared.billable import Refused
 from shared.control_plane import Connection, ControlPlane, copy, rows
 from shared.durable import fsync_path, unlink
@@ -55,7 +49,6 @@ from shared.usage_batch import Batch, columns
 BATCH_EVENTS = 5_000
 _LOAD_BYTES, _LOAD_SEGMENTS = 2_000_000, 1_000  # about 20,000 events: a COMMIT and the rollups cost a third then
 _FEW_SEGMENTS = 8
-_DRY_RUN = "dry-run"
 log = get_logger("metering")
 
 
@@ -211,7 +204,7 @@ def _commit_together(
             if segment.content is not None:
                 usage_audit.set_aside(connection, segment.path, segment.refused)
                 own = segment.batch if ids is None else segment.batch.only(ids)
-                drained.append(usage_audit.of(segment.path, segment.content, segment.refused, own))
+                drained.append(usage_audit.of(segment.path, segment.content, segment.batch, segment.refused, own))
         usage_audit.write(connection, settings.machine_id, drained)
     return drained
 
@@ -221,7 +214,7 @@ def _finish(control_plane: ControlPlane, settings: Settings, segment: _Segment, 
     if segment.content is None:
         return usage_audit.nothing(segment.path)
     if settings.usage_dry_run:
-        return _set_apart(control_plane, segment, segment.content)
+        return dry_run.examine(control_plane, segment.path, segment.content, segment.batch, segment.refused)
     spool.quarantine(segment.path, segment.content)
     by_copy, ensured = True, False
     while True:
@@ -230,7 +223,7 @@ def _finish(control_plane: ControlPlane, settings: Settings, segment: _Segment, 
             with control_plane.transaction() as connection:
                 new = _count_in(connection, segment.batch, as_rows if by_copy else None)
                 usage_audit.set_aside(connection, segment.path, segment.refused)
-                drained = usage_audit.of(segment.path, segment.content, segment.refused, new)
+                drained = usage_audit.of(segment.path, segment.content, segment.batch, segment.refused, new)
                 usage_audit.write(connection, settings.machine_id, [drained])
             break
         except UniqueViolation:
@@ -294,43 +287,3 @@ def _without(segment: _Segment, days: set[date]) -> _Segment:
     batch = segment.batch.only({UUID(bytes=i) for i in kept})
     refused = [*segment.refused, *((e, "the events of its day were dropped") for e in late)]
     return _Segment(segment.path, segment.content, batch, refused)
-
-
-def _set_apart(control_plane: ControlPlane, segment: _Segment, content: SegmentContent) -> Drained:
-    """Dry run: count what the segment would have added, keep the file beside the spool."""
-    known = 0
-    if events := segment.batch.events:
-        ids = [UUID(bytes=e.request_id) for e in events]
-        [row] = control_plane.rows("usage_known", request_id=ids, first=ids[0], last=ids[-1])
-        known = row["count"]
-    drained = usage_audit.of(segment.path, content, segment.refused, Batch.of([]))
-    drained = msgspec.structs.replace(
-        drained, inserted=len(events) - known, duplicates=drained.duplicates - len(events) + known, dry_run=True
-    )
-    directory = segment.path.parent / _DRY_RUN
-    directory.mkdir(exist_ok=True, mode=0o700)
-    try:
-        os.replace(segment.path, directory / segment.path.name)
-    except FileNotFoundError:  # another drainer was here first
-        return msgspec.structs.replace(usage_audit.nothing(segment.path), dry_run=True)
-    fsync_path(directory)
-    fsync_path(segment.path.parent)
-    reasons = sorted({reason for _, reason in segment.refused})
-    log.info("usage_dry_run", **{f: getattr(drained, f) for f in Drained.__struct_fields__}, refused_because=reasons)
-    return drained
-
-
-def dry_run_segments(settings: Settings) -> list[Path]:
-    """Segments that dry runs examined: neither billed nor forgotten."""
-    return spool.sealed(settings.spool_dir / _DRY_RUN)
-
-
-def bill_dry_runs(settings: Settings) -> int:
-    """Give what dry runs examined back to the spool; how many segments. The next drain bills each event once."""
-    found = dry_run_segments(settings)
-    for path in found:
-        os.replace(path, settings.spool_dir / path.name)
-    if found:
-        fsync_path(settings.spool_dir)
-        fsync_path(settings.spool_dir / _DRY_RUN)
-    return len(found)

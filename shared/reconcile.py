@@ -6,53 +6,35 @@ Per tenant and UTC day:
     waiting     events of that day in this machine's spool that PostgreSQL does not have yet; no difference, but said
     set aside   events that drains refused to bill on these days, by tenant and cause; no difference, but said
 
-Per machine, since its gateway was started:
+Per machine, tenant and day:
 
-    counted     `engram_usage_events_total` of each worker, read from the shared files its metrics live in
-    drained     events in the audited segments of these workers
-    spooled     events in those of their segments that are still on disk
+    counted by the gateway, in segments         `shared.gateway_books`
+    examined    events of that day that dry runs set apart, billed by nobody yet; no difference, but said
 
-counted = drained + spooled; what a full spool dropped was never counted there, and is said apart. The counters are read
-before and after, so a gateway may serve meanwhile; a worker that was killed between its write and its count makes it
-one event more.
-
+Each machine has a spool and a gateway of its own: the flow asks all of them, the command the one it is given on.
 Nothing is changed by it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from uuid import UUID
 
 import msgspec
 
-from shared import billable, counters, day_books, partitions, spool, stuck
-from shared.control_plane import ControlPlane, rows
+from shared import billable, day_books, dry_run, gateway_books, partitions, spool, stuck, tally, usage_audit
+from shared.control_plane import ControlPlane
 from shared.day_books import DIFFERENCES, DayBooks, midnight
+from shared.gateway_books import GatewayBooks
 from shared.receipt import Receipt
 from shared.settings import Settings
 from shared.usage import UsageEvent
+from shared.usage_audit import Held
 
 _KNOWN_BATCH = 5_000
-
-
-class GatewayBooks(Receipt, frozen=True):
-    """`counted_before` and `counted_after`: the events its workers wrote; `lost` they dropped instead, and said so."""
-
-    workers: int
-    counted_before: int
-    counted_after: int
-    lost: int
-    drained: int
-    spooled: int
-    killed: int
-
-    @property
-    def agree(self) -> bool:
-        return self.counted_before <= self.drained + self.spooled <= self.counted_after + self.killed
 
 
 class SetAside(Receipt, frozen=True):
@@ -62,7 +44,7 @@ class SetAside(Receipt, frozen=True):
 
 
 class Books(Receipt, frozen=True):
-    """`gateway` is None when none was started on this machine. `waiting` is by tenant and day.
+    """`gateway` is None when none was started on this machine. `waiting` and `examined` are by tenant and day.
 
     `set_aside` may be a person's matter already: `usage_quarantine` keeps it whatever was decided.
     """
@@ -70,6 +52,7 @@ class Books(Receipt, frozen=True):
     days: list[DayBooks]
     gateway: GatewayBooks | None
     waiting: dict[tuple[str, date], int]
+    examined: dict[tuple[str, date], int]
     stuck: int
     set_aside: list[SetAside]
 
@@ -80,23 +63,44 @@ class Books(Receipt, frozen=True):
     def where(self) -> list[str]:
         """Each disagreement in a line."""
         found = [line for day in self.days for line in day.where()]
-        if self.gateway is not None and not self.gateway.agree:
-            seen = self.gateway.drained + self.gateway.spooled
-            found.append(f"the gateway counted {self.gateway.counted_after} events, its segments hold {seen}")
-        return found
+        return found + (self.gateway.where() if self.gateway is not None else [])
 
 
-def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last: date) -> Books:
-    """Compare these days, both included. Raises `ControlPlaneUnavailable`."""
-    metrics_dir = counters.directory(settings)
-    before = counters.by_process(metrics_dir)
-    spooled: dict[str, int] = {}
+def reconcile(
+    control_plane: ControlPlane, settings: Settings, first: date, last: date, *, this_machine_alone: bool = False
+) -> Books:
+    """Compare these days, both included; `this_machine_alone`: without what PostgreSQL says of all of them.
+
+    Raises `ControlPlaneUnavailable`.
+    """
+    before = tally.read(settings)
+    on_disk: dict[str, Held] = {}
+    of_dry_runs: set[str] = set()
     waiting: Counter[tuple[str, date]] = Counter()
-    for name, events in _spooled(settings):  # one at a time: after an outage they are more than memory holds
-        spooled[name] = len(events)
-        batch, _ = billable.sort(events, timedelta(days=settings.usage_retention_days))
-        waiting.update(_waiting(control_plane, batch.events))
-    gateway = _gateway(control_plane, settings, metrics_dir, before, spooled)
+    examined: Counter[tuple[str, date]] = Counter()
+    for path, events in _spooled(settings):  # one at a time: after an outage they are more than memory holds
+        batch, refused = billable.sort(events, timedelta(days=settings.usage_retention_days))
+        on_disk[path.stem] = usage_audit.held(batch, refused)
+        if path.parent.name == dry_run.DIRECTORY:
+            of_dry_runs.add(path.stem)
+            examined.update(_waiting(control_plane, batch.events))
+        else:
+            waiting.update(_waiting(control_plane, batch.events))
+    gateway = gateway_books.of_machine(control_plane, settings, (first, last), before, on_disk, of_dry_runs)
+    days = [] if this_machine_alone else _days(control_plane, settings, first, last, waiting)
+    set_aside = [] if this_machine_alone else _set_aside(control_plane, first, last)
+    stuck_now = len(stuck.segments(settings.spool_dir))
+    return Books(days, gateway, dict(waiting), dict(examined), stuck_now, set_aside)
+
+
+def _set_aside(control_plane: ControlPlane, first: date, last: date) -> list[SetAside]:
+    window = {"from": midnight(first), "to": midnight(last + timedelta(days=1))}
+    return [SetAside(**row) for row in control_plane.rows("usage_set_aside_between", limit=DIFFERENCES, **window)]
+
+
+def _days(
+    control_plane: ControlPlane, settings: Settings, first: date, last: date, waiting: Counter[tuple[str, date]]
+) -> list[DayBooks]:
     audited_from = partitions.kept_from(settings)
     days = []
     for n in range((last - first).days + 1):
@@ -105,20 +109,14 @@ def reconcile(control_plane: ControlPlane, settings: Settings, first: date, last
         if found is not None:
             of_this_day = sum(count for (_, of), count in waiting.items() if of == day)
             days.append(msgspec.structs.replace(found, waiting=of_this_day))
-    refused = control_plane.rows(
-        "usage_set_aside_between",
-        **{"from": midnight(first), "to": midnight(last + timedelta(days=1)), "limit": DIFFERENCES},
-    )
-    return Books(
-        days, gateway, dict(waiting), len(stuck.segments(settings.spool_dir)), [SetAside(**row) for row in refused]
-    )
+    return days
 
 
-def _spooled(settings: Settings) -> Iterator[tuple[str, list[UsageEvent]]]:
-    """Every segment on this disk that will be drained, with its events; one renamed meanwhile is found again."""
+def _spooled(settings: Settings) -> Iterator[tuple[Path, list[UsageEvent]]]:
+    """Every segment on this disk, with its events; one renamed meanwhile is found again."""
     seen: set[str] = set()
     for _ in range(2):
-        for path in _segments(settings.spool_dir):
+        for path in _segments(settings):
             if path.stem in seen:
                 continue
             try:
@@ -128,11 +126,17 @@ def _spooled(settings: Settings) -> Iterator[tuple[str, list[UsageEvent]]]:
             except OSError:  # unreadable: the drain sets it aside and says so
                 continue
             seen.add(path.stem)
-            yield path.stem, events
+            yield path, events
 
 
-def _segments(directory: Path) -> list[Path]:
-    return [*directory.glob("*.open"), *directory.glob("*.seg"), *stuck.segments(directory)]
+def _segments(settings: Settings) -> list[Path]:
+    directory = settings.spool_dir
+    return [
+        *directory.glob("*.open"),
+        *directory.glob("*.seg"),
+        *stuck.segments(directory),
+        *dry_run.segments(settings),
+    ]
 
 
 def _waiting(control_plane: ControlPlane, events: list[UsageEvent]) -> Counter[tuple[str, date]]:
@@ -143,45 +147,3 @@ def _waiting(control_plane: ControlPlane, events: list[UsageEvent]) -> Counter[t
         there = {row["request_id"].bytes for row in known}
         found.update((e.tenant_id, partitions.day_of(e.request_id)) for e in portion if e.request_id not in there)
     return found
-
-
-def _gateway(
-    control_plane: ControlPlane,
-    settings: Settings,
-    metrics_dir: Path,
-    before: dict[int, dict[str, float]],
-    spooled: dict[str, int],
-) -> GatewayBooks | None:
-    since = counters.started_at_us(metrics_dir)
-    if since is None or not before:
-        return None
-    pids = {str(pid) for pid in before}
-    spooled = {name: n for name, n in spooled.items() if _is_of(name, since, pids)}
-    with control_plane.transaction(maintenance=True) as connection:
-        [row] = rows(
-            connection,
-            "usage_segments_of_workers",
-            since=f"{since:016d}",
-            machine_id=settings.machine_id,
-            pids=sorted(pids),
-            beside=sorted(spooled),
-        )
-    after = counters.by_process(metrics_dir)
-    return GatewayBooks(
-        workers=len(before),
-        counted_before=_sum(before.values(), "engram_usage_events_total"),
-        counted_after=_sum(after.values(), "engram_usage_events_total"),
-        lost=_sum(after.values(), "engram_usage_lost_total"),
-        drained=row["events"],
-        spooled=sum(spooled.values()),
-        killed=_sum(after.values(), "engram_worker_restarts_total"),
-    )
-
-
-def _is_of(segment: str, since_us: int, pids: set[str]) -> bool:
-    created, _, rest = segment.partition("-")
-    return created >= f"{since_us:016d}" and rest.partition("-")[0] in pids
-
-
-def _sum(processes: Iterable[dict[str, float]], name: str) -> int:
-    return int(sum(counted.get(name, 0.0) for counted in processes))

@@ -240,10 +240,11 @@ class Settings(BaseSettings):
         default="refuse", description="drop: serve on, and lose and count events when the reserve is used up"
     )
     usage_retention_days: int = Field(default=400, ge=1, description="single events; rollups are kept")
+    usage_tally_days: int = Field(default=8, ge=1, description="what gateways counted is kept; see shared/tally.py")
     usage_partitions_ahead_days: int = Field(default=7, ge=1, le=366)
     usage_detach_timeout_seconds: float = Field(default=60.0, gt=0, description="waiting for queries on an old day")
     usage_storage_seconds: float = Field(default=900.0, gt=0, description="how often databases are measured")
-    usage_dry_run: bool = Field(default=False, description="examine usage, insert nothing: see shared/metering.py")
+    usage_dry_run: bool = Field(default=False, description="examine usage, insert nothing: see shared/dry_run.py")
     drain_poll_seconds: float = Field(default=1.0, gt=0)
     drain_linger_seconds: float = Field(default=60.0, ge=0, description="a run ends when nothing came for so long")
     drain_run_seconds: float = Field(default=60.0, gt=0)

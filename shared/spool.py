@@ -18,6 +18,7 @@ What is lost when, of events whose requests were answered:
 |                                             | SIGKILL would lose them, and a stop does if the disk still    |
 |                                             | refuses; everything is refused meanwhile                      |
 
+What was appended is counted apart, by tenant and day (`shared.tally`).
 How full the directory may become and what follows is in `shared.spool_limit`. Whatever is dropped is counted in
 `engram_usage_lost_total`, which goes on over restarts (`shared.counters`), and logged.
 """
@@ -37,6 +38,7 @@ from shared.segment import MAGIC, Segment, SegmentContent, frame, read
 from shared.settings import Settings
 from shared.spool_dir import adopt, flush_failed, quarantine, sealed, survey
 from shared.spool_limit import SpoolLimit
+from shared.tally import Tally
 from shared.unfinished import Unfinished
 from shared.usage import UsageEvent
 from shared.workers import Spooled
@@ -71,6 +73,7 @@ class Spool:
         self._lost, self._lost_cause = 0, ""  # since the last time it was logged
         self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fsync_path(self.dir.parent)
+        self._tally = Tally(settings, self._lock)
 
     @property
     def available(self) -> bool:
@@ -105,13 +108,14 @@ class Spool:
             if self._backlog:
                 return self._keep(event, kept or data, "the disk refuses and the backlog is full")
             if self._limit.dropping:
-                return self._lose("the spool is full")
+                return self._lose(event, "the spool is full")
             try:
                 segment = self._write(data)
             except OSError as e:
                 flush_failed("write", e)
                 return self._keep(event, kept or data, e.strerror or str(e))
             _count_event(1.0)  # under the lock, so that whoever appends may be in any thread
+            self._tally.count(event)
             return segment
 
     def tick(self) -> None:
@@ -120,6 +124,7 @@ class Spool:
             self._retry_backlog()
             self._settle(self._detach_due())
             self._say_what_was_lost()
+        self._tally.tick()
 
     def sync(self, refusals: Iterable[tuple[str, UsageEvent]] = ()) -> list[UsageEvent]:
         """What `append` has put in a segment before this call survives power loss when it returns. Blocking.
@@ -147,6 +152,7 @@ class Spool:
                 self._detach()
             self._settle(None)
             self._say_what_was_lost()
+        self._tally.close()
         if self._backlog or self._sealing:
             raise SpoolUnavailable(f"{len(self._backlog)} usage events could not be written to {self.dir}")
 
@@ -179,14 +185,16 @@ class Spool:
 
     def _keep(self, event: UsageEvent, data: bytes, cause: str) -> str:
         if len(self._backlog) >= self._backlog_events:
-            return self._lose(cause)
+            return self._lose(event, cause)
         self._backlog_since_us = min(self._backlog_since_us, event.ts_us) if self._backlog else event.ts_us
         self._backlog.append(data)
         _count_event(1.0)
+        self._tally.count(event)
         return ""
 
-    def _lose(self, cause: str) -> str:
+    def _lose(self, event: UsageEvent, cause: str) -> str:
         metrics.usage_lost_total.inc()
+        self._tally.lose(event)
         self._lost += 1
         self._lost_cause = cause
         return ""

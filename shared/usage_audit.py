@@ -2,7 +2,8 @@
 
 `usage_segments` is the record: how many events it held, how many were new (by the UTC day of their ids), there already,
 or set aside. The sum of `by_day` over all segments is what `usage_events` must hold of a day (`shared.reconcile`).
-`usage_quarantine` keeps the events themselves that cannot be billed, with the cause.
+`usage_held` says how many of each tenant and day it held, whatever became of them, to be compared with what gateways
+counted. `usage_quarantine` keeps the events themselves that cannot be billed, with the cause.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from uuid import UUID
@@ -25,6 +27,8 @@ from shared.receipt import Receipt
 from shared.spool import SegmentContent, frame
 from shared.usage import UsageEvent
 from shared.usage_batch import Batch
+
+Held = dict[str, dict[str, int]]  # by UTC day and tenant
 
 
 class Drained(Receipt, frozen=True):
@@ -42,10 +46,11 @@ class Drained(Receipt, frozen=True):
     age_seconds: float
     dry_run: bool = False
     by_day: dict[str, int] = msgspec.field(default_factory=dict)
+    held: Held = msgspec.field(default_factory=dict)
 
 
-def of(path: Path, content: SegmentContent, refused: Refused, new: Batch) -> Drained:
-    """`new` are the segment's events that were not there before."""
+def of(path: Path, content: SegmentContent, batch: Batch, refused: Refused, new: Batch) -> Drained:
+    """`batch` and `refused` are all of the segment, `new` its events that were not there before."""
     inserted = len(new.events)
     oldest_us = min((e.ts_us for e in content.events), default=time.time_ns() // 1000)
     return Drained(
@@ -57,6 +62,7 @@ def of(path: Path, content: SegmentContent, refused: Refused, new: Batch) -> Dra
         content.corrupt_bytes,
         max(0.0, time.time() - oldest_us / 1e6),
         by_day={str(day): n for day, n in by_day(new).items()},
+        held=held(batch, refused),
     )
 
 
@@ -75,6 +81,24 @@ def by_day(batch: Batch) -> dict[date, int]:
     return dict(Counter(partitions.day_of(e.request_id) for e in batch.events))
 
 
+def held(batch: Batch, refused: Refused) -> Held:
+    """How many requests, by day and tenant. An id of no calendar is of no gateway, and left out."""
+    found: dict[str, Counter[str]] = {}
+    days = by_day(batch)
+    if len(days) == 1:
+        of_day = found[str(next(iter(days)))] = Counter()
+        for kind, n in batch.tally.items():
+            of_day[kind[0]] += n
+    else:
+        for event in batch.events:
+            found.setdefault(str(partitions.day_of(event.request_id)), Counter())[event.tenant_id] += 1
+    for event in {event.request_id: event for event, _ in refused}.values():
+        if len(event.request_id) == 16 and "\0" not in event.tenant_id:
+            with suppress(ValueError, OverflowError):
+                found.setdefault(str(partitions.day_of(event.request_id)), Counter())[event.tenant_id] += 1
+    return {day: dict(tenants) for day, tenants in found.items()}
+
+
 def write(connection: Connection, machine_id: str, drained: Iterable[Drained]) -> None:
     """A replay of a segment leaves the first record: what it adds is written under a name of its own."""
     found = list(drained)
@@ -84,6 +108,7 @@ def write(connection: Connection, machine_id: str, drained: Iterable[Drained]) -
         machine_id=machine_id,
         segment=[d.segment for d in found],
         by_day=[Jsonb(d.by_day) for d in found],
+        held=[Jsonb(d.held) for d in found],
         **{
             name: [getattr(d, name) for d in found]
             for name in ("events", "inserted", "duplicates", "quarantined", "corrupt_bytes")

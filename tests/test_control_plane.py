@@ -79,7 +79,9 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
         "audited_from": datetime.now(UTC),
     },
     "usage_known_ids": {"request_id": [uuid4()]},
-    "usage_segments_of_workers": {"pids": ["1"], "beside": ["a-segment"]},
+    "usage_held_of_lives": {"pid": ["1"], "since": ["0"], "beside": ["a-segment"], "days": ["2026-01-01"]},
+    "usage_held_discard": {"segment": ["a-segment"], "held": [Jsonb({})]},
+    "usage_held_expire": {"before": datetime.now(UTC)},
     "usage_rollups_repair_hourly": {"day": datetime.now(UTC)},
     "usage_rollups_repair_daily": {"day": datetime.now(UTC)},
     "usage_correction_insert": {"details": Jsonb({})},
@@ -91,6 +93,7 @@ OF_QUERY = {  # where a name is an array, or another type, in one query
     "usage_segment_insert": {
         "segment": ["a-segment"],
         "by_day": [Jsonb({})],
+        "held": [Jsonb({})],
         **{name: [1] for name in ("events", "inserted", "duplicates", "quarantined", "corrupt_bytes")},
     },
     "usage_quarantine_insert": {

@@ -27,7 +27,7 @@ import pytest
 
 from deployments import parts as composition
 from deployments.ports import PortReservations
-from shared import environment, metering, segment
+from shared import dry_run, environment, metering, segment
 from shared.environment import ENVIRONMENTS
 from shared.safety import unsafe
 from shared.settings import Settings, variable
@@ -242,9 +242,7 @@ def test_usage_is_billed_unless_staging_runs_dry(places: dict[str, Place], stack
 
         def drained() -> bool:
             list(metering.drain_all(stack.control_plane, place.settings))
-            kept = [
-                e.tenant_id for path in metering.dry_run_segments(place.settings) for e in segment.read(path).events
-            ]
+            kept = [e.tenant_id for path in dry_run.segments(place.settings) for e in segment.read(path).events]
             [(counted,)] = query(
                 stack.control_plane, "SELECT count(*) AS n FROM usage_events WHERE tenant_id = %s", tenant
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import metering, spool
+from shared import dry_run, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.core_fixtures import event, settings_in
@@ -52,7 +52,7 @@ def test_a_dry_run_says_what_would_be_billed_and_writes_nothing(
     assert seen.dry_run
     assert written(core_control_plane) == before
     assert drain(core_control_plane, dry) == []
-    assert [kept.read_bytes() for kept in metering.dry_run_segments(dry)] == [raw]
+    assert [kept.read_bytes() for kept in dry_run.segments(dry)] == [raw]
     check_counted(core_control_plane, tenant_id, known)
 
 
@@ -66,8 +66,8 @@ def test_after_dry_run_is_switched_off_its_segments_are_billed_once_and_only_whe
     segment(wet, billed)
     drain(core_control_plane, wet)
     check_counted(core_control_plane, tenant_id, billed)
-    assert len(metering.dry_run_segments(wet)) == 1
-    assert (metering.bill_dry_runs(wet), metering.bill_dry_runs(wet)) == (1, 0)
+    assert len(dry_run.segments(wet)) == 1
+    assert (dry_run.bill(wet), dry_run.bill(wet)) == (1, 0)
     [drained] = drain(core_control_plane, wet)
     assert (drained.inserted, drained.duplicates, drained.dry_run) == (5, 2, False)
     check_counted(core_control_plane, tenant_id, [*staged, *billed])
@@ -90,9 +90,15 @@ def test_the_command_gives_the_segments_back_and_refuses_while_dry_run_is_on(
 
     refused = engram("--bill", ENGRAM_USAGE_DRY_RUN="true")
     assert refused.returncode == 3 and "ENGRAM_USAGE_DRY_RUN" in refused.stderr
-    assert json.loads(engram("--json").stdout) == {"kept": 1, "given_back": 0}
-    assert json.loads(engram("--bill", "--json").stdout) == {"kept": 0, "given_back": 1}
+    assert json.loads(engram("--json").stdout) == {"kept": 1, "given_back": 0, "discarded": 0}
+    assert json.loads(engram("--bill", "--json").stdout) == {"kept": 0, "given_back": 1, "discarded": 0}
     drain(core_control_plane, wet)
+    check_counted(core_control_plane, tenant_id, staged)
+    segment(dry, [event(tenant_id)])
+    drain(core_control_plane, dry)
+    assert engram("--discard").returncode == 2 and len(dry_run.segments(dry)) == 1
+    gone = engram("--discard", "--reason", "staging", "--json")
+    assert json.loads(gone.stdout) == {"kept": 0, "given_back": 0, "discarded": 1}
     check_counted(core_control_plane, tenant_id, staged)
 
 
@@ -103,4 +109,4 @@ def test_two_dry_runs_at_once_examine_every_segment(
     paths = {segment(dry, [event(tenant_id) for _ in range(20)]).name for _ in range(20)}
     at_once(*[lambda: drain(core_control_plane, dry)] * 3)
     assert spool.sealed(dry.spool_dir) == []
-    assert {path.name for path in metering.dry_run_segments(dry)} == paths
+    assert {path.name for path in dry_run.segments(dry)} == paths

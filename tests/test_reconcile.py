@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from shared import correction, counters, metering, reconcile, spool
+from shared import correction, metering, reconcile, spool
 from shared.control_plane import ControlPlane
 from shared.errors import Permanent, Refused
 from shared.settings import Settings
 from shared.usage import Counters
-from tests.core_fixtures import day_of_this_test, event, settings_in, start_child
+from tests.core_fixtures import day_of_this_test, event, settings_in
 from tests.metering_fixtures import check_counted, drain, query, segment
 
 pytest_plugins = ("tests.core_fixtures",)
@@ -129,90 +128,6 @@ def test_what_is_set_aside_is_said_and_ids_of_no_calendar_are_no_obstacle(
     assert books(control_plane, settings, days_back=0).set_aside == found.set_aside
     yesterday = TODAY - timedelta(days=1)
     assert reconcile.reconcile(control_plane, settings, yesterday, yesterday).set_aside == []
-
-
-WORKER = """
-    import os, sys, signal
-    from pathlib import Path
-    from tests.core_fixtures import event, settings_in
-    from shared.spool import Spool
-    settings = settings_in(Path(sys.argv[1]), sys.argv[2], gateway_port=int(sys.argv[3]))
-    spool = Spool(settings)
-    for n in range(30):
-        spool.append(event("t%d" % (n % 3)))
-        if n == 9:
-            spool.close()
-    print("done", flush=True)
-    sys.stdin.readline()
-"""
-DROPPER = """
-    import sys
-    from pathlib import Path
-    from tests.core_fixtures import event, settings_in
-    from shared.spool import Spool
-    full = {"usage_spool_limit_bytes": 4096, "usage_spool_reserve_bytes": 4096, "usage_at_limit": "drop"}
-    spool = Spool(settings_in(Path(sys.argv[1]), sys.argv[2], gateway_port=int(sys.argv[3]), **full))
-    for _ in range(120):
-        spool.append(event("t0"))
-    spool.measure()
-    for _ in range(7):
-        assert spool.append(event("t1")) == ""
-    spool.close()
-"""
-
-
-def test_what_the_gateway_counted_is_compared_with_its_segments(
-    control_plane: ControlPlane, settings: Settings, control_plane_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one count that is made apart from the spool: a segment that vanished is missed."""
-    settings = settings.model_copy(update={"gateway_port": 7})
-    directory = counters.directory(settings)
-    assert books(control_plane, settings).gateway is None
-    directory.mkdir(parents=True)
-    counters.begin(directory)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
-    worker = start_child(WORKER, settings.data_dir, control_plane_url, 7, stdin=-1)
-    assert worker.stdout is not None and worker.stdout.readline() == "done\n"
-    first = books(control_plane, settings).gateway
-    assert first is not None and first.agree
-    assert (first.counted_after, first.drained, first.spooled) == (30, 0, 30)
-    worker.kill()
-    worker.wait()
-    [one, *_] = metering.pending(settings)
-    list(metering.drain(control_plane, settings, [one]))
-    second = books(control_plane, settings).gateway
-    assert second is not None and second.agree
-    assert (second.drained, second.spooled) == (10, 20)
-    other = settings.model_copy(update={"data_dir": settings.data_dir / "other", "machine_id": "another-machine"})
-    of_same_pid = segment(other, [event("t0") for _ in range(5)])
-    of_same_pid.rename(of_same_pid.with_name(f"{time.time_ns() // 1000:016d}-{worker.pid}-00000000.seg"))
-    assert [d.inserted for d in drain(control_plane, other)] == [5]
-    assert books(control_plane, settings).gateway == second, "a pid says nothing about another machine"
-    for path in spool.sealed(settings.spool_dir):
-        path.unlink()
-    found = books(control_plane, settings)
-    assert not found.agree
-    assert found.where() == ["the gateway counted 30 events, its segments hold 10"]
-
-
-def test_what_a_full_spool_dropped_is_no_difference_and_hides_none(
-    control_plane: ControlPlane, settings: Settings, control_plane_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dropped events are said apart: they neither look like missing ones nor make up for those."""
-    settings = settings.model_copy(update={"gateway_port": 7})
-    directory = counters.directory(settings)
-    directory.mkdir(parents=True)
-    counters.begin(directory)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
-    worker = start_child(DROPPER, settings.data_dir, control_plane_url, 7)
-    assert worker.wait() == 0
-    found = books(control_plane, settings)
-    assert found.agree and found.gateway is not None
-    assert (found.gateway.counted_after, found.gateway.spooled, found.gateway.lost) == (120, 120, 7)
-    [path] = spool.sealed(settings.spool_dir)
-    events = spool.read(path).events
-    path.write_bytes(spool.MAGIC + b"".join(map(spool.frame, events[7:])))
-    assert not books(control_plane, settings).agree
 
 
 def test_a_repair_makes_the_rollups_what_the_events_say_and_leaves_a_record(

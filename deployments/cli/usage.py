@@ -91,6 +91,7 @@ def reconcile(
 ) -> None:
     """Do gateway, spool, events and rollups agree per tenant and day? Exit code 1 and where, if not.
 
+    Gateway and spool are this machine's; the deployment `reconcile` asks every machine.
     Changes nothing by itself. --repair makes the rollups of the named days what their events say.
     """
     from shared import correction, log
@@ -161,22 +162,34 @@ def usage_dry_runs(
     bill: Annotated[
         bool, typer.Option("--bill", help="Give them back to the drain: each event is billed once.")
     ] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Remove them, billed by nobody.")] = False,
+    reason: Annotated[str, typer.Option(help="With --discard: kept with the record.")] = "",
     as_json: Json = False,
 ) -> None:
-    """How many segments ENGRAM_USAGE_DRY_RUN examined and kept on this machine; with --bill, bill them."""
+    """How many segments ENGRAM_USAGE_DRY_RUN examined and kept on this machine; --bill or --discard them."""
     from deployments.running import running_settings
-    from shared import metering
+    from shared import dry_run, log
     from shared.errors import Refused
 
+    if bill and discard:
+        raise typer.BadParameter("--bill or --discard, one of the two")
+    if discard and not reason.strip():
+        raise typer.BadParameter("--discard wants --reason")
     settings = running_settings()
     if bill and settings.usage_dry_run:
         raise Refused("ENGRAM_USAGE_DRY_RUN is on: the drain would examine them once more")
-    given_back = metering.bill_dry_runs(settings) if bill else 0
-    kept = len(metering.dry_run_segments(settings))
+    given_back = dry_run.bill(settings) if bill else 0
+    discarded = 0
+    if discard:
+        with beside.control_plane() as (settings, control_plane):
+            log.configure(settings.log_level)  # to stderr: stdout is the result's
+            discarded = dry_run.discard(control_plane, settings, reason=reason, requested_by=_person()).segments
+    kept = len(dry_run.segments(settings))
     if as_json:
-        print_json({"kept": kept, "given_back": given_back})
+        print_json({"kept": kept, "given_back": given_back, "discarded": discarded})
         return
-    note(f"{given_back} segments given back to the drain, {kept} kept" if bill else f"{kept} segments kept")
+    done = f"{given_back} segments given back to the drain, " if bill else f"{discarded} discarded, " if discard else ""
+    note(f"{done}{kept} segments kept")
 
 
 def _wait_for(control_plane: ControlPlane, segments: list[str]) -> dict[str, int] | None:
@@ -219,8 +232,16 @@ def _print(books: Books) -> None:
     if books.gateway is not None:
         g = books.gateway
         note(
-            f"gateway since its start: {g.counted_after} events counted, {g.drained} drained, {g.spooled} in the spool"
+            f"this machine's gateway: {g.counted} events counted, {g.drained} drained, {g.spooled} in the spool,"
+            f" {g.examined} kept by dry runs, {g.lost} lost"
         )
+        if g.differences:
+            print_table(
+                ("day (UTC)", "tenant", "counted by the gateway", "in its segments"),
+                [(x.day, x.tenant_id, x.counted, x.held) for x in g.differences],
+            )
+    if examined := sum(books.examined.values()):
+        note(f"{examined} events examined by dry runs and billed by nobody: engram usage-dry-runs")
     for one in books.set_aside:
         note(f"set aside, not billed: {one.events} events of {one.tenant_id}: {one.reason}")
     if books.stuck:
@@ -233,7 +254,10 @@ def _plain(receipt: object) -> dict[str, object]:
     from shared.reconcile import Books
 
     if isinstance(receipt, Books):
-        waiting = [{"tenant_id": t, "day": d, "events": n} for (t, d), n in sorted(receipt.waiting.items())]
+        waiting, examined = (
+            [{"tenant_id": t, "day": d, "events": n} for (t, d), n in sorted(found.items())]
+            for found in (receipt.waiting, receipt.examined)
+        )
         days = [_plain(day) | {"agree": day.agree} for day in receipt.days]
         gateway = None if receipt.gateway is None else _plain(receipt.gateway) | {"agree": receipt.gateway.agree}
         return {
@@ -242,6 +266,7 @@ def _plain(receipt: object) -> dict[str, object]:
             "days": days,
             "gateway": gateway,
             "waiting": waiting,
+            "examined": examined,
             "stuck": receipt.stuck,
             "set_aside": [_plain(one) for one in receipt.set_aside],
         }

@@ -336,6 +336,11 @@ ON CONFLICT (segment, request_id) DO NOTHING;
 
 -- name: usage_segment_insert
 -- A replay leaves the first record, unless it brings what was not there: then both are counted.
+WITH held AS (
+    INSERT INTO usage_held (segment, machine_id, held)
+    SELECT segment, %(machine_id)s, held FROM unnest(%(segment)s::text[], %(held)s::jsonb[]) AS h (segment, held)
+    ON CONFLICT (segment) DO NOTHING
+)
 INSERT INTO usage_segments (segment, events, inserted, duplicates, quarantined, corrupt_bytes, by_day, machine_id)
 SELECT *, %(machine_id)s
 FROM unnest(%(segment)s::text[], %(events)s::int[], %(inserted)s::int[], %(duplicates)s::int[],
@@ -565,12 +570,29 @@ SELECT tenant_id, reason, count(*) AS events FROM usage_quarantine
 WHERE quarantined_at >= %(from)s AND quarantined_at < %(to)s
 GROUP BY 1, 2 ORDER BY 1, 2 LIMIT %(limit)s;
 
--- name: usage_segments_of_workers
--- Segments of these workers created since; `beside` are on disk and counted there. Names begin with their creation.
-SELECT coalesce(sum(events), 0)::bigint AS events
-FROM usage_segments
-WHERE segment >= %(since)s AND machine_id = %(machine_id)s AND split_part(segment, '-', 2) = ANY (%(pids)s::text[])
-AND segment <> ALL (%(beside)s::text[]);
+-- name: usage_held_of_lives
+-- What drained segments of these lives of workers held, by tenant and day; `beside` are on disk and counted there.
+-- Names of segments begin with their creation.
+SELECT t.key AS tenant_id, d.key::date AS day, sum(t.value::bigint)::bigint AS events
+FROM usage_held h
+JOIN unnest(%(pid)s::text[], %(since)s::text[]) AS life (pid, since)
+    ON split_part(h.segment, '-', 2) = life.pid AND h.segment >= life.since
+CROSS JOIN jsonb_each(h.held) AS d
+CROSS JOIN jsonb_each_text(d.value) AS t
+WHERE h.machine_id = %(machine_id)s AND h.drained_at >= %(from)s AND h.segment <> ALL (%(beside)s::text[])
+AND d.key = ANY (%(days)s::text[])
+GROUP BY 1, 2;
+
+-- name: usage_held_discard
+-- Segments that were examined and are not to be billed: they are accounted for like drained ones.
+INSERT INTO usage_held (segment, machine_id, held)
+SELECT segment, %(machine_id)s, held FROM unnest(%(segment)s::text[], %(held)s::jsonb[]) AS h (segment, held)
+ON CONFLICT (segment) DO NOTHING;
+
+-- name: usage_held_expire
+DELETE FROM usage_held WHERE segment IN (
+    SELECT segment FROM usage_held WHERE drained_at < %(before)s LIMIT 10000
+);
 
 -- name: usage_rollups_repair_hourly
 -- The hours of a day anew from its events; only those that differ. The tables are locked by the caller.
