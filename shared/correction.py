@@ -132,14 +132,23 @@ def read(path: Path) -> list[UsageEvent]:
 def bring_in(
     control_plane: ControlPlane, settings: Settings, path: Path, *, reason: str, requested_by: str, apply: bool
 ) -> Imported:
-    """Put a file's events into this machine's spool. The record is written before, so nothing enters without one."""
+    """Put a file's events into this machine's spool. The record is written before, so nothing enters without one.
+
+    Raises `Refused` when the spool has no room for them.
+    """
     events = read(path)
     if not events:
         raise Permanent(f"{path}: there are no events in it")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     stamp = time.time_ns() // 1000
     portions = [events[n : n + _SEGMENT_EVENTS] for n in range(0, len(events), _SEGMENT_EVENTS)]
+    encoded = [spool.MAGIC + b"".join(map(spool.frame, portion)) for portion in portions]
     names = [f"{stamp + n:016d}-0-{digest[:8]}" for n in range(len(portions))]  # 0: written by no worker
+    room_bytes = settings.usage_spool_limit_bytes - spool.survey(settings.spool_dir).size_bytes
+    if (size_bytes := sum(map(len, encoded))) >= room_bytes:
+        raise Refused(
+            f"{path}: {size_bytes} bytes, and the spool has room for {max(0, room_bytes)} before writes are refused"
+        )
     times = [datetime.fromtimestamp(e.ts_us / 1e6, UTC) for e in events]
     tenants = len({e.tenant_id for e in events})
     if not apply:
@@ -148,11 +157,11 @@ def bring_in(
     with control_plane.transaction() as connection:
         correction_id = _record(connection, "import", reason, requested_by, details)
     settings.spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    staging = settings.run_dir / "import"
-    staging.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name, portion in zip(names, portions, strict=True):
+    staging = settings.spool_dir / "import"  # the spool may be a disk of its own
+    staging.mkdir(exist_ok=True, mode=0o700)
+    for name, data in zip(names, encoded, strict=True):
         staged = staging / f"{name}.seg"
-        write_file(staged, spool.MAGIC + b"".join(map(spool.frame, portion)))
+        write_file(staged, data)
         os.rename(staged, settings.spool_dir / staged.name)
     fsync_path(settings.spool_dir)
     log.info("usage_imported", events=len(events), segments=names, correction_id=correction_id)

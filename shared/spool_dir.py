@@ -4,6 +4,7 @@
     spool/quarantine/*.bad       damaged bytes of drained segments, with their offsets; a person decides about them
     spool/quarantine/*.refused   events that cannot be billed, as a segment: `engram usage-import` tries them again
     spool/dry-run/*.seg          segments a dry run examined (`shared.dry_run`); so does it about these
+    spool/import/*.seg           an import on its way in (`shared.correction`)
     spool/stuck/*.seg            segments that could not be drained; they are tried again (`shared.stuck`)
 
 A file that cannot be dealt with never holds up the others: it is logged (`usage_flush_failed`) and stays. Adopting is
