@@ -124,9 +124,9 @@ def lose_power(disk: Disk, code: str, log_path: Path, seconds: float) -> Outcome
 
 def test_async_loses_at_most_what_came_after_the_last_tick_began(disk: Disk, tmp_path: Path) -> None:
     """Ticks begin every half of `usage_fsync_seconds` (0.5 s); what was appended before one that succeeded is on the
-    disk. So README's bound holds while a tick takes less than the other half, and twice that is never reached."""
+    disk. So README's bound holds while a tick takes less than the other half; what is a second old is never lost."""
     for round_number in range(ROUNDS):
-        found = lose_power(disk, ASYNC, tmp_path / "log", 0.9 + 0.03 * round_number)
+        found = lose_power(disk, ASYNC, tmp_path / "log", 3.0 + 0.03 * round_number)  # longer than the bound, by far
         assert found.synced > 0
         assert set(range(found.synced)) <= found.read
         ages = [found.cut_at - found.acknowledged[n] for n in found.lost]
