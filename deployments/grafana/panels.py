@@ -237,7 +237,7 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             {"{{instance}}": "max by (instance) (engram_usage_oldest_unflushed_seconds)"},
             "Runbook usage-late.md.",
             "s",
-            300,
+            120,
         ),
         Panel(
             "Spool in use",
