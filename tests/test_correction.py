@@ -38,7 +38,7 @@ def test_an_import_the_spool_has_no_room_for_is_refused_and_leaves_no_record(
     settings = settings_in(tmp_path / "data", core_url, usage_spool_limit_bytes=8_000)
     settings.spool_dir.mkdir(parents=True)
     segment(settings.spool_dir, [event()])
-    file, who = segment(tmp_path, [event() for _ in range(60)]), secrets.token_hex(8)
+    file, who = segment(tmp_path, [event() for _ in range(200)]), secrets.token_hex(8)
     with pytest.raises(Refused, match="room for 3904"):
         correction.bring_in(core_control_plane, settings, file, reason="r", requested_by=who, apply=True)
     assert len(spool.sealed(settings.spool_dir)) == 1
