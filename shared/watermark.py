@@ -3,7 +3,8 @@
 Three things are not there yet: requests that are still being served, events that a full disk keeps in a worker's
 memory, and what lies in the spool. Each worker says several times a second since when it has either of the first two
 (`shared.workers`); one that is frozen says nothing new, and one that died took them with it. A segment is named after
-the oldest of both when it was opened, so nothing in it began before. The earliest of all of these it is, or now.
+the oldest of both when it was opened, so nothing in it began before. The earliest of all of these it is, or now; less a
+little, because clocks are set back, and what is said of a move goes by PostgreSQL's.
 
 The drain keeps it in `usage_watermarks` for readers elsewhere, and only writes it when PostgreSQL is in use anyway:
 after passes that drained something, and once more when it has passed the last of those. At idle nothing is written, so
@@ -19,6 +20,7 @@ from shared import workers
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 
+CLOCKS_SECONDS = 5.0
 _DIRECTORIES = (".", "stuck", "dry-run")  # those of a dry run are not billed, so nothing after them is complete
 
 
@@ -28,7 +30,8 @@ def of_spool(settings: Settings) -> datetime:
     now = time.time()
     of_workers = [worker.since_us / 1e6 for worker in workers.spooled(settings)]
     # Twice: a file that is renamed while a directory is listed can be missed, but not in both.
-    return datetime.fromtimestamp(min([now, *of_workers, *_named(settings), *_named(settings)]), UTC)
+    oldest = min([now, *of_workers, *_named(settings), *_named(settings)])
+    return datetime.fromtimestamp(oldest - CLOCKS_SECONDS, UTC)
 
 
 def of_tenant(control_plane: ControlPlane, settings: Settings, tenant_id: str) -> datetime | None:

@@ -37,6 +37,11 @@ def worker(settings: Settings) -> Iterator[Announcement]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def equal_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.watermark.CLOCKS_SECONDS", 0.0)
+
+
 def behind_seconds(settings: Settings) -> float:
     until = of_spool(settings)
     return (datetime.now(UTC) - until).total_seconds()
