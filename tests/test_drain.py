@@ -1,4 +1,4 @@
-"""The resident drain as a process, with a Prefect server that answers its health check and nothing else."""
+"""The resident drain as a process, with Prefect servers that are away, broken, or answer their health check alone."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DRAIN = """
 
 
 @dataclass
-class FrozenPrefect:
-    """A run begins by asking for the server's version; that is never answered."""
+class PoorPrefect:
+    """A run begins by asking for the server's version; that is never answered, or always by a 500."""
 
     url: str
     asked: list[str] = field(default_factory=list)
@@ -39,7 +39,14 @@ class FrozenPrefect:
 
 
 @pytest.fixture
-def frozen_prefect() -> Iterator[FrozenPrefect]:
+def frozen_prefect() -> Iterator[PoorPrefect]:
+    with poor_prefect(seconds=120) as prefect:
+        yield prefect
+
+
+@contextmanager
+def poor_prefect(seconds: float) -> Iterator[PoorPrefect]:
+    """Answers its health check; all else after `seconds`, by a 500."""
     released = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,15 +61,17 @@ def frozen_prefect() -> Iterator[FrozenPrefect]:
 
         def do_POST(self) -> None:
             prefect.asked.append(self.path)
-            released.wait(120)
-            self.close_connection = True
+            released.wait(seconds)
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    prefect = FrozenPrefect(f"http://127.0.0.1:{server.server_address[1]}/api")
+    prefect = PoorPrefect(f"http://127.0.0.1:{server.server_address[1]}/api")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield prefect
     released.set()
@@ -82,7 +91,7 @@ def settings(tmp_path: Path, control_plane_url: str) -> Settings:
 
 
 @contextmanager
-def drain_of(settings: Settings, prefect: FrozenPrefect, **more: str) -> Iterator[Path]:
+def drain_of(settings: Settings, prefect: PoorPrefect, **more: str) -> Iterator[Path]:
     """A resident drain; its log."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ENGRAM_", "PREFECT_"))}
     environment |= {
@@ -115,7 +124,7 @@ def events_in(control_plane: ControlPlane) -> int:
 
 
 def test_a_frozen_prefect_delays_usage_by_seconds_and_is_never_asked_for_a_second_run(
-    control_plane: ControlPlane, settings: Settings, frozen_prefect: FrozenPrefect
+    control_plane: ControlPlane, settings: Settings, frozen_prefect: PoorPrefect
 ) -> None:
     """The core drains beside the run that hangs, also after PostgreSQL was away meanwhile: a run for each failure would
     be a herd of them when the server comes back."""
@@ -132,6 +141,20 @@ def test_a_frozen_prefect_delays_usage_by_seconds_and_is_never_asked_for_a_secon
             wait_until(lambda n=n: events_in(control_plane) == n, 30)  # type: ignore[misc]
         assert frozen_prefect.runs == 1, frozen_prefect.asked
         assert "metering_run_silent" in log.read_text()
+
+
+@pytest.mark.parametrize(("away", "said"), [(True, "prefect_unavailable"), (False, "metering_run_failed")])
+def test_usage_arrives_while_prefect_is_away_or_broken(
+    control_plane: ControlPlane, settings: Settings, away: bool, said: str
+) -> None:
+    """Runs only show what the core does; the log says that nobody could see it."""
+    with poor_prefect(seconds=0) as broken:
+        prefect = PoorPrefect("http://127.0.0.1:1/api") if away else broken
+        with drain_of(settings, prefect) as log:
+            for n in (1, 2):
+                segment(settings, [event()])
+                wait_until(lambda n=n: events_in(control_plane) == n, 60)  # type: ignore[misc]
+            assert said in log.read_text()
 
 
 def test_a_sweep_that_meets_a_fault_nobody_foresaw_says_so_and_goes_on(
