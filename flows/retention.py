@@ -22,12 +22,12 @@ from flows.core import configuration, control_plane, objects
 from flows.missed import superseded
 from shared import expiry, keys, strays, uploads
 from shared import partitions as core
+from shared.bucket import Upload
 from shared.errors import EngramError
 from shared.expiry import Page, Planned, Removed
 from shared.partitions import Dropped, Expired
 from shared.receipt import Receipt
 from shared.strays import Stray
-from shared.uploads import Upload
 
 _LISTED = 200  # lines of a table in the report; what failed or goes comes first
 

@@ -9,25 +9,18 @@ received (SeaweedFS refuses a flipped byte with BadDigest, a part's as well; wit
 object is read back and hashed; `object_store_read_back` can switch the second off. A local store is
 `shared.local_objects`.
 
-obstore retries 5xx, 429 and connection errors itself; a conditional put is not retried there on a time-out (the reply
-may be lost, the object may exist), so that loop is here, and bounded by `object_store_retry_timeout_seconds`. obstore
-shows no headers, so a Retry-After cannot be obeyed to the second: a throttled request waits longer, from 1 s doubling
-to 20 s. Its errors are translated in `shared.s3`.
+What is stored goes by `shared.s3_put`, always on the condition that the key is free; what is read, listed and deleted
+by obstore (`shared.s3`). Both retry what may pass, bounded by `object_store_retries` and
+`object_store_retry_timeout_seconds`, and translate the store's errors.
 
 Writing, reading and deleting may have credentials of their own (`ENGRAM_S3_READ_…`, `ENGRAM_S3_DELETE_…`): a machine
 without the last cannot delete a backup, whoever takes it over.
-
-R2: region `auto`, parts of equal size (they are, on every path), no condition on a multipart upload (the key is
-looked for first; it carries microseconds and a tenant has one writer).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import random
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
@@ -39,11 +32,12 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, S3Store
 
-from shared import local_objects, pack
+from shared import local_objects, pack, s3_put
+from shared.bucket import Bucket
 from shared.durable import fsync_path
 from shared.errors import CorruptBackup, KeyTaken, ObjectLocked, ObjectStoreRefused, ObjectStoreUnavailable, Permanent
 from shared.log import get_logger
-from shared.s3 import Exists, Throttled, client, locked, translated
+from shared.s3 import Exists, client, locked, persistently, translated
 from shared.settings import Settings
 from shared.streams import Progress
 
@@ -69,7 +63,7 @@ class ObjectStore:
         settings.require("object_store_url")
         self.settings = settings
         self._local_root: Path | None = None
-        self._writer: LocalStore | S3Store
+        self._bucket: Bucket | None = None
         self._reader: LocalStore | S3Store
         self._deleter: LocalStore | S3Store
         url = urlsplit(settings.object_store_url)
@@ -79,12 +73,11 @@ class ObjectStore:
                 self._local_root.mkdir(parents=True, exist_ok=True, mode=0o700)
             elif not self._local_root.is_dir():  # a mount that is missing must not look like an empty store
                 raise ObjectStoreRefused(f"the object store {self._local_root} does not exist")
-            self._writer = self._reader = self._deleter = LocalStore(self._local_root)
+            self._reader = self._deleter = LocalStore(self._local_root)
         elif url.scheme == "s3":
             bucket = functools.cache(partial(client, settings, url.netloc, url.path.strip("/")))
-            self._writer, self._reader, self._deleter = (
-                bucket(*settings.s3_credentials(role)) for role in ("write", "read", "delete")
-            )
+            self._reader, self._deleter = (bucket(*settings.s3_credentials(role)) for role in ("read", "delete"))
+            self._bucket = Bucket(settings, "write")
         else:
             raise Permanent("ENGRAM_OBJECT_STORE_URL must start with file:// or s3://")
 
@@ -96,25 +89,21 @@ class ObjectStore:
         """
         if self._local_root is not None:
             return local_objects.put(self._local_root, key, path, sha256)
-        deadline = time.monotonic() + self.settings.object_store_retry_timeout_seconds
-        for attempt in itertools.count():
-            try:
-                return self._put_and_check(key, path, sha256)
-            except (ObjectStoreUnavailable, _Damaged) as e:
-                longest, first = (20.0, 1.0) if isinstance(e, Throttled) else (5.0, 0.2)
-                pause = min(longest, first * 2**attempt) * random.uniform(0.8, 1.2)
-                if attempt >= self.settings.object_store_retries or time.monotonic() + pause > deadline:
-                    if isinstance(e, _Damaged):
-                        raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent") from e
-                    raise
-                time.sleep(pause)
-        raise AssertionError("unreachable")
+        try:
+            return persistently(
+                self.settings, lambda: self._put_and_check(key, path, sha256), (ObjectStoreUnavailable, _Damaged)
+            )
+        except _Damaged as e:
+            raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent") from e
 
     def _put_and_check(self, key: str, path: Path, sha256: str) -> int:
         existed = False
         try:
-            with translated(key):
-                self._put_once(key, path)
+            # A taken key need not cost an upload in parts, nor a store that knows no conditions an object.
+            if path.stat().st_size > self.settings.object_store_single_put_bytes and self.exists(key):
+                raise Exists
+            assert self._bucket is not None
+            s3_put.put(self._bucket, self.settings, key, path)
         except Exists:
             existed = True  # ours from a lost reply, or somebody else's: the read below decides
         if not existed and not self.settings.object_store_read_back:
@@ -134,15 +123,6 @@ class ObjectStore:
         except (ObjectStoreRefused, ObjectLocked) as e:  # who may not delete leaves it to the retention
             raise CorruptBackup(f"{key}: the stored object has another sha256 than the file sent, and stays") from e
         raise _Damaged
-
-    def _put_once(self, key: str, path: Path) -> None:
-        if path.stat().st_size <= self.settings.object_store_single_put_bytes:
-            obstore.put(self._writer, key, path, mode="create", use_multipart=False)
-            return
-        if self.exists(key):
-            raise Exists
-        part_bytes = self.settings.object_store_part_bytes
-        obstore.put(self._writer, key, path, use_multipart=True, chunk_size=part_bytes, max_concurrency=2)
 
     def download(self, key: str, destination: Path, sha256: str, *, progress: Progress | None = None) -> int:
         """Write the object to `destination` (replaced), fsynced; return its size in bytes.

@@ -1,17 +1,22 @@
-"""The S3 behind the object store, through obstore: its client, and what its errors mean.
+"""The S3 behind the object store: the client that reads, lists and deletes, what its errors mean, and how often what
+failed is asked for again.
 
-obstore retries 5xx, 429 and connection errors itself, from 0.2 s doubling to 5 s. Its errors become transient or
+obstore retries 5xx, 429 and connection errors itself, from 0.2 s doubling to 5 s, a throttled request like any other:
+it shows no headers, so only what is stored (`shared.s3_put`) obeys a Retry-After. Its errors become transient or
 permanent: 404 is the builtin FileNotFoundError; refused credentials are permanent; all else may pass. Messages carry
 the store's status, code and text.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -28,6 +33,8 @@ from shared.settings import Settings
 if TYPE_CHECKING:
     from obstore.store import S3Config  # a type only, not importable at run time
 
+T = TypeVar("T")
+Passing = tuple[type[Exception], ...]
 _THROTTLED = re.compile(r"\b(429|503)\b|SlowDown|TooManyRequests|RequestLimitExceeded")
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
@@ -45,7 +52,30 @@ class Exists(Exception):
 
 
 class Throttled(ObjectStoreUnavailable):
-    """The store asks for fewer requests."""
+    """The store asks for fewer requests, and perhaps says for how long."""
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+def persistently(settings: Settings, call: Callable[[], T], passing: Passing = (ObjectStoreUnavailable,)) -> T:
+    """Repeat `call` while it raises what may pass, as often and as long as the settings say.
+
+    Waits from 0.2 s doubling to 5 s, throttled from 1 s doubling to 20 s, and never less than a Retry-After; one that
+    would end after `object_store_retry_timeout_seconds` is not waited for.
+    """
+    deadline = time.monotonic() + settings.object_store_retry_timeout_seconds
+    for attempt in itertools.count():
+        try:
+            return call()
+        except passing as e:
+            first, most, asked = (1.0, 20.0, e.retry_after_seconds) if isinstance(e, Throttled) else (0.2, 5.0, None)
+            pause = max(min(most, first * 2**attempt) * random.uniform(0.8, 1.2), asked or 0.0)
+            if attempt >= settings.object_store_retries or time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def client(settings: Settings, bucket: str, prefix: str, key_id: str, secret: str) -> S3Store:

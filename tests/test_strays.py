@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared import backup, catalogue, keys, strays, uploads, verify
+from shared.bucket import Bucket
 from shared.control_plane import ControlPlane
 from shared.errors import ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
@@ -172,7 +173,7 @@ def test_abandoned_multipart_uploads_are_aborted_when_they_are_old(own: World, s
     url = own.settings.control_plane_url.get_secret_value()
     there = settings_in(own.settings.data_dir, url, object_store_url=f"s3://engram/{own.tenant_id}", **s3)
     put(World(there, own.control_plane, ObjectStore(there), own.tenant_id), object_key("t", datetime.now(UTC), 1), b"x")
-    bucket = uploads.Bucket(there)
+    bucket = Bucket(there)
     names = [f"{own.tenant_id}/tenants/t/db/a b+{n}.sqlite" for n in range(3)]
     for name in names:
         bucket.request("POST", name, {"uploads": ""})
