@@ -20,6 +20,7 @@ from shared.objects import ObjectStore
 from shared.pack import Identity, Packed, Packing, Received
 from shared.settings import Settings
 from shared.snapshot import Snapshot
+from shared.staging import leave_reserve
 from shared.streams import Progress
 from shared.workdir import workdir
 
@@ -108,8 +109,10 @@ def fetch(
 
     Streams: memory does not grow with the size, and no packed copy touches the disk. Raises `CorruptBackup` when the
     object is missing, cut or damaged (the file is removed), `KeyUnavailable` when its key cannot be had (which says
-    nothing about the object), `ObjectStoreUnavailable`, `ObjectStoreRefused`, `NoSpace`.
+    nothing about the object), `ObjectStoreUnavailable`, `ObjectStoreRefused`, `NoSpace`: when the disk is full, or
+    anywhere but in a tenant's directory would take from the tenants' reserve.
     """
+    leave_reserve(objects.settings, destination, backup.size_bytes)
     return pack.receive(
         objects.chunks(backup.key),
         destination,

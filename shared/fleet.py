@@ -44,7 +44,7 @@ from shared.log import get_logger
 from shared.objects import ObjectStore
 from shared.pack import Packing
 from shared.settings import Settings
-from shared.staging import Staging
+from shared.staging import Staging, reserve_bytes
 from shared.tenant import TenantPaths
 
 log = get_logger("fleet")
@@ -82,7 +82,8 @@ class Fleet:
         Raises `ControlPlaneUnavailable` only before anything was done. Leaving the iterator early stops the run
         after the tenants at work.
         """
-        self.staging = Staging(directory, self.settings.backup_staging_bytes)
+        reserve = reserve_bytes(self.settings, directory)
+        self.staging = Staging(directory, self.settings.backup_staging_bytes, reserve)
         backup.repair_machine(self.objects, self.control_plane, self.run.machine_id)
         same, changed = self._skip(chosen)
         yield from same

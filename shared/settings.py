@@ -254,6 +254,11 @@ class Settings(BaseSettings):
     backup_staging_bytes: int = Field(
         default=4_294_967_296, ge=1, description="temporary disk of one run; a larger tenant is refused"
     )
+    disk_reserve_bytes: int = Field(
+        default=536_870_912,
+        ge=0,
+        description="of the tenants' volume: no backup, restore test or check takes it",
+    )
     backup_force_days: int = Field(
         default=7, ge=0, description="an unchanged tenant is stored anew when its last backup is older"
     )

@@ -2,6 +2,10 @@
 
 In order, so that a large tenant is not passed over for ever by small ones. What does not fit at all is refused with
 its cause, and so is what the disk has no room for when nothing else is staged that could make room.
+
+`disk_reserve_bytes` of the tenants' volume are not for this: a full disk refuses tenants' writes. Backups, restore
+tests, verification and whatever else fetches a backup leave them free; a restore, into the tenant's own directory, may
+use them.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import NoSpace, Permanent
+from shared.settings import Settings
 
 
 class Staging:
-    """`hold(size)` blocks until `size` bytes are free of `limit_bytes` and of the disk of `directory`."""
+    """`hold(size)` blocks until `size` bytes are free of `limit_bytes` and, beside `reserve_bytes`, of the disk of
+    `directory`."""
 
-    def __init__(self, directory: Path, limit_bytes: int) -> None:
+    def __init__(self, directory: Path, limit_bytes: int, reserve_bytes: int = 0) -> None:
         self.directory = directory
         self.limit_bytes = limit_bytes
+        self.reserve_bytes = reserve_bytes
         self.peak_bytes = 0
         self._used = 0
         self._waiting: deque[object] = deque()
@@ -58,8 +65,30 @@ class Staging:
         if self._used + size_bytes > self.limit_bytes:
             return False
         free = shutil.disk_usage(self.directory).free
-        if free >= size_bytes:
+        if free - self.reserve_bytes >= size_bytes:
             return True
         if self._used == 0:  # nobody will make room
-            raise NoSpace(f"needs {size_bytes:,} bytes below {self.directory}, {free:,} are free")
+            raise _no_space(self.directory, size_bytes, free, self.reserve_bytes)
         return False
+
+
+def reserve_bytes(settings: Settings, directory: Path) -> int:
+    """What is to stay free of the disk of `directory`: nothing where no tenant is."""
+    tenants = settings.tenants_dir if settings.tenants_dir.exists() else settings.data_dir
+    return settings.disk_reserve_bytes if tenants.stat().st_dev == directory.stat().st_dev else 0
+
+
+def leave_reserve(settings: Settings, destination: Path, size_bytes: int) -> None:
+    """Raises `NoSpace` when a file of that size would take from the tenants' reserve."""
+    if destination.is_relative_to(settings.tenants_dir):
+        return
+    # A restore test makes a second copy for a moment.
+    needed = size_bytes * (2 if destination.is_relative_to(settings.sandbox_dir) else 1)
+    reserve, free = reserve_bytes(settings, destination.parent), shutil.disk_usage(destination.parent).free
+    if reserve and free - reserve < needed:
+        raise _no_space(destination.parent, needed, free, reserve)
+
+
+def _no_space(directory: Path, size_bytes: int, free: int, reserve: int) -> NoSpace:
+    kept = f", of which ENGRAM_DISK_RESERVE_BYTES keeps {reserve:,} for tenants" if reserve else ""
+    return NoSpace(f"needs {size_bytes:,} bytes below {directory}, {free:,} are free{kept}")

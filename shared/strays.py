@@ -30,6 +30,7 @@ from shared.receipt import Receipt
 from shared.retention import SAFETY
 from shared.settings import Settings
 from shared.snapshot import Manifest, Snapshot
+from shared.staging import leave_reserve
 from shared.tenant import KeyParts, parse_object_key
 
 Outcome = Literal["adopted", "removed", "registered", "listed", "unread"]
@@ -163,6 +164,7 @@ def _read(
         identity = keys.identity_of(control_plane, objects.settings, tenant_id, key_id) if key_id else None
         try:
             sha256, size = pack.digest(objects.chunks(key), name=key, packing=packing, identity=identity)
+            leave_reserve(objects.settings, file, size)
             pack.receive(objects.chunks(key), file, sha256, name=key, packing=packing, identity=identity)
             return key_id, sha256, size
         except CorruptBackup as e:
