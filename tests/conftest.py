@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psycopg
 import pytest
@@ -14,6 +15,7 @@ from psycopg import sql
 from pydantic import SecretStr
 from xdist.scheduler import LoadScopeScheduling
 
+from deployments.postgres import _CONFIGURATION as configuration
 from deployments.postgres import EmbeddedPostgres
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
@@ -107,11 +109,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
-    """A started server; gone with its data when the session ends."""
+    """A started server; gone with its data when the session ends, so that it need not wait for the disk."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
-    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), port) as server:
+    with mock.patch.dict(configuration, fsync="off"):
+        made = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), port)
+    with made as server:
         yield server
 
 
