@@ -53,6 +53,12 @@ class Stack:
         with psycopg.connect(self.status["control_plane_url"]) as connection:
             return connection.execute(statement, parameters).fetchall()  # type: ignore[call-overload, no-any-return]
 
+    def without_the_minutes_sweep(self) -> None:
+        """Pause its schedule: a process each minute on a machine that has enough to do. The resident drain sweeps every
+        two seconds all the same."""
+        sweep = self.prefect("GET", "deployments/name/sweep/sweep")
+        self.prefect("POST", f"deployments/{sweep['id']}/pause_deployment")
+
     def tenant(self, tenant_id: str) -> httpx.Client:
         """Make a tenant and return a client that carries its token."""
         self.engram("tenant", "create", tenant_id)
@@ -84,6 +90,7 @@ def running(environment: dict[str, str], ca: Path | None = None) -> Iterator[Sta
     started.engram("up", "--detach")
     try:
         started.status = started.json("status")
+        started.without_the_minutes_sweep()
         yield started
     finally:
         started.engram("down")

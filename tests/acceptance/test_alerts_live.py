@@ -155,6 +155,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with contextlib.ExitStack() as closing:
         closing.callback(stack.engram, "down")
         stack.status = stack.json("status")
+        stack.without_the_minutes_sweep()
         settings = Settings(
             data_dir=stack.data_dir,
             control_plane_url=stack.status["control_plane_url"],
