@@ -3,16 +3,12 @@ authentication on, one machine's workers."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
-import socket
-import socketserver
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -34,6 +30,7 @@ from deployments.process import Child
 from shared import queues
 from shared.settings import Settings
 from tests.core_fixtures import free_ports
+from tests.prefect_proxies import balancer
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_SECONDS = 200.0
@@ -49,38 +46,6 @@ def busy(file: str) -> None:
     deadline = time.monotonic() + 200
     while Path(file).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-@contextmanager
-def balancer(ports: list[int]) -> Iterator[int]:
-    """A port whose connections go to the first of `ports` where somebody listens, as a platform's proxy does it."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            for port in ports:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as upstream:
-                    back = threading.Thread(target=_pump, args=(upstream, self.request), daemon=True)
-                    back.start()
-                    _pump(self.request, upstream)
-                    back.join()
-                    return
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads, block_on_close, request_queue_size = True, False, 128
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1]
-        server.shutdown()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65_536):
-            target.sendall(data)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

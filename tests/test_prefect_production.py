@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +29,7 @@ from shared import queues
 from shared.errors import Permanent, Transient
 from shared.settings import Settings
 from tests.prefect_fixtures import MACHINE, READY_SECONDS, ROOT, WORKER_LIMIT, Production, deploy_busy, wait_for
+from tests.prefect_proxies import refusing
 
 pytest_plugins = ("tests.prefect_fixtures",)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
@@ -180,7 +178,7 @@ def test_a_missed_run_that_cannot_be_cancelled_is_nobodys_end(
 ) -> None:
     """Both workers would end with it, restores too. The others are cancelled; that one looks for itself."""
     first, second, newest = make_late(production, "verify", 3)
-    with refusing(production, f"/flow_runs/{first}/set_state") as url:
+    with refusing(production.api(), f"/flow_runs/{first}/set_state") as url:
         auth = {PREFECT_API_AUTH_STRING: production.auth}
         with temporary_settings({PREFECT_API_URL: url, **auth}):
             assert asyncio.run(missed_runs.settle()) == 1
@@ -189,39 +187,6 @@ def test_a_missed_run_that_cannot_be_cancelled_is_nobodys_end(
     assert [production.state(run) for run in (first, second, newest)] == ["SCHEDULED", "CANCELLED", "SCHEDULED"]
     for run_id in (first, second, newest):
         production.call("DELETE", f"flow_runs/{run_id}")
-
-
-@contextlib.contextmanager
-def refusing(production: Production, path: str) -> Iterator[str]:
-    """The API through a proxy that knows no `path`, as when what it names was deleted a moment ago."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.answer(httpx.Response(404, json={"detail": "gone"}) if self.path.endswith(path) else self.ask(body))
-
-        def do_GET(self) -> None:
-            self.answer(self.ask(b""))
-
-        def ask(self, body: bytes) -> httpx.Response:
-            upstream = production.api().removesuffix("/api")
-            headers = {"Authorization": self.headers.get("Authorization", ""), "Content-Type": "application/json"}
-            return httpx.request(self.command, upstream + self.path, content=body, headers=headers, timeout=30)
-
-        def answer(self, found: httpx.Response) -> None:
-            self.send_response(found.status_code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(found.content)))
-            self.end_headers()
-            self.wfile.write(found.content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/api"
-        server.shutdown()
 
 
 def test_what_was_missed_without_a_worker_is_run_once(production: Production, missed: list[str], worker: Child) -> None:
