@@ -151,6 +151,9 @@ def canaries(stack: Stack) -> list[bytes]:
         spoil(stack.data_dir / "tenants" / BROKEN / "engram.db")
         answers.append(eventually(lambda: failed(other.post("/v1/memories", json={"content": MEMORY}))))
         tokens = [token.encode(), other.headers["authorization"].removeprefix("Bearer ").encode()]
+    with stack.tenant(REFUSED) as third:
+        assert third.post("/v1/memories", json={"content": MEMORY}).status_code == 201
+        tokens.append(third.headers["authorization"].removeprefix("Bearer ").encode())
     answers.append(
         httpx.get(f"{stack.status['gateway_url']}/metrics", verify=ssl.create_default_context(cafile=stack.ca))
     )
