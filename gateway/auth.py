@@ -61,7 +61,7 @@ class Authenticator:
         self._callers[digest] = caller
 
     async def _verify(self, token: bytes, before_signature: Callable[[str | None], None]) -> Caller:
-        parts = take_apart(token)
+        parts = take_apart(self._rules, token)
         asked_at = time.monotonic()
         key = await self._jwks.find(parts.kid)
         if key is None:

@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     jwt_audience: str = "engram"
     jwks_url: str = ""
     jwt_tenant_claim: str = "tenant_id"
+    jwt_require_at_jwt: bool = Field(
+        default=False, description="only tokens that say typ=at+jwt (RFC 9068): no ID token passes for an access token"
+    )
     jwt_leeway_seconds: float = Field(default=30.0, ge=0, le=300)
     jwks_ttl_seconds: float = Field(default=300.0, gt=0)
     jwks_cooldown_seconds: float = Field(default=5.0, ge=0)

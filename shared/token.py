@@ -26,7 +26,8 @@ MAX_TOKEN_BYTES = 8_192
 MAX_KID_CHARS = 256
 MAX_SUBJECT_CHARS = 100
 ALGORITHMS = frozenset({"RS256", "ES256", "EdDSA"})
-TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
+ACCESS_TYPES = frozenset({"at+jwt", "application/at+jwt"})
+TYPES = ACCESS_TYPES | {"jwt"}
 _CHANGES_THE_PAYLOAD = frozenset({"crit", "b64", "zip", "enc", "cty"})
 _LATEST = float(1 << 53)
 _SEGMENT = re.compile(rb"[A-Za-z0-9_-]+\Z")
@@ -49,16 +50,23 @@ class Caller(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What claims must say."""
+    """What `typ` and claims must say."""
 
     issuer: str
     audience: str
     tenant_claim: str
     leeway_seconds: float
+    types: frozenset[str]
 
     @classmethod
     def of(cls, settings: Settings) -> Rules:
-        return cls(settings.jwt_issuer, settings.jwt_audience, settings.jwt_tenant_claim, settings.jwt_leeway_seconds)
+        return cls(
+            settings.jwt_issuer,
+            settings.jwt_audience,
+            settings.jwt_tenant_claim,
+            settings.jwt_leeway_seconds,
+            ACCESS_TYPES if settings.jwt_require_at_jwt else TYPES,
+        )
 
 
 class Parts(NamedTuple):
@@ -71,7 +79,7 @@ class Parts(NamedTuple):
     signature: bytes
 
 
-def take_apart(token: bytes) -> Parts:
+def take_apart(rules: Rules, token: bytes) -> Parts:
     """Raises `Unauthenticated`: malformed, algorithm."""
     parts = token.split(b".")
     if len(parts) != 3:
@@ -81,7 +89,7 @@ def take_apart(token: bytes) -> Parts:
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise Unauthenticated("algorithm")
     typ = header.get("typ", "JWT")
-    if not _CHANGES_THE_PAYLOAD.isdisjoint(header) or not isinstance(typ, str) or typ.lower() not in TYPES:
+    if not _CHANGES_THE_PAYLOAD.isdisjoint(header) or not isinstance(typ, str) or typ.lower() not in rules.types:
         raise Unauthenticated("malformed")
     kid = header.get("kid")
     if "kid" in header and not (isinstance(kid, str) and 0 < len(kid) <= MAX_KID_CHARS):
@@ -137,8 +145,10 @@ def scopes_of(claims: dict[str, Any]) -> frozenset[str]:
 
 def subject_of(claims: dict[str, Any]) -> str:
     """Who it was given to, as much of it as prints; empty when it does not say."""
-    subject = claims.get("sub")
-    return "".join(c for c in subject[:MAX_SUBJECT_CHARS] if c.isprintable()) if isinstance(subject, str) else ""
+    subject = claims.get("sub", "")
+    if not isinstance(subject, str):
+        raise Unauthenticated("claims")
+    return "".join(c for c in subject[:MAX_SUBJECT_CHARS] if c.isprintable())
 
 
 def bearer(authorization: list[bytes]) -> bytes:

@@ -72,6 +72,14 @@ def test_harmless_variations_are_accepted(issuer: Issuer) -> None:
     assert [type(x) for x in judge(issuer, *variations)] == [Caller] * len(variations)
 
 
+def test_where_access_tokens_must_say_that_they_are_no_other_type_is_taken_for_one(issuer: Issuer) -> None:
+    """RFC 8725, 3.11: an issuer that marks them needs no luck with audiences to keep its ID tokens out."""
+    types = ["at+jwt", "application/AT+JWT", "JWT", ...]
+    tokens = [issuer.token("acme", header={"typ": typ}) for typ in types]
+    answers = judge(issuer, *tokens, jwt_require_at_jwt=True)
+    assert [type(x) for x in answers[:2]] == [Caller, Caller] and answers[2:] == ["malformed", "malformed"]
+
+
 def test_a_token_of_a_new_key_waits_out_somebody_elses_invented_one_and_a_bad_one_waits_for_nothing() -> None:
     """Right after a key was published, while strangers send ids of keys that never were: no false 401."""
 

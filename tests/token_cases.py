@@ -361,6 +361,7 @@ class _Forge:
             ("aud", "audience", ["other", ["other"], AUDIENCE.upper(), AUDIENCE + "2", AUDIENCE + " other", "*"]),
             ("tenant_id", "claims", [..., None, "", 1, True, ["acme"], {"id": "acme"}]),
             ("tenant_id", "claims", UNSAFE_TENANT_IDS),
+            ("sub", "claims", [None, 1, True, [], ["a"], {"id": "a"}]),
             ("scope", "claims", [None, 1, True, {}, ["search", 1], ["search", ["admin"]]]),
         ]  # fmt: skip
         group = {"exp": "time", "nbf": "time", "iat": "time", "tenant_id": "tenant"}

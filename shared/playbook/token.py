@@ -67,7 +67,7 @@ def explain(context: Context, request: Request, _: Any) -> Outcome:
     parts: list[Parts] = []
 
     def form() -> str:
-        parts.append(take_apart(bearer([b"Bearer " + raw.encode("utf-8", "replace")])))
+        parts.append(take_apart(Rules.of(context.settings), bearer([b"Bearer " + raw.encode("utf-8", "replace")])))
         return f"{parts[0].algorithm}, kid {parts[0].kid or '-'}"
 
     check("form", "three parts, a plain header, RS256, ES256 or EdDSA", form)
