@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from gateway.problems import Refusal
@@ -176,3 +177,38 @@ def test_a_hard_quota_is_402_with_its_numbers_and_a_soft_one_a_header(stack: Sta
         plan(stack.control_plane, "three", tenant, memories_created_hard=1_000)
         eventually(lambda: create() == 201)
         assert made[-1].headers["x-engram-quota-warning"].startswith("memories_created; current=")
+
+
+def test_in_shadow_a_hard_quota_warns_counts_and_refuses_nobody(stack: Stack) -> None:  # noqa: F811
+    """As staging runs, to see whom prod would refuse: REST and MCP go on, each request over the limit is counted."""
+    tenant = stack.tenant()
+    plan(stack.control_plane, "shadowed", tenant, memories_created_hard=0)
+    data_dir = stack.settings.data_dir.parent / "shadowed-quotas"
+    data_dir.mkdir()
+    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    settings = {"gateway_workers": 1, "quota_refresh_seconds": 0.2, "quota_mode": "shadow"}
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, **settings) as served:
+
+        def shadowed() -> float:
+            return served.metric("engram_quota_shadowed_total", counter="memories_created")
+
+        def create() -> httpx.Response:
+            made = served.client.post("/v1/memories", json={"content": "x"}, headers=stack.headers(tenant))
+            assert made.status_code == 201, made.text
+            return made
+
+        eventually(lambda: "x-engram-quota-warning" in create().headers)
+        counted = shadowed()
+        assert counted >= 1
+        warning = create().headers["x-engram-quota-warning"]
+        assert warning.startswith("memories_created; current=") and warning.endswith("limit=0")
+        assert shadowed() == counted + 1
+        call = {"name": "memory_create", "arguments": {"content": "x"}}
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+        accept = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+        answer = served.client.post("/v1/mcp", json=message, headers=stack.headers(tenant) | accept)
+        assert answer.status_code == 200 and not answer.json()["result"].get("isError"), answer.text
+        assert shadowed() == counted + 2
+        assert served.metric("engram_quota_exceeded_total", counter="memories_created") == 0
+        found = served.client.get("/v1/usage", headers=stack.headers(tenant))
+        assert found.status_code == 200 and "x-engram-quota-warning" not in found.headers
