@@ -144,7 +144,7 @@ def test_a_night_in_two_shards_is_a_run_for_each_machine_and_shard(stack: Stack,
         f"SELECT machine_id, shard, failed FROM fleet_runs WHERE run_id = '{started['id']}' ORDER BY 1, 2"
     )
     assert parts == [("local", 0, 0), ("local", 1, 0), (B, 0, 0), (B, 1, 0)]
-    made = dict(stack.rows("SELECT tenant_id, flow_run_id FROM backups WHERE tenant_id LIKE 's-%'"))
+    made = dict(stack.rows("SELECT tenant_id, flow_run_id FROM backups WHERE starts_with(tenant_id, 's-')"))
     runs: dict[tuple[str, int], set[str]] = {}
     for name, run_id in made.items():
         runs.setdefault((name[:3], shard_of(name, 2)), set()).add(run_id)
