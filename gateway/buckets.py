@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from shared import metrics
+from shared import boot, metrics
 from shared.log import get_logger
 
 SLOTS = 1 << 16  # a power of two
@@ -180,7 +180,7 @@ class Table:
 def _mapped(path: Path) -> tuple[int, mmap.mmap]:
     """The table of this boot, made if need be; without a disk to make it on, one of this process alone."""
     size = _HEAD_BYTES + 16 * SLOTS
-    head = b"ENGRATE1" + _boot_id()
+    head = b"ENGRATE1" + boot.boot_id().encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = _open_table(path, head, size)
@@ -212,11 +212,3 @@ def _open_table(path: Path, head: bytes, size: int) -> int:
         return fd
     finally:
         os.close(lock)
-
-
-def _boot_id() -> bytes:
-    """Arrival times are of the monotonic clock, which starts anew with the machine."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-    except OSError:
-        return b"-"

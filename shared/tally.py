@@ -30,7 +30,7 @@ from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from shared import partitions
+from shared import boot, partitions
 from shared.durable import fsync_path
 from shared.log import get_logger
 from shared.receipt import Receipt
@@ -91,7 +91,7 @@ def _read(path: Path) -> Page | None:
         counted[name.decode()] = words[start // 8 + _COUNTED]
         lost[name.decode()] = words[start // 8 + _LOST]
     ended = bool(words[_ENDED])
-    here = data[_BOOT_AT:].startswith(_boot_id())
+    here = data[_BOOT_AT:].startswith(boot.boot_id().encode())
     return Page(int(pid), int(started), date.fromisoformat(day), counted, lost, ended, not ended and not here)
 
 
@@ -190,7 +190,7 @@ class _OpenPage:
         self.saved = self.durable = False
         self._map = mmap.mmap(-1, _HEADER_BYTES + _RECORDS * _RECORD_BYTES)
         self._map[: len(_MAGIC)] = _MAGIC
-        boot_id = _boot_id()
+        boot_id = boot.boot_id().encode()
         self._map[_BOOT_AT : _BOOT_AT + len(boot_id)] = boot_id
         self.words = memoryview(self._map).cast("q")
 
@@ -254,7 +254,3 @@ def total(pages: list[Page]) -> tuple[Counter[tuple[str, date]], Counter[tuple[s
         for tenant_id, events in page.lost.items():
             lost[tenant_id, page.day] += events
     return counted, lost
-
-
-def _boot_id() -> bytes:
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
