@@ -10,9 +10,11 @@ import pytest
 
 from shared import queues
 from shared.fleet_run import shard_of
+from shared.settings import Settings
+from shared.spool import Spool
 from shared.tenant import TenantPaths
 from tests.acceptance.conftest import Stack
-from tests.core_fixtures import add_memories, contents_of, wait_until
+from tests.core_fixtures import add_memories, contents_of, event, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 B = "machine-b"
@@ -150,6 +152,36 @@ def test_a_night_in_two_shards_is_a_run_for_each_machine_and_shard(stack: Stack,
         runs.setdefault((name[:3], shard_of(name, 2)), set()).add(run_id)
     assert len(made) == 8 and len(runs) == 4 and all(len(ids) == 1 for ids in runs.values())
     assert runs["s-a", 0] == {run["id"]} and len(set.union(*runs.values())) == 4
+
+
+def started(stack: Stack, deployment: str) -> Any:
+    """A run as the form in the UI starts it, taken up on machine A."""
+    found = stack.prefect("GET", f"deployments/name/{deployment}/{deployment}")
+    form = {"parameters": {}, "work_queue_name": "local", "state": {"type": "SCHEDULED"}}
+    return ended(stack, stack.prefect("POST", f"deployments/{found['id']}/create_flow_run", form)["id"])
+
+
+def test_usage_is_brought_in_and_compared_on_every_machine_by_one_run_each(stack: Stack, other: Stack) -> None:
+    """A spool and what a gateway counted are on one disk: a run elsewhere would find them in order, being empty."""
+    tenant_on(other, "used-on-b")
+    producer = Spool(Settings(data_dir=other.data_dir))
+    for _ in range(5):
+        producer.append(event("used-on-b"))
+    producer.close()
+    done = started(stack, "metering")
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert stack.rows("SELECT count(*)::int FROM usage_events WHERE tenant_id = 'used-on-b'") == [(5,)]
+    assert newest(stack, "metering", B)["state_type"] == "COMPLETED"
+    agreed = started(stack, "reconcile")
+    assert agreed["state_type"] == "COMPLETED", agreed["state"]["message"]
+    for _ in range(3):
+        producer.append(event("used-on-b"))
+    producer.close()
+    [lost] = (other.data_dir / "spool").glob("*.seg")
+    lost.unlink()
+    red = started(stack, "reconcile")
+    assert red["state_type"] == "FAILED" and B in red["state"]["message"]
+    assert "the gateway counted 8 events of used-on-b, its segments hold 5" in red["state"]["message"]
 
 
 def test_a_tenant_is_moved_from_one_machine_to_another_as_one_visible_operation(stack: Stack, other: Stack) -> None:
