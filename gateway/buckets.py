@@ -180,7 +180,7 @@ class Table:
 def _mapped(path: Path) -> tuple[int, mmap.mmap]:
     """The table of this boot, made if need be; without a disk to make it on, one of this process alone."""
     size = _HEAD_BYTES + 16 * SLOTS
-    head = b"ENGRATE1" + boot.boot_id().encode()
+    head = b"ENGRATE1" + boot.boot_id().encode()  # the monotonic clock, whose times these are, starts anew with it
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = _open_table(path, head, size)

@@ -13,6 +13,7 @@ import pytest
 
 from gateway import buckets
 from gateway.buckets import Bucket, Table
+from shared import boot
 from tests.gateway_stack import eventually
 
 SLOW = 0.001  # requests a second: nothing comes back while a test runs
@@ -34,7 +35,7 @@ def test_a_table_of_another_boot_is_not_used(tmp_path: Path, monkeypatch: pytest
     bucket = Bucket.of("acme", SLOW, 1)
     before = Table(tmp_path / "t.rates")
     assert before.take([bucket]).allowed and not Table(tmp_path / "t.rates").take([bucket]).allowed
-    monkeypatch.setattr(buckets, "_boot_id", lambda: b"the next one")
+    monkeypatch.setattr(boot, "boot_id", lambda: "the next one")
     assert Table(tmp_path / "t.rates").take([bucket]).allowed
     assert not before.take([bucket]).allowed
 
