@@ -101,13 +101,20 @@ def stack(shared_stack: Stack) -> Stack:  # noqa: F811
 _PLACES = pytest.StashKey[dict[str, Place]]()
 
 
+@pytest.fixture(scope="module")
+def closing() -> Iterator[contextlib.ExitStack]:
+    """Ends the three gateways and removes what they kept, with this file."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 @pytest.fixture
-def places(request: pytest.FixtureRequest, stack: Stack, files: Pair) -> dict[str, Place]:
+def places(
+    request: pytest.FixtureRequest, stack: Stack, files: Pair, closing: contextlib.ExitStack
+) -> dict[str, Place]:
     """`engram serve` in each environment, as production runs it."""
     stash = request.config.stash
     if _PLACES not in stash:
-        closing = contextlib.ExitStack()
-        request.config.add_cleanup(closing.close)
         jwks_url = closing.enter_context(over_tls(stack.issuer, files))
         starts = {}
         for env in ENVIRONMENTS:
