@@ -188,7 +188,7 @@ class Settings(BaseSettings):
     header_timeout_seconds: float = Field(default=30.0, gt=0, description="also how long an idle connection is kept")
     body_timeout_seconds: float = Field(default=30.0, gt=0)
     answer_stall_seconds: float = Field(
-        default=30.0, gt=0, description="a client that reads nothing for so long is cut"
+        default=60.0, gt=0, description="a client that reads nothing for so long is cut"
     )
 
     # How much a client may ask for. Some can be overridden while running: `shared.limits`.
