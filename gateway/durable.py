@@ -5,7 +5,8 @@ thread does them, one after the other: all answers that gather while one runs sh
 this is in the way.
 
 An event whose fdatasync failed may be lost at a power loss, so its request is not acknowledged: the answer becomes a
-503, and so does the event, which counts nothing then. What was done stays done, as with a connection that broke.
+503, and so does the event, which counts nothing then (but for one whose segment was sealed just then, see
+`shared.spool.Spool.sync`). What was done stays done, as with a connection that broke.
 """
 
 from __future__ import annotations

@@ -158,9 +158,11 @@ class Edge:
         exchange.status = status  # first: a failure below must not record a second time
         route = ROUTE_OF_TEMPLATE.get(scope.get("path_template", ""), "unmatched")
         tenant_id = exchange.tenant_id
-        if exchange.reached and not exchange.billed:
-            self._spool.append(_event(exchange, scope, status))
-        self._end(exchange.ticket)
+        try:
+            if exchange.reached and not exchange.billed:
+                self._spool.append(_event(exchange, scope, status))
+        finally:
+            self._end(exchange.ticket)  # or nothing would be complete any more for as long as this worker lives
         if exchange.routed is not None:
             self._routed[exchange.routed](1.0)
         else:

@@ -14,7 +14,8 @@ Reads that wait behind a tenant's thread are served by it one after the other, w
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
 lock, not in the threads, so it cannot take them from the others. What may take long, a search, never has all threads
-(`gateway.threads`). What no thread has begun within `database_wait_seconds` is shed, and never begun.
+(`gateway.threads`). What no thread has begun within `database_wait_seconds` is shed, and never begun, unless
+its tenant's handles are being given up meanwhile.
 
 What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 8 with two. Page
 caches come on top, up to 2 MB a connection, until all of SQLite's memory in this process reaches `sqlite_heap_bytes`;

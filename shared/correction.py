@@ -20,6 +20,7 @@ import hashlib
 import os
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 from uuid import UUID
@@ -37,6 +38,7 @@ from shared.settings import Settings
 from shared.usage import UsageEvent
 
 _SEGMENT_EVENTS = 5_000
+_LEFTOVER_SECONDS = 3_600.0
 log = get_logger("correction")
 
 
@@ -159,6 +161,10 @@ def bring_in(
     settings.spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     staging = settings.spool_dir / "import"  # the spool may be a disk of its own
     staging.mkdir(exist_ok=True, mode=0o700)
+    for leftover in staging.glob("*.seg"):  # of an import that was killed, to be done again
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
     for name, data in zip(names, encoded, strict=True):
         staged = staging / f"{name}.seg"
         write_file(staged, data)

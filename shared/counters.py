@@ -16,12 +16,14 @@ from pathlib import Path
 import msgspec
 
 from shared.durable import fsync_path
+from shared.log import get_logger
 from shared.settings import Settings
 
 _SINCE = "since"
 _BEFORE = "before"
 _FILE_BYTES = 4_096
 _LOST = "engram_usage_lost_total"
+log = get_logger("counters")
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -40,7 +42,8 @@ def directory(settings: Settings) -> Path:
 
 
 def lost(directory_: Path) -> float:
-    """Usage events that were lost until now, by this gateway and those before it."""
+    """Usage events that were lost until now, by this gateway and those before it; without those of a process whose
+    file cannot be read."""
     return sum(counted.get(_LOST, 0.0) for counted in _by_file(directory_).values())
 
 
@@ -78,7 +81,11 @@ def _by_file(directory_: Path) -> dict[str, dict[str, float]]:
 
     found: dict[str, dict[str, float]] = {}
     for path in directory_.glob("counter_*.db"):
-        merged = MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
+        try:
+            merged = MultiProcessCollector.merge([str(path)])  # type: ignore[no-untyped-call]
+        except Exception as e:  # noqa: BLE001  whatever prometheus-client makes of a file that a power loss left half
+            log.error("counters_unreadable", file=path.name, cause=repr(e))
+            continue
         samples = (sample for metric in merged for sample in metric.samples if not sample.labels)
         found[path.stem.removeprefix("counter_")] = {sample.name: sample.value for sample in samples}
     return found

@@ -130,7 +130,8 @@ class Spool:
         """What `append` has put in a segment before this call survives power loss when it returns. Blocking.
 
         Where that cannot be had, the spool is unavailable until it can, and those of `refusals` that belong to such a
-        segment are appended to it and returned: of two events of a request the later one counts.
+        segment are returned, and appended to it: of two events of a request the later one counts. Not to one that has
+        its sealed name already, of which only the directory's fsync failed: that event stays as it was.
         """
         with self._disk_lock:
             self._retry_backlog()
@@ -140,8 +141,6 @@ class Spool:
             for segment, refusal in refused:
                 if not segment.sealed:  # else only its name may be lost, and the drainer may have read it
                     segment.amend(frame(refusal))
-                    with self._lock:
-                        _count_event(1.0)
             return [refusal for _, refusal in refused]
 
     def close(self) -> None:
@@ -170,10 +169,11 @@ class Spool:
 
     def measure(self) -> None:
         """Look at the directory and the disk: sets the gauges and what is refused from now on. Blocking."""
+        in_spool = self._limit.measure()
         of_workers = [self.spooled, *workers.spooled(self._settings)]  # the gauge is the last one's that set it
         waiting_us = min((worker.waiting_us for worker in of_workers if worker.waiting_us), default=None)
         in_memory = time.time() - waiting_us / 1e6 if waiting_us is not None else 0.0
-        metrics.usage_oldest_unflushed_seconds.set(max(self._limit.measure(), in_memory))
+        metrics.usage_oldest_unflushed_seconds.set(max(in_spool, in_memory))
 
     def _write(self, data: bytes) -> str:
         segment = self._segment

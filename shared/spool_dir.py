@@ -29,7 +29,7 @@ from shared.usage import UsageEvent
 
 _BLOCK_BYTES = 4_096
 _QUARANTINE, _STUCK = "quarantine", "stuck"
-_A_PERSON_DECIDES = (_QUARANTINE, "dry-run")
+_NOT_WAITING = (_QUARANTINE, "dry-run", "import")  # for a person, or for the import that is on its way
 log = get_logger("spool")
 
 
@@ -153,7 +153,7 @@ class Surveyor:
                 used = sum(map(_used, kept))
                 quarantined += len({Path(k.name).stem for k in kept}) if name == _QUARANTINE else 0
                 stuck += len(kept) if name == _STUCK else 0
-                waiting += [] if name in _A_PERSON_DECIDES else [k.name for k in kept if k.name.endswith(".seg")]
+                waiting += [] if name in _NOT_WAITING else [k.name for k in kept if k.name.endswith(".seg")]
             else:
                 used = _used(entry)
                 waiting += [name] if name.endswith(".open") and used else []

@@ -172,7 +172,8 @@ class Tally:
         first = str(first_day(self._settings))
         for path in self._dir.glob("*.*-*"):
             if path.name < first:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # a disk that keeps it will be asked again
+                    path.unlink()
         with self._lock:
             for day in [day for day in self._pages if str(day) < first]:
                 del self._pages[day]

@@ -26,6 +26,7 @@ from shared.settings import Settings
 
 _BYTES = 32  # of the version; behind it, aligned, so that it is written and read at once:
 _SPOOLED = struct.Struct("=qq")
+_OLDER_SECONDS = 60.0
 POLL_SECONDS = 0.05
 log = get_logger("workers")
 
@@ -73,31 +74,47 @@ class Spooled(NamedTuple):
 
 
 class Announcement:
-    """A worker's own file. A disk that takes none costs the operator's view of this worker, not the worker."""
+    """A worker's own file. A disk that takes none costs the view of this worker, not the worker, and is asked again by
+    each `has`: until then usage may be called complete that this worker still has in hand."""
 
     def __init__(self, settings: Settings) -> None:
         self._fd = -1
+        self._failing = False
         self._said: Report | None = None
+        self._version = b" " * _BYTES
         self._path = _directory(settings) / str(os.getpid())
+        self._announce(Spooled(time.time_ns() // 1000, 0))
+
+    def _announce(self, spooled: Spooled) -> None:
+        new = self._path.with_name(f".{self._path.name}")
+        fd = -1
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            new = self._path.with_name(f".{self._path.name}")
-            self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            os.pwrite(self._fd, b" " * _BYTES + _SPOOLED.pack(time.time_ns() // 1000, 0), 0)  # now its block is there
+            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.pwrite(fd, self._version + _SPOOLED.pack(*spooled), 0)  # now its block is there
             os.rename(new, self._path)  # nobody sees it unlocked
         except OSError as e:
-            log.error("worker_not_announced", cause=e.strerror)
+            if fd >= 0:
+                os.close(fd)
+            if not self._failing:
+                log.error("worker_not_announced", cause=e.strerror)
+            self._failing = True
+        else:
+            self._fd, self._failing = fd, False
 
     def obeys(self, version: str) -> None:
         """Say which version of the limits this worker obeys."""
+        self._version = version.encode("ascii")[:_BYTES].ljust(_BYTES)
         if self._fd >= 0:
-            os.pwrite(self._fd, version.encode("ascii")[:_BYTES].ljust(_BYTES), 0)
+            os.pwrite(self._fd, self._version, 0)
 
     def has(self, spooled: Spooled) -> None:
         """Say which of this worker's events are not in the spool yet."""
         if self._fd >= 0:
             os.pwrite(self._fd, _SPOOLED.pack(*spooled), _BYTES)
+        else:
+            self._announce(spooled)
 
     def says(self, report: Report) -> None:
         """Replace what this worker says of itself. Not fsynced: it is worth nothing after the machine."""
@@ -125,8 +142,13 @@ def announced(settings: Settings) -> dict[int, str]:
 
 
 def spooled(settings: Settings) -> list[Spooled]:
-    """What each living worker said last by `Announcement.has`."""
-    return [Spooled(*_SPOOLED.unpack_from(said, _BYTES)) for said in _alive(settings).values()]
+    """What each living worker said last by `Announcement.has`; of one of the build before, which says nothing of the
+    kind, what no request of its takes longer than."""
+    older = Spooled(time.time_ns() // 1000 - int(_OLDER_SECONDS * 1e6), 0)
+    return [
+        Spooled(*_SPOOLED.unpack_from(said, _BYTES)) if len(said) >= _BYTES + _SPOOLED.size else older
+        for said in _alive(settings).values()
+    ]
 
 
 def _alive(settings: Settings) -> dict[int, bytes]:

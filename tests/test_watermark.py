@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import spool
+from shared import spool, workers
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.spool import Spool
@@ -111,6 +111,29 @@ def test_a_worker_that_says_nothing_new_holds_it_until_it_is_dead(settings: Sett
     os.close(worker._fd)  # what the kernel does
     worker._fd = -1
     assert behind_seconds(settings) < 1
+
+
+def test_a_worker_that_could_not_announce_itself_does_so_when_the_disk_takes_it(settings: Settings) -> None:
+    """A full disk is when events wait in memory; a worker nobody knows of would be passed over."""
+    settings.run_dir.mkdir(parents=True)
+    in_the_way = settings.run_dir / "workers"
+    in_the_way.write_text("not a directory")
+    worker = Announcement(settings)
+    since_us = int((time.time() - 100) * 1e6)
+    worker.obeys("7")
+    worker.has(Spooled(since_us, since_us))
+    in_the_way.unlink()
+    worker.has(Spooled(since_us, since_us))
+    assert 100 <= behind_seconds(settings) < 101 and workers.announced(settings) == {os.getpid(): "7"}
+    worker.close()
+
+
+def test_a_worker_of_the_build_before_holds_it_for_as_long_as_its_requests_may_take(
+    settings: Settings, worker: Announcement
+) -> None:
+    """While workers are replaced, those of both builds serve."""
+    os.truncate(settings.run_dir / "workers" / str(os.getpid()), 32)
+    assert 60 <= behind_seconds(settings) < 61
 
 
 def test_it_is_published_when_something_was_drained_and_once_more_not_at_idle(
