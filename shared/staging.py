@@ -4,8 +4,9 @@ In order, so that a large tenant is not passed over for ever by small ones. What
 its cause, and so is what the disk has no room for when nothing else is staged that could make room.
 
 `disk_reserve_bytes` of the tenants' volume are not for this: a full disk refuses tenants' writes. Backups, restore
-tests, verification and whatever else fetches a backup leave them free; a restore, into the tenant's own directory, may
-use them.
+tests, verification and whatever else fetches a backup begin nothing that would take from them; what other threads than
+those of one `Staging`, or other processes, have begun and not yet written, they do not see. A restore, into the
+tenant's own directory, may use them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Staging:
         if self._used + size_bytes > self.limit_bytes:
             return False
         free = shutil.disk_usage(self.directory).free
-        if free - self.reserve_bytes >= size_bytes:
+        # As if nothing of what is granted were written yet: what is, is counted twice, and its end corrects it.
+        if free - self.reserve_bytes >= self._used + size_bytes:
             return True
         if self._used == 0:  # nobody will make room
             raise _no_space(self.directory, size_bytes, free, self.reserve_bytes)
@@ -75,11 +77,13 @@ class Staging:
 def reserve_bytes(settings: Settings, directory: Path) -> int:
     """What is to stay free of the disk of `directory`: nothing where no tenant is."""
     tenants = settings.tenants_dir if settings.tenants_dir.exists() else settings.data_dir
+    if not tenants.exists():
+        return 0
     return settings.disk_reserve_bytes if tenants.stat().st_dev == directory.stat().st_dev else 0
 
 
 def leave_reserve(settings: Settings, destination: Path, size_bytes: int) -> None:
-    """Raises `NoSpace` when a file of that size would take from the tenants' reserve."""
+    """Raises `NoSpace` when a file of that size, beside what is written now, would take from the tenants' reserve."""
     if destination.is_relative_to(settings.tenants_dir):
         return
     # A restore test makes a second copy for a moment.
