@@ -60,7 +60,10 @@ def key_of(snapshot: Snapshot, packing: Packing = PLAIN) -> str:
 def register(
     control_plane: ControlPlane, stored: Stored, *, kind: str = "manual", flow_run_id: str | None = None
 ) -> Backup:
-    """Write the row of a stored snapshot. The last step of a backup. Registering twice keeps the first row."""
+    """Write the row of a stored snapshot. The last step of a backup. Registering twice keeps the first row.
+
+    All but its run, if it has none: `upload.repair` knows of none.
+    """
     snapshot = stored.snapshot
     row = {
         "backup_id": new_id(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared import backup, catalogue, plan
+from shared import backup, catalogue, fleet_run, plan
 from shared.catalogue import Backup, Stored
 from shared.errors import ObjectStoreUnavailable
 from shared.objects import ObjectStore
@@ -74,3 +74,17 @@ def test_a_restore_is_planned_without_it_and_says_so_when_the_store_is_away(
     chosen = plan.plan(machine.settings, machine.control_plane, one)
     assert chosen.backup == before and chosen.note is not None and "time-out" in chosen.note
     assert all(done.error is None for done in machine.back_up() if done.tenant_id != one)
+
+
+def test_a_run_is_told_of_its_backup_though_a_repair_registered_it_first(machine: Machine) -> None:
+    """Each run begins with a repair, which meets the live uploads of the others: none of them has failed by that."""
+    one = machine.tenants[0]
+    stored = stored_without_its_row(machine, one)
+    backup.repair_machine(machine.objects, machine.control_plane, machine.settings.machine_id)
+    repaired = newest(machine, one)
+    run_id = f"run-of-{one}"
+    for flow_run_id in (run_id, f"{run_id}-again"):
+        made = backup.register(machine.control_plane, stored, kind="scheduled", flow_run_id=flow_run_id)
+        assert made == repaired
+    [done] = fleet_run.made_by(machine.control_plane, run_id, [one], error=None)
+    assert (done.error, done.backup_id) == (None, repaired.backup_id)

@@ -47,7 +47,8 @@ SELECT %(backup_id)s, tenant_id, %(ts)s, %(schema_version)s, %(size_bytes)s, %(s
        clock_timestamp()
 -- Not of a tenant that is deleted meanwhile: FOR SHARE waits for that, or it waits for this.
 FROM tenants WHERE tenant_id = %(tenant_id)s AND state NOT IN ('deleting', 'deleted') FOR SHARE
-ON CONFLICT (key) DO NOTHING;
+-- A repair that met the live upload was first, and knew no run.
+ON CONFLICT (key) DO UPDATE SET flow_run_id = EXCLUDED.flow_run_id WHERE backups.flow_run_id IS NULL;
 
 -- name: backup_get
 SELECT backup_id, tenant_id, ts, schema_version, size_bytes, stored_bytes, sha256,
