@@ -133,10 +133,13 @@ def _register_uploads(
     if not control_plane.rows("backup_uploads_left", tenant_id=tenant_id):
         return None
     try:
-        backup_steps.repair(objects() if objects else ObjectStore(settings), control_plane, tenant_id)
+        store = objects() if objects else ObjectStore(settings)
+        backup_steps.repair(store, control_plane, tenant_id)
+        left = control_plane.rows("backup_uploads_left", tenant_id=tenant_id)
+        unknown = next((row["key"] for row in left if store.exists(row["key"])), None)
     except EngramError as e:  # an older backup is better than none
         return f"an upload that may be newer could not be looked at: {e}"
-    return None
+    return f"an upload that may be newer could not be registered: {unknown}; the log says why" if unknown else None
 
 
 def fall_back(settings: Settings, control_plane: ControlPlane, chosen: Plan, cause: str) -> Plan:

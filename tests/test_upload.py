@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from pydantic import SecretStr
 
-from shared import backup, catalogue, fleet_run, plan
+from shared import backup, catalogue, fleet_run, keys, plan, upload
 from shared.catalogue import Backup, Stored
 from shared.errors import ObjectStoreUnavailable
 from shared.objects import ObjectStore
@@ -74,6 +76,25 @@ def test_a_restore_is_planned_without_it_and_says_so_when_the_store_is_away(
     chosen = plan.plan(machine.settings, machine.control_plane, one)
     assert chosen.backup == before and chosen.note is not None and "time-out" in chosen.note
     assert all(done.error is None for done in machine.back_up() if done.tenant_id != one)
+
+
+def test_a_restore_is_planned_without_it_and_says_so_when_its_key_cannot_be_had(machine: Machine) -> None:
+    """It is there and may be the newest; that only the log knew would leave a restore to an older day unseen."""
+    machine.back_up()
+    one = machine.tenants[0]
+    before = newest(machine, one)
+
+    def with_master() -> Machine:
+        master = SecretStr(keys.new_master()[0])
+        update = {"backup_encryption": "age", "backup_master_key": master}
+        settings = machine.settings.model_copy(update=update)
+        return Machine(settings, machine.control_plane, ObjectStore(settings), machine.tenants)
+
+    stored = stored_without_its_row(with_master(), one)
+    again = msgspec.structs.replace(stored, stored_sha256="0" * 64)  # a second try encrypts to other bytes
+    upload.begin(machine.objects, machine.control_plane, again, "scheduled", lambda s: s.snapshot.sha256)
+    chosen = plan.plan(with_master().settings, machine.control_plane, one)
+    assert chosen.backup == before and chosen.note is not None and stored.key in chosen.note
 
 
 def test_a_run_is_told_of_its_backup_though_a_repair_registered_it_first(machine: Machine) -> None:
