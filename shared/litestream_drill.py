@@ -71,7 +71,7 @@ def run(
     test_id, point = new_id(), None
     checks: list[Check] = []
     inconclusive = False
-    file = directory / f"{test_id}.sqlite"
+    file = directory / f"{tenant_id}.sqlite.{test_id}"  # its name says whose it is
     try:
         point = litestream_copies.any_point(objects, tenant_id, random or Random())
         if point is None:

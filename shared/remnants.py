@@ -1,5 +1,6 @@
 """What there is of a tenant beside its directory and its objects: copies that a run of this machine has in its work
-directory (`TENANT.sqlite…`, whatever made it), and uploads that were begun and have not ended. For its deletion.
+directory (`TENANT.sqlite…`, or below `*/TENANT/`, whatever made it), and uploads that were begun and have not ended.
+For its deletion.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def copies(settings: Settings, tenant_id: str) -> dict[str, int]:
     """Sizes in bytes by path below the data directory."""
     found: dict[str, int] = {}
     for parent in (settings.data_dir / "tmp", settings.sandbox_dir):
-        for pattern in (f"*/{tenant_id}.sqlite*", f"*/tenants/{tenant_id}/**/*"):
+        for pattern in (f"*/{tenant_id}.sqlite*", f"*/*/{tenant_id}/**/*"):
             for path in parent.glob(pattern):
                 found |= _size(path, settings.data_dir)
     return found

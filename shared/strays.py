@@ -141,7 +141,7 @@ def _opened(control_plane: ControlPlane, objects: ObjectStore, key: str, parts: 
     """What its row would have said. Raises `CorruptBackup`, `CorruptDatabase`, `SchemaTooNew`, `KeyUnavailable`."""
     packing = Packing(zstd=".zst" in key.rpartition(".sqlite")[2], age=key.endswith(".age"))
     stored_sha256, stored_bytes = objects.sha256(key)
-    file = directory / "stray.sqlite"
+    file = directory / f"{parts.tenant_id}.sqlite.stray"  # its name says whose it is
     key_id, sha256, size_bytes = _read(control_plane, objects, key, parts.tenant_id, packing, file)
     manifest: Manifest = snapshot.inspect(file, parts.tenant_id)
     if manifest.schema_version != parts.schema_version:

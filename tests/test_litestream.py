@@ -7,14 +7,27 @@ import os
 import signal
 import sqlite3
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
-from shared import catalogue, deletion, litestream, litestream_copies, litestream_drill, strays
+from shared import (
+    catalogue,
+    deletion,
+    drill,
+    litestream,
+    litestream_copies,
+    litestream_drill,
+    remnants,
+    smoke,
+    snapshot,
+    strays,
+)
 from shared import plan as planning
 from shared.errors import CorruptBackup, UnknownBackup
 from shared.litestream import Control
@@ -297,7 +310,31 @@ def test_copies_are_drilled_and_recorded_apart(layered: World, tmp_path: Path) -
             return [row["outcome"] for row in rows.fetchall()]
 
         assert (outcomes("point_in_time_tests"), outcomes("restore_tests")) == (["pass", "fail"], [])
-    assert not [p for p in tmp_path.iterdir() if p.suffix == ".sqlite" or p.name == "copies"]
+    assert not [p for p in tmp_path.iterdir() if ".sqlite" in p.name or p.name == "copies"]
+
+
+def test_what_a_drill_of_a_copy_has_on_disk_has_its_tenants_name(
+    layered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof of a deletion says that this machine has no copy left: it finds them by name."""
+    with copied(layered):
+        layered.write("one")
+        caught_up(layered)
+    seen: dict[str, int] = {}
+
+    def looking(check: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: object) -> Any:
+            seen.update(remnants.copies(layered.settings, layered.tenant_id))
+            return check(*args)
+
+        return look
+
+    monkeypatch.setattr(snapshot, "inspect", looking(snapshot.inspect))
+    monkeypatch.setattr(smoke, "check_engine", looking(smoke.check_engine))
+    with drill.sandbox(layered.settings) as sandbox:
+        tested = litestream_drill.run(layered.settings, layered.objects, layered.tenant_id, sandbox, reason="test")
+    assert tested.outcome == "pass", tested.checks
+    assert {Path(name).parts[2] for name in seen} == {f"{layered.tenant_id}.sqlite.{tested.test_id}", "copies"}
 
 
 def test_a_tenant_without_a_copy_is_inconclusive_not_passed(layered: World, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from shared import backup, catalogue, keys, strays, uploads, verify
+from shared import backup, catalogue, keys, remnants, snapshot, strays, uploads, verify
 from shared.bucket import Bucket
 from shared.control_plane import ControlPlane
 from shared.errors import ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
+from shared.snapshot import Manifest
 from shared.strays import Stray
 from shared.tenant import object_key
 from tests.core_fixtures import World, free_ports, new_world, settings_in
@@ -153,6 +154,21 @@ def test_a_finished_upload_is_registered_as_what_it_was_made_for(own: World) -> 
     made = catalogue.newest(own.control_plane, own.tenant_id)
     assert (made.key, made.kind, made.sha256) == (stored.key, "scheduled", taken.sha256)
     assert find(own) == []
+
+
+def test_the_copy_of_a_stray_has_its_tenants_name(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof of a deletion says that this machine has no copy left: it finds them by name."""
+    own.write("one")
+    backup.store(own.objects, backup.take(own.settings, own.tenant_id, own.settings.data_dir))
+    seen, inspect = [], snapshot.inspect
+
+    def look(file: Path, tenant_id: str) -> Manifest:
+        seen.append(remnants.copies(own.settings, tenant_id))
+        return inspect(file, tenant_id)
+
+    monkeypatch.setattr(snapshot, "inspect", look)
+    assert [s.outcome for s in find(own)] == ["adopted"]
+    assert len(seen) == 1 and seen[0] and remnants.copies(own.settings, own.tenant_id) == {}
 
 
 def test_staged_files_of_the_local_store_go_when_they_are_old(own: World) -> None:
