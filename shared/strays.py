@@ -131,8 +131,10 @@ def _attend(
 def _finished(
     control_plane: ControlPlane, objects: ObjectStore, key: str, tenant_id: str, dry_run: bool
 ) -> tuple[Outcome, str]:
-    """Nobody else has registered it in all this time."""
-    if dry_run or any(made.key == key for made in backup.repair(objects, control_plane, tenant_id)):
+    """Nobody else has registered it in all this time, but the repair of another upload of the tenant, just before."""
+    if not dry_run:
+        backup.repair(objects, control_plane, tenant_id)
+    if dry_run or not control_plane.rows("strays_of", keys=[key], tenant_ids=[tenant_id], deleted_days=0):
         return "registered", "a finished upload whose row a crash prevented"
     return "unread", "it is not what its upload was to store, or its key cannot be had; the log says which"
 

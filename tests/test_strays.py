@@ -156,6 +156,20 @@ def test_a_finished_upload_is_registered_as_what_it_was_made_for(own: World) -> 
     assert find(own) == []
 
 
+def test_two_finished_uploads_of_one_tenant_are_both_registered(own: World) -> None:
+    """The repair that the first asks for registers the second, too: nothing of it is unread."""
+    own.write("one")
+    stored = backup.store(
+        own.objects, backup.take(own.settings, own.tenant_id, own.settings.data_dir), own.control_plane
+    )
+    there, late = own.settings.data_dir / "objects" / stored.key, own.settings.data_dir / "late"
+    there.rename(late)  # else the second upload registers it
+    backup.store(own.objects, backup.take(own.settings, own.tenant_id, own.settings.data_dir), own.control_plane)
+    late.rename(there)
+    assert [s.outcome for s in find(own)] == ["registered", "registered"]
+    assert len(statuses(own)) == 2 and find(own) == []
+
+
 def test_the_copy_of_a_stray_has_its_tenants_name(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of a deletion says that this machine has no copy left: it finds them by name."""
     own.write("one")
