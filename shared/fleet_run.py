@@ -1,6 +1,6 @@
 """A run over the tenants of one machine, or of one shard of them: its name, its lock, its row, which tenants it has.
 
-One at a time on a machine, but for the shards of one division: `holding`. A run that was killed, or left failed
+One at a time on a machine, but for shards: `holding`. A run that was killed, or left failed
 tenants, is taken up again by its name: `unfinished`.
 """
 
@@ -87,7 +87,8 @@ class Unfinished(Receipt, frozen=True):
 
 @contextmanager
 def holding(settings: Settings, run: Run) -> Iterator[None]:
-    """This machine's lock for fleet runs: two shards of one division run together, all else one after the other.
+    """This machine's lock for fleet runs: shards run together, each once, a whole run alone. Shards of two divisions
+    run together, too; a tenant of both may be stored twice.
 
     Raises `LeaseHeld` at once when another run has it. The kernel frees it with the process.
     """
