@@ -159,6 +159,7 @@ def cut(stack: Stack) -> Any:  # noqa: F811
         data_dir,
         stack.control_plane_url,
         stack.issuer,
+        module="tests.gateway_unchecked",
         gateway_workers=1,
         env="prod",
         header_timeout_seconds=0.5,

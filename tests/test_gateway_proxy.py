@@ -148,6 +148,7 @@ def test_a_flood_behind_a_proxy_is_told_apart_from_its_neighbours_and_spoofing_g
         data_dir,
         stack.control_plane_url,
         stack.issuer,
+        module="tests.gateway_unchecked",
         env="staging",
         gateway_workers=1,
         trusted_proxies="127.0.0.9/32",

@@ -1,7 +1,7 @@
 """Any life of a spool, against a model: every acknowledged event is in exactly one place.
 
 Two workers append, seal, die and come back; a drainer adopts, drains, dies between commit and unlink; bytes rot; the
-disk is full or fails a call. The disk is a real tmpfs of 128 KiB where mounting is permitted.
+disk is full or fails a call. The disk is a real small tmpfs where mounting is permitted.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ class FailingCalls:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    command = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(tmp_path)]
+    # The pages of the tally, one a life of a worker, are about half of it.
+    command = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(tmp_path)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     yield tmp_path
     if mounted:

@@ -45,7 +45,9 @@ class Stack:
         return json.loads(self.engram(*words, "--json").stdout)
 
     def prefect(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        answer = httpx.request(method, f"{self.status['prefect_api_url']}/{path}", json=body, timeout=30)
+        user, _, password = self.environment.get("PREFECT_API_AUTH_STRING", "").partition(":")
+        url, auth = f"{self.status['prefect_api_url']}/{path}", (user, password) if user else None
+        answer = httpx.request(method, url, json=body, auth=auth, timeout=30)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 

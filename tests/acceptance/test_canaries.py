@@ -180,7 +180,7 @@ def canaries(stack: Stack) -> list[bytes]:
         )
     assert json.loads(said[0].stdout)["outcome"] == "restored"
     assert said[1].returncode == 0, said[1].stdout
-    assert said[3].returncode == 1 and "refused the credentials" in said[3].stdout + said[3].stderr
+    assert said[3].returncode == 1 and "403 Forbidden: AccessDenied" in said[3].stdout + said[3].stderr
     # A person's terminal ends up in tickets.
     every = [MEMORY.encode(), FORGED.encode(), *tokens, *secret_canaries(stack)]
     for done in said:
