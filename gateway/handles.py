@@ -28,6 +28,7 @@ from shared.tenant import TenantPaths
 
 Result = TypeVar("Result")
 Job = Callable[[sqlite3.Connection], Result]
+PACE_SECONDS = 0.001
 READ_SECONDS = 0.005  # for which a thread stays with one tenant's reads while others may want it
 WAL_KEEP_BYTES = 256 << 10  # of some ten creates
 log = get_logger("pool")
@@ -47,8 +48,10 @@ class OpenTenant:
     """One tenant's two handles, opened as they are needed by the thread that holds `lock`."""
 
     __slots__ = (
+        "began",
         "busy_timeout_seconds",
         "closing",
+        "company",
         "current",
         "inline",
         "link",
@@ -80,6 +83,8 @@ class OpenTenant:
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
         self.closing = False
+        self.began = 0.0  # its last transaction, monotonic
+        self.company = False  # that one had several members
 
 
 def read_and_renew(tenant: OpenTenant, job: Job[Result]) -> Result:
@@ -128,8 +133,15 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
     """One transaction of what waits in `tenant.writes`, and of what joins it while it runs; `members` gets who is in
     it, in order. On one core that is most of them: a thread that wants to run statements waits for the busy loop.
 
+    One that had company is followed by the next after `PACE_SECONDS` at the earliest: a transaction costs 350 µs of CPU
+    besides 150 for each member, so small ones in a row leave no CPU for anybody (measured: 2,000 creates a second of
+    one tenant, p95 3.0 instead of 7.1 ms). Who writes alone never waits.
+
     When the transaction cannot begin, whoever waits first is its member, to be told why.
     """
+    if tenant.company and (early_seconds := tenant.began + PACE_SECONDS - time.monotonic()) > 0:
+        time.sleep(early_seconds)
+    tenant.began = time.monotonic()
 
     def waiting() -> Iterator[batch.Job]:
         while len(members) < most and (member := tenant.writes.next()) is not None:
@@ -137,7 +149,9 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
             yield member.job
 
     try:
-        return batch.commit(_writer(tenant), waiting())
+        outcomes = batch.commit(_writer(tenant), waiting())
+        tenant.company = len(members) > 1
+        return outcomes
     except BaseException:
         if not members:
             deque(waiting(), maxlen=0)

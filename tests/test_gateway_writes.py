@@ -1,15 +1,23 @@
-"""An acknowledged write survives the death of the worker that acknowledged it."""
+"""An acknowledged write survives the death of the worker that acknowledged it; which writes wait for each other."""
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import itertools
 import json
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
+from gateway import handles
+from gateway.handles import OpenTenant
+from shared.engine import database, memories
 from shared.engine.database import TenantDatabase
+from shared.engine.memories import NewMemory
 from shared.tenant import TenantPaths
 from tests.gateway_stack import Stack, eventually, gateway, stack  # noqa: F401
 
@@ -72,3 +80,27 @@ def test_every_acknowledged_write_of_32_clients_outlives_a_sigkill(stack: Stack)
     assert acknowledged.items() <= stored.items()
     assert len(stored) - len(acknowledged) <= CLIENTS, "only what was in flight when a worker died"
     assert request_ids <= events
+
+
+def test_writes_in_company_come_together_and_a_lone_one_never_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small transactions in a row cost everybody the CPU; for one after the other there is nobody to wait for."""
+    monkeypatch.setattr(handles, "PACE_SECONDS", 0.3)
+    paths = TenantPaths.of(tmp_path, "acme")
+    database.create(paths)
+
+    async def run() -> list[float]:
+        tenant = OpenTenant(paths, 5.0, 2.0)
+        took = []
+        for count in (1, 1, 2, 1, 1):
+            for _ in range(count):
+                tenant.writes.put(lambda c: memories.create(c, NewMemory("x")), time.monotonic())
+            began = time.monotonic()
+            assert len(handles.write(tenant, [], 64)) == count
+            took.append(time.monotonic() - began)
+        handles.close_and_fold(tenant)
+        return took
+
+    took = asyncio.run(run())
+    assert [seconds >= 0.2 for seconds in took] == [False, False, False, True, False]
