@@ -1,7 +1,7 @@
 """What many tenants cost one worker whose pool of open databases stays at its cap.
 
 Mixed load (60% search, 20% get, 20% create) over small databases, two ways: `evenly`, where every tenant is as likely
-as the other (the worst case: at 5,000 over 256 places 19 of 20 requests open a database and close another), and
+as the other (the worst case: at 5,000 over 1,024 places four of five requests open a database and close another), and
 `skewed`, where the n-th tenant gets 1/n of the first one's requests, as real ones do. Each point is measured in
 `rounds` of a server of its own, old and new code taking turns, over tenants of their own: what one leaves beside the
 databases must not be the other's to clear away.
