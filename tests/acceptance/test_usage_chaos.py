@@ -14,7 +14,7 @@ import random
 import subprocess
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,6 +26,7 @@ import pytest
 from pydantic import SecretStr
 
 from deployments.postgres import EmbeddedPostgres
+from gateway.supervisor import DEATHS, DEATHS_SECONDS
 from shared import metering, reconcile, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
@@ -37,7 +38,7 @@ from tests.pgbouncer_fixtures import CommitCutter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = float(os.environ.get("ENGRAM_CHAOS_SECONDS", "12"))
-CLIENTS, DRAINS = 6, 2
+CLIENTS, DRAINS, WORKERS = 6, 2, 2
 CLIENT_REQUEST_ID = "the-same-every-time"
 
 # A parent that has imported everything once and forks a drain for every line it reads.
@@ -193,8 +194,9 @@ def load(place: Place, tenants: list[str], seed: int, stop: threading.Event) -> 
 
 
 def rage(place: Place, drains: Drains, seconds: float, seed: int) -> Counter[str]:
-    """Kill at random; how often each."""
+    """Kill at random; how often each. Workers not more often than a supervisor takes for an accident."""
     chance, done = random.Random(seed), Counter[str]()
+    deaths: deque[float] = deque(maxlen=DEATHS * WORKERS)
     kinds, first = ("commit", "drain", "worker", "postgres"), ["commit", "drain", "worker", "postgres"]
     chance.shuffle(first)  # each at least once
     end = time.monotonic() + seconds
@@ -207,10 +209,11 @@ def rage(place: Place, drains: Drains, seconds: float, seed: int) -> Counter[str
                 drains.kill(chance.choice(drains.running))
                 drains.start()
                 done["drains killed"] += 1
-            case "worker":
+            case "worker" if len(deaths) < DEATHS * WORKERS or time.monotonic() - deaths[0] > DEATHS_SECONDS:
                 with contextlib.suppress(psutil.Error):
                     for worker in place.gateway.workers()[:1]:  # none while both are being replaced
                         worker.kill()
+                        deaths.append(time.monotonic())
                         done["gateway workers killed"] += 1
             case "postgres":
                 family = psutil.Process(place.postgres.child.pid)
