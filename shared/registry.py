@@ -6,7 +6,6 @@ Creation: row in state `creating` → first generation on disk, fsynced → stat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -118,21 +117,22 @@ def _set_state(control_plane: ControlPlane, tenant_id: str, state: State, from_s
 
 
 Standings = tuple[list[dict[str, Any]], str]  # rows, and from where on the next read goes on
-FULL_READ_SECONDS = 60.0
+FULL_READ_EVERY = 30  # refreshes: a minute
 
 
 class KnownTenants:
     """The last read of how every tenant stands, for processes that must not ask PostgreSQL in a request: its state, or
     of an active one of another machine which that is. So whoever looks for "active" asks for both with one comparison.
 
-    `refresh` asks for what has changed since the one before, and every `FULL_READ_SECONDS` for everything: 100,000
-    rows are a third of a second of Python. When the control plane does not answer the last map stands.
+    `refresh` asks for what has changed since the one before, and each `FULL_READ_EVERY`th time for everything, which
+    also shows what was removed: 100,000 rows are a third of a second of Python. When the control plane does not answer
+    the last map stands.
     """
 
     def __init__(self, read: Callable[[str | None], Standings]) -> None:
         self._read = read
         self._since: str | None = None
-        self._full_read_at = float("-inf")
+        self._until_full_read = 0
         self.standings: dict[str, Standing] = {}
         self.loaded = False
 
@@ -148,8 +148,7 @@ class KnownTenants:
 
     def refresh(self) -> None:
         """Raises `ControlPlaneUnavailable`; the map is unchanged then."""
-        began = time.monotonic()
-        everything = self._since is None or began - self._full_read_at >= FULL_READ_SECONDS
+        everything = self._since is None or self._until_full_read <= 0
         rows, since = self._read(None if everything else self._since)
         machines: dict[str, Elsewhere] = {}  # one for all tenants of a machine
         standings: dict[str, Standing] = {
@@ -159,7 +158,8 @@ class KnownTenants:
             for row in rows
         }
         if everything:
-            self.standings, self._full_read_at = standings, began
+            self.standings, self._until_full_read = standings, FULL_READ_EVERY
         else:
             self.standings.update(standings)
+        self._until_full_read -= 1
         self._since, self.loaded = since, True

@@ -94,7 +94,7 @@ def test_should_there_be_such_a_tenant_nobody_is_an_operator(stack: Stack) -> No
         with stack.client("operators", scope="admin") as client:  # a connection of its own, so any worker
             return client.post(f"{ACT}/volume-health", json={}).status_code == 200
 
-    eventually(lambda: all(opens() for _ in range(10)))
+    eventually(lambda: all(opens() for _ in range(10)), 90)  # a removed row is seen at the next read of everything
 
 
 @pytest.mark.parametrize(

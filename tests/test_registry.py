@@ -150,6 +150,6 @@ def test_a_refresh_reads_what_has_changed_and_misses_nothing_that_was_committed_
     known.refresh()
     assert known.standings[other] == "suspended"
     assert max(read[1:]) < everything + 1
-    known._full_read_at = float("-inf")
+    known._until_full_read = 0
     known.refresh()
     assert read[-1] == everything + 1
