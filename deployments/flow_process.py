@@ -5,19 +5,40 @@ deployment's pull steps, of which there are none here, and becomes the second, w
 costs every run a second of a core before its first step.
 
 A session of its own, as the first Python would have made: a signal to the worker's group is not for its runs.
+
+`--yielding` is for the runs that may wait (backups, drills, verification, reports): they compress, encrypt and hash for
+minutes beside a gateway that answers within milliseconds. At the same priority a process that needs a whole core costs
+a lookup on that core a p95 of 3.5 ms instead of 0.3, and a mix of requests 11 instead of 3; at `NICE` 0.5 and 6
+(measured). Not for what holds writes back, a restore or a move: that is to be over soon.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import sys
 from contextlib import suppress
+from pathlib import Path
+
+NICE = 10  # a tenth of the share of a process at 0, when both want all
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def main() -> None:
     with suppress(PermissionError):  # it leads one already
         os.setsid()
+    if "--yielding" in sys.argv[1:]:
+        sys.argv.remove("--yielding")  # Prefect takes an argument for the id of a run
+        leave_the_cpu_to_others()
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+def leave_the_cpu_to_others() -> None:
+    """This process and its children. Outside of control groups Linux shares the CPU among sessions first, so this
+    session says it too (`man 7 sched`, autogroup)."""
+    os.nice(NICE)
+    with suppress(OSError):  # there are none here, or the kernel wants fewer changes a second: the share is fair then
+        _AUTOGROUP.write_text(str(NICE))
 
 
 if __name__ == "__main__":

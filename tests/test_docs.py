@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from deployments.cli import COMMANDS, app
+from shared import queues
 from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,14 @@ def test_the_flows_of_the_readme_are_the_deployments() -> None:
         own = flow_steps(module)
         assert [s for s in listed if s in own] == [s for s in own if s in listed], name
         assert set(own) - {"put-back"} <= set(listed), name
+
+
+def test_what_holds_writes_or_what_operators_wait_for_never_yields_the_cpu_and_all_else_does() -> None:
+    """A restore or a move that yields keeps a tenant's writes waiting for longer; a night's backups that do not yield
+    keep every request of the machine waiting."""
+    commands = {name: d["work_pool"]["job_variables"]["command"] for name, d in deployments().items()}
+    yielding = {name for name, command in commands.items() if command.endswith(" --yielding")}
+    assert yielding == commands.keys() - queues.URGENT.keys() - {"move"}
 
 
 def test_every_deployment_names_an_importable_flow_by_module() -> None:

@@ -20,7 +20,7 @@ import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from pydantic import SecretStr
 
-from deployments import orchestration
+from deployments import flow_process, orchestration
 from deployments.bridge import Alert, event_of, to_prefect
 from deployments.prefect_api import PrefectApi
 from deployments.process import Child
@@ -226,7 +226,8 @@ def test_a_run_is_one_process_of_its_own_that_can_be_cancelled(
     run_id = production.start_run(deploy_busy(production), {"file": str(file)})
     wait_for(lambda: production.state(run_id) == "RUNNING")
     [run] = [p for p in psutil.Process(worker.pid).children() if p.environ().get("PREFECT__FLOW_RUN_ID") == run_id]
-    assert run.cmdline()[1:] == ["-m", "deployments.flow_process"] and run.children() == []
+    assert run.cmdline()[1:] == ["-m", "deployments.flow_process", "--yielding"] and run.children() == []
+    assert run.nice() == flow_process.NICE
     assert Path(run.exe()).samefile(sys.executable)
     assert os.getsid(run.pid) == os.getpgid(run.pid) == run.pid
 
