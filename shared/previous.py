@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shared import snapshot
 from shared.engine import memories, schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import EngramError, Permanent
 from shared.log import get_logger
 from shared.receipt import Receipt

@@ -20,7 +20,7 @@ from typing import Literal
 from shared import generation
 from shared.durable import unlink_database
 from shared.engine import schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import CorruptDatabase, EngramError
 from shared.fence import Fence, Mark, read_mark
 from shared.log import get_logger

@@ -22,7 +22,7 @@ from shared import plan as planning
 from shared.backup import fetch
 from shared.durable import unlink_database
 from shared.engine import schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import CorruptBackup, CorruptDatabase, LitestreamUnavailable, Permanent, Refused
 from shared.fence import Fence, Mark, read_mark
 from shared.hold import Hold, finish, holding, running

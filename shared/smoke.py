@@ -19,7 +19,8 @@ import sqlite_utils
 
 from shared import pack, snapshot
 from shared.engine import memories, schema, search
-from shared.engine.database import TenantDatabase, connect
+from shared.engine.connection import connect
+from shared.engine.database import TenantDatabase
 from shared.errors import CorruptBackup, CorruptDatabase, EngramError, SchemaTooNew, UnknownMemory
 from shared.tenant import TenantPaths
 

@@ -32,7 +32,7 @@ import msgspec
 
 from shared.durable import flushed_along, fsync_path
 from shared.engine import schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import CorruptDatabase, NoSpace, SchemaTooNew, TenantDatabaseUnavailable
 from shared.fence import in_use
 from shared.receipt import Receipt

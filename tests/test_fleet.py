@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared import backup, boot, catalogue, fingerprint, fleet, fleet_run, generation, keys, snapshot
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import CorruptBackup, NoSpace, ObjectStoreUnavailable, Permanent
 from shared.fleet_run import Done
 from shared.objects import ObjectStore

@@ -123,7 +123,7 @@ def test_no_place_is_lost_whatever_becomes_of_those_who_wait(tmp_path: Path) -> 
 
 def test_a_slow_query_is_interrupted_and_the_connection_is_good_afterwards() -> None:
     """503 with its own reason; a quick one and one without a limit run to their end."""
-    connection = sqlite3.connect(":memory:", check_same_thread=False)  # as `database.connect` opens it
+    connection = sqlite3.connect(":memory:", check_same_thread=False)  # as `shared.engine.connection` opens it
 
     def endless(c: sqlite3.Connection) -> object:
         return c.execute(

@@ -18,7 +18,7 @@ from shared.diagnosis import played
 from shared.diagnosis.finding import Finding, Symptom, bad, good, unseen
 from shared.diagnosis.sight import Sight
 from shared.engine import schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import (
     ControlPlaneUnavailable,
     CorruptDatabase,

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from shared.engine.database import TenantDatabase, is_failure
+from shared.engine.connection import is_failure
+from shared.engine.database import TenantDatabase
 
 Job = Callable[[sqlite3.Connection], Any]
 

@@ -8,9 +8,6 @@ process has to be alive or honest about time. Measured in a prototype: 2.4 µs a
 A `TenantDatabase` has its own lock descriptor and its own connection and must be used by one thread at a
 time: a flock belongs to the open file, so two threads sharing one would release each other's.
 
-synchronous=FULL, because WAL with NORMAL lost 200 of 200 acknowledged rows at power loss (FACTS); opened
-mode=rw or ro, because the default would make an empty database where the active one is missing.
-
 A `readonly` one is also the cheap one to close. SQLite checkpoints a database and removes its `-wal` when the last
 connection closes that could write it; one that cannot leaves both files for the next open. Measured on ext4, small
 database: open, read, close 1,040 µs and 430 µs of CPU read-write, 310 and 245 readonly.
@@ -30,46 +27,14 @@ from typing import TypeVar
 from shared import generation
 from shared.durable import fsync_path, replace_link
 from shared.engine import schema
+from shared.engine.connection import connect, raise_as_ours
 from shared.engine.write_lock import WriteLock
-from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
+from shared.errors import InMaintenance, TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
 
-CACHE_KIB = 2_048
 _POLL_SECONDS = 0.002
 _SHARED_NOW = fcntl.LOCK_SH | fcntl.LOCK_NB
 Result = TypeVar("Result")
-
-
-def connect(
-    path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False, cache_kib: int | None = CACHE_KIB
-) -> sqlite3.Connection:
-    """Open an existing database with the pragmas of this house. Never creates a file.
-
-    Raises `TenantDatabaseUnavailable` when it cannot be opened, `CorruptDatabase` when it is no database.
-    """
-    mode = "ro" if readonly else "rw"
-    try:
-        connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            timeout=busy_timeout_seconds,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=64,
-        )
-    except sqlite3.OperationalError as e:
-        raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
-    try:
-        if cache_kib is not None:
-            connection.execute(f"PRAGMA cache_size = -{cache_kib}")  # reads the schema
-        if not readonly:
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-    except sqlite3.DatabaseError as e:
-        connection.close()
-        _raise_as_ours(e)
-        raise TenantDatabaseUnavailable(f"cannot open the tenant database: {e}") from e
-    return connection
 
 
 def create(paths: TenantPaths) -> bool:
@@ -163,7 +128,7 @@ class TenantDatabase:
         try:
             yield connection
         except sqlite3.DatabaseError as e:
-            _raise_as_ours(e)
+            raise_as_ours(e)
             raise
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -185,7 +150,7 @@ class TenantDatabase:
                 raise InMaintenance(f"tenant {self.tenant_id} was deleted")
             return job(self._connection)
         except sqlite3.DatabaseError as e:
-            _raise_as_ours(e)
+            raise_as_ours(e)
             raise
         except OSError as e:
             raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e.strerror}") from e
@@ -218,7 +183,7 @@ class TenantDatabase:
             finally:
                 self._write_lock.release()
         except sqlite3.DatabaseError as e:
-            _raise_as_ours(e)
+            raise_as_ours(e)
             raise
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -318,7 +283,7 @@ class TenantDatabase:
         except BaseException as e:
             connection.close()
             if isinstance(e, sqlite3.DatabaseError):
-                _raise_as_ours(e)
+                raise_as_ours(e)
                 raise TenantDatabaseUnavailable(f"tenant {self.tenant_id}: {e}") from e
             raise
         self._connection, self._generation, self._file = connection, link, str(file)
@@ -330,32 +295,3 @@ class TenantDatabase:
             lock.acquire(self._busy_timeout_seconds)
             with closing(connect(file, busy_timeout_seconds=self._busy_timeout_seconds)) as writer:
                 schema.migrate(writer, self.tenant_id)
-
-
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_UNAVAILABLE = (
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_READONLY,
-)
-
-
-def is_failure(e: sqlite3.DatabaseError) -> bool:
-    """Whether the database fails, rather than a statement that is wrong or breaks a constraint."""
-    return _primary_code(e) in (*_CORRUPT, *_UNAVAILABLE)
-
-
-def _raise_as_ours(e: sqlite3.DatabaseError) -> None:
-    """Raise our name for a failing database; return for programming errors and constraint violations."""
-    if _primary_code(e) in _CORRUPT:
-        raise CorruptDatabase(f"the tenant database is corrupt: {e}") from e
-    if _primary_code(e) in _UNAVAILABLE:
-        raise TenantDatabaseUnavailable(f"the tenant database is unavailable: {e}") from e
-
-
-def _primary_code(e: sqlite3.DatabaseError) -> int | None:
-    code: int | None = getattr(e, "sqlite_errorcode", None)
-    return code & 0xFF if code is not None else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from shared import plan as planning
 from shared.engine import schema
-from shared.engine.database import connect
+from shared.engine.connection import connect
 from shared.errors import CorruptDatabase, SchemaTooNew, TenantDatabaseUnavailable, UnknownBackup
 from shared.playbook.action import Context, Finding, Outcome, Request
 from shared.tenant import TenantPaths

@@ -27,7 +27,8 @@ from deployments.postgres import EmbeddedPostgres
 from shared import backup, plan, registry, restore
 from shared.control_plane import ControlPlane
 from shared.engine import memories
-from shared.engine.database import TenantDatabase, connect
+from shared.engine.connection import connect
+from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
 from shared.errors import InMaintenance
 from shared.objects import ObjectStore

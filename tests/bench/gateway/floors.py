@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.engine import database, memories
+from shared.engine import memories
+from shared.engine.connection import connect
 from shared.engine.memories import NewMemory
 from shared.engine.search import search
 from tests.bench.gateway.load import Result
@@ -39,7 +40,7 @@ def floor(kind: str, file: Path, bodies: list[dict[str, Any]], seconds: float) -
 
 def _main(kind: str, file: Path, seconds: float) -> None:
     bodies = json.load(sys.stdin)
-    connection = database.connect(file)
+    connection = connect(file)
 
     def search_once(body: dict[str, Any]) -> None:
         search(connection, **body)
