@@ -5,8 +5,13 @@ often it is sent, by Alertmanager's repeats, by its retries or after this proces
 automation starts one run for it. So every alert is always passed on, and an answer 200 means that Prefect has taken all
 of them: without Prefect it is 503, and Alertmanager tries again.
 
-    POST /alerts   Alertmanager's webhook, version 4; `Authorization: Bearer …`
-    GET  /health   this process answers
+    POST /alerts      Alertmanager's webhook, version 4; `Authorization: Bearer …`
+    POST /heartbeat   the alert that always fires: no event, but a request to the dead man's switch; the same credential
+    GET  /health      this process answers
+
+The switch (`ENGRAM_HEARTBEAT_URL`, off when it is empty) belongs to somebody else, who calls when no request came for
+some minutes: then one of Prometheus, Alertmanager, this bridge and their machine is dead. It goes through here so that
+the bridge is watched, too, and because its address is a secret, which Alertmanager before 0.26 shows and logs.
 
 Whoever has the credential can start diagnoses, which only read. Errors are problem details; a 401 says nothing more.
 """
@@ -51,6 +56,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Event = dict[str, Any]
 PassOn = Callable[[Sequence[Event]], Awaitable[None]]
+Beat = Callable[[], Awaitable[None]]
 
 
 class Alert(msgspec.Struct, frozen=True, rename="camel"):
@@ -121,13 +127,31 @@ def to_prefect(settings: Settings, client: httpx.AsyncClient) -> PassOn:
     return pass_on
 
 
+def to_switch(settings: Settings, client: httpx.AsyncClient) -> Beat:
+    """Raises `Transient` unless the switch has heard it; what that says never holds the address."""
+    url = settings.heartbeat_url.get_secret_value()
+
+    async def beat() -> None:
+        if not url:
+            return
+        try:
+            answer = await client.post(url)
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise Transient(f"the dead man's switch does not answer: {type(e).__name__}") from None
+        if not answer.is_success:
+            raise Transient(f"the dead man's switch answers {answer.status_code}")
+
+    return beat
+
+
 class Bridge:
     """The ASGI application."""
 
-    def __init__(self, token: str, body_limit_bytes: int, pass_on: PassOn) -> None:
+    def __init__(self, token: str, body_limit_bytes: int, pass_on: PassOn, beat: Beat) -> None:
         self._token = hashlib.sha256(token.encode()).digest()
         self._body_limit_bytes = body_limit_bytes
         self._pass_on = pass_on
+        self._beat = beat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -142,7 +166,7 @@ class Bridge:
         method, path = scope["method"], scope["path"]
         if path == "/health":
             return (200, {"status": "ok"}, []) if method in ("GET", "HEAD") else _problem(405, allow="GET")
-        if path != "/alerts":
+        if path not in ("/alerts", "/heartbeat"):
             return _problem(404)
         if not self._allowed(dict(scope["headers"]).get(b"authorization", b"")):
             return _problem(401, www_authenticate="Bearer")
@@ -151,6 +175,8 @@ class Bridge:
         body = await self._body(receive)
         if body is None:
             return _problem(413, f"more than {self._body_limit_bytes} bytes")
+        if path == "/heartbeat":
+            return await self._pass_heartbeat_on()
         try:
             notification = msgspec.json.decode(body, type=Notification)
         except (msgspec.MsgspecError, UnicodeDecodeError) as e:
@@ -168,6 +194,14 @@ class Bridge:
         for event in events:
             log.info("alert_passed_on", alert=event["payload"]["alert"], status=event["event"], event_id=event["id"])
         return 200, {"events": [event["id"] for event in events]}, []
+
+    async def _pass_heartbeat_on(self) -> tuple[int, Mapping[str, Any], list[tuple[bytes, bytes]]]:
+        try:
+            await self._beat()
+        except Transient as e:
+            log.error("heartbeat_not_passed_on", cause=str(e))
+            return _problem(503, "The switch has not heard it; send it again.", retry_after=str(_RETRY_AFTER_SECONDS))
+        return 200, {"status": "ok"}, []
 
     def _allowed(self, header: bytes) -> bool:
         scheme, _, given = header.partition(b" ")
@@ -223,10 +257,18 @@ async def _serve(settings: Settings, token: str) -> None:
     from granian.log import LogLevels
     from granian.server.embed import Server
 
-    # Prefect is one of this stack's own parts: a proxy of the environment has no business there.
-    async with httpx.AsyncClient(timeout=SEND_SECONDS, trust_env=False) as client:
+    async with (
+        # Prefect is one of this stack's own parts: a proxy of the environment has no business there.
+        httpx.AsyncClient(timeout=SEND_SECONDS, trust_env=False) as inside,
+        httpx.AsyncClient(timeout=SEND_SECONDS) as outside,
+    ):
         server = Server(
-            Bridge(token, settings.bridge_body_limit_bytes, to_prefect(settings, client)),
+            Bridge(
+                token,
+                settings.bridge_body_limit_bytes,
+                to_prefect(settings, inside),
+                to_switch(settings, outside),
+            ),
             address=settings.bridge_host,
             port=settings.bridge_port,
             interface=Interfaces.ASGINL,

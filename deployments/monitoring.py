@@ -1,10 +1,15 @@
-"""What `engram up --monitoring` adds: Prometheus, Alertmanager, a probe from outside, and the bridge to Prefect.
+"""What `engram up --monitoring` adds: Prometheus, Alertmanager, a probe from outside, and the bridge to Prefect; and
+what `engram monitor` runs alone (`deployments.monitoring_process`).
 
     {data_dir}/monitoring/prometheus.yml, rules/*.yml, alertmanager.yml, probe.yml   written at every start
     {data_dir}/monitoring/prometheus/, alertmanager/                                 their data
 
 The production files of `deployments/prometheus/` are read and only addresses are put in, so what is rehearsed here is
-what runs there. The programs come from the operating system; all listen on the loopback only.
+what runs there. The programs come from the operating system or the image; all listen on the loopback only, but for
+Prometheus where `ENGRAM_PROMETHEUS_HOST` says so, for reports and diagnoses of other machines.
+
+A `gateway_url` is that of this machine's gateway; empty, the gateways are those of `ENGRAM_MONITORING_TARGETS` and
+`ENGRAM_MONITORING_PROBE_URLS`. They are named one by one, and not looked up: one that is gone must be seen to be.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from deployments.orchestration import http_ok
 from deployments.process import Child
 from shared import durable
 from shared.errors import Permanent
-from shared.settings import Settings
+from shared.settings import Settings, words
 
 LOOPBACK = "127.0.0.1"
 SOURCE = Path(__file__).parent / "prometheus"
@@ -50,6 +55,7 @@ def children(settings: Settings, environment: Mapping[str, str], gateway_url: st
     program = programs()
     directory = settings.data_dir / "monitoring"
     timeout_seconds = _scrape_times(settings)[1]
+    host = settings.prometheus_host
 
     def child(name: str, argv: list[str], port: int, ready_path: str, write: Callable[[], None]) -> Child:
         return Child(
@@ -100,7 +106,9 @@ def children(settings: Settings, environment: Mapping[str, str], gateway_url: st
             f"--config.file={directory / 'prometheus.yml'}",
             f"--storage.tsdb.path={directory / 'prometheus'}",
             f"--storage.tsdb.retention.time={settings.monitoring_retention_days}d",
-            f"--web.listen-address={LOOPBACK}:{settings.prometheus_port}",
+            f"--web.listen-address={f'[{host}]' if ':' in host else host}:{settings.prometheus_port}",
+            # How often Alertmanager is told again of what goes on; with a whole minute a rehearsal would wait for it.
+            f"--rules.alert.resend-delay={shorten_duration('1m', settings.monitoring_minute_seconds)}",
             "--log.level=warn",
         ],
         settings.prometheus_port,
@@ -126,11 +134,13 @@ def prometheus_configuration(settings: Settings, gateway_url: str, rules_dir: Pa
     managers[0]["static_configs"][0]["targets"] = [f"{LOOPBACK}:{settings.alertmanager_port}"]
     jobs = {job["job_name"]: job for job in configuration["scrape_configs"]}
     scheme, _, address = gateway_url.partition("://")
-    jobs["engram-gateway"]["static_configs"][0]["targets"] = [address]
+    targets = [address] if gateway_url else words(settings.monitoring_targets)
+    jobs["engram-gateway"]["static_configs"][0]["targets"] = targets
     if scheme == "https":
         jobs["engram-gateway"] |= {"scheme": scheme, "tls_config": {"insecure_skip_verify": True}}
+    probed = [gateway_url] if gateway_url else [url.rstrip("/") for url in words(settings.monitoring_probe_urls)]
     for target in jobs["engram-probe"]["static_configs"]:
-        target["targets"] = [f"{gateway_url}/{target['labels']['probe']}"]
+        target["targets"] = [f"{url}/{target['labels']['probe']}" for url in probed]
     jobs["engram-probe"]["relabel_configs"][-1]["replacement"] = f"{LOOPBACK}:{settings.probe_port}"
     return configuration
 
@@ -144,12 +154,13 @@ def probe_configuration(gateway_url: str) -> dict[str, Any]:
 
 
 def alertmanager_configuration(settings: Settings) -> dict[str, Any]:
-    """`alertmanager.yml` with the bridge of this stack."""
+    """`alertmanager.yml` with the bridge of this stack; everybody else in it stays as they are."""
     configuration = _source("alertmanager.yml")
-    receiver = next(r for r in configuration["receivers"] if r["name"] == "bridge")
-    webhook = receiver["webhook_configs"][0]
-    webhook["url"] = f"http://{LOOPBACK}:{settings.bridge_port}/alerts"
-    webhook["http_config"]["authorization"]["credentials_file"] = str(token_file(settings))
+    receivers = {receiver["name"]: receiver for receiver in configuration["receivers"]}
+    for name, path in (("bridge", "alerts"), ("heartbeat", "heartbeat")):
+        webhook = receivers[name]["webhook_configs"][0]
+        webhook["url"] = f"http://{LOOPBACK}:{settings.bridge_port}/{path}"
+        webhook["http_config"]["authorization"]["credentials_file"] = str(token_file(settings))
     minute_seconds = settings.monitoring_minute_seconds
     for route in (configuration["route"], *configuration["route"]["routes"]):
         for name in _TIMES_OF_A_ROUTE:

@@ -195,7 +195,7 @@ def _litestream(settings: Settings, environment: dict[str, str]) -> Child:
     return Child(
         "litestream",
         [*_ENGRAM, "litestream"],
-        env=_without(environment, {"backup_master_key", "backup_master_keys_older", "bridge_token"}),
+        env=_without(environment, {"backup_master_key", "backup_master_keys_older", "bridge_token", "heartbeat_url"}),
         log_path=settings.data_dir / "logs" / "litestream.log",
         ready=lambda: litestream.answers(settings),
     )

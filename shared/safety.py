@@ -46,7 +46,15 @@ OF_BACKUPS = frozenset(
     }
 )
 # What a gateway is not given: who breaks into one must find nothing to open backups or to start runs with.
-NOT_A_GATEWAYS = OF_BACKUPS | {"prefect_api_auth_string", "bridge_token"}
+NOT_A_GATEWAYS = OF_BACKUPS | {"prefect_api_auth_string", "bridge_token", "heartbeat_url"}
+# What those use that only watch and tell: the bridge, `engram monitor`. They need not be given the rest.
+_WATCHERS = frozenset(
+    {
+        *("env", "data_dir", "log_level", "prefect_api_url", "prefect_api_auth_string"),
+        *("bridge_token", "heartbeat_url", "monitoring_minute_seconds"),
+    }
+)
+NOT_WATCHERS = Settings.model_fields.keys() - _WATCHERS
 
 
 class Finding(NamedTuple):
@@ -281,5 +289,10 @@ RULES = (
          "nobody could be told that an alert fires", "the Prometheus that watches this environment"),
     Rule("prometheus_url", _STAGING_AND_PROD, _not_https("prometheus_url", _is_inside),
          "who is on the way could tell diagnoses anything", "https://…, or an address of a private network"),
+    # Where alerts come in; the other machines are not told of it.
+    Rule("heartbeat_url", _PROD, lambda s: bool(s.bridge_token) and not s.heartbeat_url,
+         "nobody would be told when what sends the alerts is dead", "the address of a dead man's switch elsewhere"),
+    Rule("heartbeat_url", _STAGING_AND_PROD, lambda s: bool(url := s.heartbeat_url.get_secret_value())
+         and _is_open(url, _is_here), "who is on the way could keep the switch quiet", "https://…"),
     Rule("log_level", _PROD, _is("log_level", "debug"), "libraries log what they send", "info, warning or error"),
 )  # fmt: skip

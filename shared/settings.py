@@ -285,8 +285,9 @@ class Settings(BaseSettings):
     prometheus_url: str = ""
     prometheus_timeout_seconds: float = Field(default=10.0, gt=0)
 
-    # What `engram up --monitoring` starts (deployments/monitoring.py)
+    # What `engram up --monitoring` and `engram monitor` start (deployments/monitoring.py)
     alertmanager_url: str = ""
+    prometheus_host: str = "127.0.0.1"
     prometheus_port: int = Field(default=9090, ge=0, le=65535)
     alertmanager_port: int = Field(default=9093, ge=0, le=65535)
     probe_port: int = Field(default=9115, ge=0, le=65535)
@@ -295,12 +296,21 @@ class Settings(BaseSettings):
     monitoring_minute_seconds: float = Field(
         default=60.0, gt=0, le=60, description="what a minute in the rules becomes in a rehearsal; 60 is as it is"
     )
+    monitoring_targets: str = Field(
+        default="", description="host:port of each gateway's /metrics, comma-separated, for `engram monitor`"
+    )
+    monitoring_probe_urls: str = Field(
+        default="", description="each gateway as its clients reach it, comma-separated, for `engram monitor`"
+    )
 
     # The bridge from Alertmanager to Prefect (deployments/bridge.py)
     bridge_host: str = "127.0.0.1"
     bridge_port: int = Field(default=8082, ge=0, le=65535)
     bridge_token: SecretStr = Field(default=SecretStr(""), description="Alertmanager's credential; dev makes one")
     bridge_body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
+    heartbeat_url: SecretStr = Field(
+        default=SecretStr(""), description="of a dead man's switch elsewhere; asked once a minute while alerts get here"
+    )
 
     # Prefect
     prefect_api_url: str = Field(default="", validation_alias=AliasChoices("PREFECT_API_URL", "prefect_api_url"))

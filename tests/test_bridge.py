@@ -57,16 +57,22 @@ def notification(*alerts: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prefect:
-    """What the bridge passed on; `down` refuses."""
+    """What the bridge passed on, to Prefect and as heartbeats to the switch; `down` refuses."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.heartbeats = 0
         self.down = False
 
     async def __call__(self, events: Sequence[Event]) -> None:
         if self.down:
             raise Transient("Prefect does not answer: connection refused")
         self.events += events
+
+    async def beat(self) -> None:
+        if self.down:
+            raise Transient("the dead man's switch does not answer: ConnectError")
+        self.heartbeats += 1
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def ask(prefect: Prefect, method: str = "POST", path: str = "/alerts", **how: An
     headers = {"Authorization": f"Bearer {TOKEN}"} | how.pop("headers", {})
 
     async def answer() -> httpx.Response:
-        transport = httpx.ASGITransport(Bridge(TOKEN, 10_000, prefect))
+        transport = httpx.ASGITransport(Bridge(TOKEN, 10_000, prefect, prefect.beat))
         async with httpx.AsyncClient(transport=transport, base_url="http://bridge") as client:
             return await client.request(method, path, headers=headers, **how)
 
@@ -174,9 +180,12 @@ def test_a_body_beyond_the_limit_is_refused(prefect: Prefect) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/alerts", 405), ("POST", "/health", 405), ("GET", "/", 404), ("POST", "/alerts/", 404)],
+    [
+        *(("GET", "/alerts", 405), ("GET", "/heartbeat", 405), ("POST", "/health", 405)),
+        *(("GET", "/", 404), ("POST", "/alerts/", 404)),
+    ],
 )
-def test_only_its_two_routes_are_answered(prefect: Prefect, method: str, path: str, status: int) -> None:
+def test_only_its_routes_are_answered(prefect: Prefect, method: str, path: str, status: int) -> None:
     """No listing, no documentation, nothing to look around in."""
     assert ask(prefect, method, path).status_code == status
 
@@ -189,6 +198,51 @@ def test_without_prefect_alertmanager_is_told_to_try_again_and_then_nothing_is_m
     prefect.down = False
     assert ask(prefect, json=notification(alert())).status_code == 200
     assert len(prefect.events) == 1
+
+
+def test_a_heartbeat_reaches_the_switch_and_is_never_an_event(prefect: Prefect) -> None:
+    """What always fires must start no diagnosis; one that did not arrive must be sent again."""
+    watchdog = notification(alert(labels={"alertname": "EngramWatchdog", "severity": "none"}))
+    assert ask(prefect, path="/heartbeat", json=watchdog).status_code == 200
+    assert ask(prefect, path="/heartbeat", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    prefect.down = True
+    answer = ask(prefect, path="/heartbeat", json=watchdog)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert (prefect.events, prefect.heartbeats) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", ""),
+        ("https://switch.test/ok-hunter2", ""),
+        ("https://switch.test/gone-hunter2", "answers 404"),
+        ("https://nowhere.test/hunter2", "ConnectError"),
+        ("hunter2", "UnsupportedProtocol"),
+        ("https://switch.test:hunter2/", "InvalidURL"),
+    ],
+)
+def test_the_switch_is_asked_where_there_is_one_and_its_address_is_never_told(url: str, says: str) -> None:
+    """Whoever has the address can keep it quiet; errors are logged and answered."""
+    asked = []
+
+    def switch(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "nowhere.test":
+            raise httpx.ConnectError(f"no {request.url}")
+        asked.append(str(request.url))
+        return httpx.Response(404 if "gone" in request.url.path else 200)
+
+    async def beat() -> None:
+        async with httpx.AsyncClient(mounts={"https://": httpx.MockTransport(switch)}) as client:
+            await bridge.to_switch(Settings(heartbeat_url=SecretStr(url)), client)()
+
+    if says:
+        with pytest.raises(Transient, match=says) as refused:
+            asyncio.run(beat())
+        assert "hunter2" not in str(refused.value) and refused.value.__cause__ is None
+    else:
+        asyncio.run(beat())
+    assert asked == [url] * url.startswith("https://switch.test/")
 
 
 def test_a_long_annotation_is_cut_before_prefect_drops_the_event(prefect: Prefect) -> None:

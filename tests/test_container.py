@@ -25,7 +25,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from deployments import healthcheck, orchestration
+from deployments import healthcheck, monitoring, orchestration
 from shared import environment
 from shared.safety import NOT_A_GATEWAYS
 from shared.settings import Settings, variable
@@ -52,6 +52,10 @@ def instructions(stage: str) -> list[tuple[str, str]]:
     return stages[stage]
 
 
+def every(instruction: str) -> list[str]:
+    return re.findall(rf"^{instruction} (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+
+
 def said(stage: str, instruction: str) -> list[str]:
     return [arguments for name, arguments in instructions(stage) if name == instruction]
 
@@ -71,6 +75,22 @@ def test_the_image_runs_engram_as_nobody_special_on_a_volume() -> None:
     assert said("engram", "EXPOSE") == [str(Settings.model_fields["gateway_port"].default)]
     assert f'"-m", "{healthcheck.__name__}"' in said("engram", "HEALTHCHECK")[0]
     assert "ENGRAM_ENV=prod" in said("engram", "ENV")[0], "an image that is started bare refuses what is unsafe"
+
+
+def test_the_image_that_watches_has_the_programs_that_the_code_starts_and_compose_tries() -> None:
+    """One that is missing is noticed at the start; one of another version, by a setting it does not know."""
+    stages = {line.rpartition(" AS ")[2]: line.partition(" AS ")[0] for line in every("FROM")}
+    told = {name: s["image"] for name, s in COMPOSE["services"].items() if s["image"].startswith("prom/")}
+    assert {name: stages[name] for name in told} == told
+    copied = {part: line.split()[1:-1] for line in said("monitoring", "COPY") if (part := line.split()[0][7:])}
+    assert copied.keys() == told.keys()
+    brought = {path.rpartition("/")[2] for paths in copied.values() for path in paths}
+    assert {maker for _, maker, _ in monitoring._PROGRAMS.values()} <= brought
+    assert {line.split()[-1] for line in said("monitoring", "COPY")} == {"/usr/local/bin/"}
+    assert json.loads(said("monitoring", "CMD")[0]) == ["monitor"] and "monitor" in commands()
+    assert said("monitoring", "EXPOSE") == [str(Settings.model_fields["prometheus_port"].default)]
+    assert said("monitoring", "FROM") == ["engram AS monitoring"] and not said("monitoring", "USER"), "as nobody, too"
+    assert every("FROM")[-1] == "engram AS default", "what is built when no target is named"
 
 
 def test_what_the_dockerfile_copies_is_in_the_repository_and_sent_to_the_builder() -> None:

@@ -24,6 +24,7 @@ from unittest import mock
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from deployments import parts as composition
 from deployments.ports import PortReservations
@@ -271,7 +272,7 @@ def test_the_table_of_the_readme_says_what_the_environments_do(tmp_path: Path) -
     """A row with a setting holds its value in each file; the others were seen above and are looked up here."""
     table = README.partition("| | dev | staging | prod |")[2].partition("\n\n")[0]
     rows = {row[0]: row[1:] for line in table.splitlines()[2:] if (row := [c.strip() for c in line.split("|")[1:-1]])}
-    assert len(rows) == 12
+    assert len(rows) == 13
     known = frozenset(Settings.model_fields)
     files = {env: environment.read(environment.value_file(env), known) for env in ENVIRONMENTS}
     compared = set()
@@ -291,6 +292,13 @@ def test_the_table_of_the_readme_says_what_the_environments_do(tmp_path: Path) -
     assert given == must == [False, True, True]
     assert rows["PostgreSQL, Prefect, token issuer, object store"][0] == "embedded, or given"
     assert _embedded(tmp_path) and not _embedded(tmp_path, **dict.fromkeys(brought[:3], "postgresql://x"))
+    watched = [
+        {f.name for f in unsafe(Settings(env=env, bridge_token=SecretStr("t")))}
+        >= {"ENGRAM_PROMETHEUS_URL", "ENGRAM_HEARTBEAT_URL"}
+        for env in ENVIRONMENTS
+    ]
+    said = rows["a Prometheus that watches; where its alerts arrive, a dead man's switch"]
+    assert [cell == "given" for cell in said] == watched == [False, False, True]
     dry = rows["usage examined and not billed, `ENGRAM_USAGE_DRY_RUN`"]
     assert ["may be `true`" in cell for cell in dry] == [_starts_dry(env) for env in ENVIRONMENTS]
 

@@ -11,12 +11,14 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
+from deployments import monitoring
 from deployments import parts as composition
 from deployments.ports import PortReservations
 from deployments.postgres import EmbeddedPostgres
 from deployments.stack import _HURRIED_STOP_SECONDS
 from gateway.proxies import Proxies
 from shared.metrics import ROUTES
+from shared.safety import NOT_WATCHERS, unsafe
 from shared.settings import Settings
 from tests.environment_fixtures import SAFE, engram
 
@@ -25,6 +27,8 @@ MACHINE_TEXT = (DIRECTORY / "engram.toml").read_text()
 MACHINE = tomllib.loads(MACHINE_TEXT)
 PREFECT_TEXT = (DIRECTORY / "prefect.toml").read_text()
 PREFECT = tomllib.loads(PREFECT_TEXT)
+MONITORING_TEXT = (DIRECTORY / "monitoring.toml").read_text()
+MONITORING = tomllib.loads(MONITORING_TEXT)
 PREFECT_SECRETS = set(re.findall(r"([A-Z][A-Z0-9_]+)=…", PREFECT_TEXT))
 FLY_KILL_TIMEOUT_MOST_SECONDS = 300
 SECRETS = re.findall(r"([A-Z][A-Z0-9_]+)=…", MACHINE_TEXT)
@@ -53,7 +57,7 @@ def test_no_secret_has_a_value_in_the_files() -> None:
     secret = {
         f"ENGRAM_{name.upper()}" for name, field in Settings.model_fields.items() if field.annotation is SecretStr
     }
-    for text, file in ((MACHINE_TEXT, MACHINE), (PREFECT_TEXT, PREFECT)):
+    for text, file in ((MACHINE_TEXT, MACHINE), (PREFECT_TEXT, PREFECT), (MONITORING_TEXT, MONITORING)):
         assert not (secret | PREFECT_SECRETS) & set(file["env"])
         assert not re.search(r"://[^/\s]*:[^/\s]*@", text)
 
@@ -161,3 +165,47 @@ def test_the_prefect_server_has_replicas_one_process_for_the_services_and_its_mi
     assert PREFECT["experimental"]["entrypoint"] == ["prefect"], "all three are arguments of it"
     assert {"PREFECT_REDIS_MESSAGING_URL", "PREFECT_SERVER_DOCKET_URL"} <= PREFECT_SECRETS
     assert f"api={PREFECT['services'][0]['min_machines_running']} services=1" in PREFECT_TEXT
+
+
+def test_the_machine_that_watches_is_given_what_it_uses_and_each_of_it_is_needed() -> None:
+    """No key of the backups or the control plane; without the heartbeat nobody would miss it, so it does not start."""
+    secrets = re.findall(r"([A-Z][A-Z0-9_]+)=…", MONITORING_TEXT)
+    assert secrets == ["PREFECT_API_AUTH_STRING", "ENGRAM_BRIDGE_TOKEN", "ENGRAM_HEARTBEAT_URL"]
+    values = {name: SAFE.get(name, "https://switch.test/a-long-key") for name in secrets}
+    given = {k.removeprefix("ENGRAM_").lower(): v for k, v in (MONITORING["env"] | values).items()}
+    assert unsafe(Settings(**given), NOT_WATCHERS) == []
+    for name in ("PREFECT_API_AUTH_STRING", "ENGRAM_HEARTBEAT_URL", "PREFECT_API_URL"):
+        lacking = {k: v for k, v in (MONITORING["env"] | values).items() if k != name}
+        done = engram("monitor", **lacking)
+        assert done.returncode == 3 and name in done.stderr, name
+    for name in ("ENGRAM_MONITORING_TARGETS", "ENGRAM_MONITORING_PROBE_URLS"):
+        lacking = {k: v for k, v in (MONITORING["env"] | values).items() if k != name}
+        done = engram("monitor", **lacking)
+        assert done.returncode == 1 and name in done.stderr, name
+
+
+def test_the_machine_that_watches_is_found_by_those_it_watches_and_finds_them() -> None:
+    """Three files that must agree; nothing of it has a public address."""
+    port = Settings.model_fields["prometheus_port"].default
+    assert MACHINE["env"]["ENGRAM_PROMETHEUS_URL"] == f"http://{MONITORING['app']}.internal:{port}"
+    env = MONITORING["env"]
+    assert env["ENGRAM_PROMETHEUS_HOST"] == "::", "the private network is IPv6"
+    assert env["ENGRAM_MONITORING_TARGETS"] == f"{MACHINE['app']}.internal:{MACHINE['metrics']['port']}"
+    assert env["ENGRAM_MONITORING_PROBE_URLS"] == f"https://{MACHINE['app']}.fly.dev"
+    assert env["PREFECT_API_URL"] == MACHINE["env"]["PREFECT_API_URL"]
+    assert MONITORING["checks"]["alive"]["port"] == port
+    assert not {"http_service", "services"} & MONITORING.keys() and "--no-public-ips" in MONITORING_TEXT
+    assert MONITORING["primary_region"] != MACHINE["primary_region"]
+
+
+def test_the_machine_that_watches_runs_its_image_on_its_volume_and_is_given_time_to_stop(tmp_path: Path) -> None:
+    """The wrong target has none of the programs; SIGKILL costs Prometheus its last samples and a long start."""
+    target = re.findall(r"--build-target (\w+)", MONITORING_TEXT)
+    assert target == ["monitoring"]
+    assert re.search(rf" AS {target[0]}$", (DIRECTORY.parent / "Dockerfile").read_text(), re.MULTILINE)
+    assert MONITORING["mounts"]["destination"] == MONITORING["env"]["ENGRAM_DATA_DIR"]
+    assert "-v engram_monitoring:/data" in MONITORING_TEXT and MONITORING["mounts"]["source"] == "engram_monitoring"
+    longest = len(monitoring.PORTS) * Settings().stop_timeout_seconds
+    assert longest < MONITORING["kill_timeout"] <= FLY_KILL_TIMEOUT_MOST_SECONDS
+    assert MONITORING["kill_signal"] == "SIGTERM"
+    assert MONITORING["restart"] == [{"policy": "always"}], "it ends with any of its parts"

@@ -80,9 +80,13 @@ def test_the_configuration_of_a_stack_is_the_production_one_with_other_addresses
     assert {k: v for k, v in alertmanager.items() if k != "receivers"} == {
         k: v for k, v in production.items() if k != "receivers"
     }
-    webhook = alertmanager["receivers"][0]["webhook_configs"][0]
-    assert webhook["url"] == "http://127.0.0.1:18082/alerts" and webhook["send_resolved"]
-    assert webhook["http_config"]["authorization"]["credentials_file"].startswith(str(tmp_path))
+    webhooks = [r["webhook_configs"][0] for r in alertmanager["receivers"] if "webhook_configs" in r]
+    assert [(w["url"], w["send_resolved"]) for w in webhooks] == [
+        ("http://127.0.0.1:18082/alerts", True),
+        ("http://127.0.0.1:18082/heartbeat", False),
+    ]
+    for webhook in webhooks:
+        assert webhook["http_config"]["authorization"]["credentials_file"].startswith(str(tmp_path))
     text = yaml.safe_dump([prometheus, alertmanager])
     assert "internal" not in text and "example.com" not in text, "a host of the production example is left"
     assert prometheus["global"]["external_labels"] == {"prefect_ui": settings.prefect_ui_url}
@@ -116,6 +120,7 @@ def test_a_gateway_with_tls_is_watched_through_it(tmp_path: Path) -> None:
         (("EngramUsageLost", "page", "usage-lost"), ("EngramGatewayDown", "page", "gateway"), False),
         (("EngramBackupCorrupt", "ticket", "backup-corrupt"), ("EngramGatewayDown", "page", "gateway"), False),
         (("EngramGatewayDown", "page", "gateway"), ("EngramGatewayDown", "page", "gateway"), False),
+        (("EngramWatchdog", "none", "monitoring"), ("EngramGatewayDown", "page", "gateway"), False),
     ],
 )
 def test_who_is_awake_is_not_told_twice(
@@ -140,6 +145,49 @@ def test_who_is_awake_is_not_told_twice(
         and all(source[name] == target[name] for name in rule.get("equal", ()))
         for rule in rules
     )
+
+
+@PROGRAMS
+def test_the_heartbeat_goes_to_the_switch_alone_and_everything_else_never_does() -> None:
+    """An alert that always fires would be one more incident for everybody it reaches; and a switch that hears of others
+    goes on hearing after the watchdog is gone."""
+
+    def receivers(*labels: str) -> str:
+        config = f"--config.file={monitoring.SOURCE / 'alertmanager.yml'}"
+        done = subprocess.run(
+            ["amtool", "config", "routes", "test", config, *labels], capture_output=True, text=True, timeout=60
+        )
+        return done.stdout.strip()
+
+    assert receivers("alertname=EngramWatchdog", "severity=none", "subject=monitoring") == "heartbeat"
+    assert receivers("alertname=EngramGatewayDown", "severity=page") == "bridge,pager"
+    assert receivers("alertname=EngramUsageLate", "severity=ticket") == "bridge"
+    [route] = [r for r in yaml.safe_load((monitoring.SOURCE / "alertmanager.yml").read_text())["route"]["routes"]
+               if r["receiver"] == "heartbeat"]  # fmt: skip
+    # Alertmanager compares with the time of the last one, which is a little after the round it was sent in.
+    assert seconds_of(route["repeat_interval"]) < seconds_of(route["group_interval"]) <= 60
+
+
+@PROGRAMS
+def test_the_gateways_of_other_machines_are_watched_by_name_and_their_certificates_checked(tmp_path: Path) -> None:
+    """A machine that is gone must stay a target, to be seen missing; and `instance` is its name, not an address."""
+    settings = _settings(
+        tmp_path,
+        monitoring_targets="engram-data-1.internal:8080, engram-data-2.internal:8080",
+        monitoring_probe_urls="https://one.example/,https://two.example",
+    )
+    configuration = monitoring.prometheus_configuration(settings, "", tmp_path)
+    gateways, probe = configuration["scrape_configs"]
+    assert gateways["static_configs"] == [{"targets": ["engram-data-1.internal:8080", "engram-data-2.internal:8080"]}]
+    assert [(s["labels"]["probe"], s["targets"]) for s in probe["static_configs"]] == [
+        ("health", ["https://one.example/health", "https://two.example/health"]),
+        ("ready", ["https://one.example/ready", "https://two.example/ready"]),
+    ]
+    assert "tls_config" not in yaml.safe_dump([configuration, monitoring.probe_configuration("")])
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+    check = ["promtool", "check", "config", "--syntax-only", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- what may be missing ---

@@ -116,6 +116,8 @@ ELSEWHERE = {
     "python3 -m deployments demo --memories FILE.jsonl …": "tests/acceptance/test_demo.py",
     "engram serve": "tests/test_environments.py",
     "engram worker": "tests/acceptance/test_machines.py",
+    "engram bridge": "tests/test_bridge.py",
+    "engram monitor": "tests/test_monitoring_process.py",
     "engram move TENANT MACHINE": "tests/acceptance/test_machines.py",
     "engram litestream": "tests/acceptance/test_point_in_time.py",
 }

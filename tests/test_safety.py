@@ -100,6 +100,8 @@ UNSAFE: list[tuple[str, Any, str]] = [
     ("prometheus_url", "", "prod"),
     ("prometheus_url", "nonsense", "staging prod"),
     ("prometheus_url", "http://prometheus.example", "staging prod"),
+    ("heartbeat_url", "http://switch.example/key", "staging prod"),
+    ("heartbeat_url", "switch", "staging prod"),
     ("log_level", "debug", "prod"),
 ]
 
@@ -115,9 +117,12 @@ def test_an_unsafe_value_is_found_alone_and_where_it_harms(name: str, value: Any
 
 
 def test_two_that_only_harm_together_are_found_together() -> None:
-    """No TLS and no proxy that ends it; encryption without its key."""
+    """No TLS and no proxy that ends it; encryption without its key; alerts that nobody would miss."""
     assert [f.name for f in unsafe(settings("prod", trusted_proxies=""))] == ["ENGRAM_TLS_CERTIFICATE"]
     assert [f.name for f in unsafe(settings("prod", backup_encryption="age"))] == ["ENGRAM_BACKUP_MASTER_KEY"]
+    assert [f.name for f in unsafe(settings("prod", bridge_token="t"))] == ["ENGRAM_HEARTBEAT_URL"]
+    assert unsafe(settings("staging", bridge_token="t")) == []
+    assert unsafe(settings("prod", bridge_token="t", heartbeat_url="https://switch.example/key")) == []
 
 
 def test_every_rule_was_seen_to_object() -> None:

@@ -44,7 +44,9 @@ PANELS = {
     ),
     "Incidents": ("diagnose", "act", "slo-report"),
     "Books": ("reconcile", "usage-import", "usage-dry-runs"),
-    "Single processes, as production runs them": ("serve", "worker", "drain", "litestream", "bridge", "migrate"),
+    "Single processes, as production runs them": (
+        *("serve", "worker", "drain", "litestream", "bridge", "monitor", "migrate"),
+    ),
 }
 _FIRST_CLAUSE = re.compile(r"(.+?)((?<=\?)(?=\s)|(?=[.;:](\s|\Z))|\Z)", re.DOTALL)
 

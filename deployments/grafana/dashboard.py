@@ -51,7 +51,7 @@ def build() -> str:
             .datasource(_SOURCE)
             .enable(True)
             .icon_color("red")
-            .expr('ALERTS{alertname=~"Engram.*",alertstate="firing"}')
+            .expr('ALERTS{alertname=~"Engram.*",alertstate="firing",severity!="none"}')
         )
     )
     ids = itertools.count(1)
