@@ -53,6 +53,7 @@ class Rule:
     exits: tuple[int, ...] = (0,)
 
 
+OLDEST_BACKUP = "import json, sys; print(json.load(sys.stdin)[-1]['backup_id'])"
 # A diagnosis of a small machine under tests may find that it is slow.
 LOOKS = Rule(says=r"found  ", exits=(0, 1))
 RULES = {
@@ -60,6 +61,11 @@ RULES = {
     "engram status": Rule(says="gateway_url"),
     "engram sweep": Rule(says="traces of dead runs"),
     "engram backups --stale": Rule(says="last good"),
+    "engram backups TENANT": Rule(says=r"taken at"),
+    "engram restore TENANT --backup ID": Rule(
+        f'engram restore acme --dry-run --backup "$(engram backups acme --json | python -c "{OLDEST_BACKUP}")"',
+        "source_at",
+    ),
     "engram restore TENANT --at TIME": Rule('engram restore acme --at "$(date -u +%FT%TZ)" --dry-run', "source_at"),
     "engram restore-test": Rule(says=r"\bpass\b"),
     "engram restore-test TENANT": Rule(says="acme: pass"),
@@ -68,6 +74,7 @@ RULES = {
     "engram slo-report": Rule(says="ENGRAM_PROMETHEUS_URL is not set", exits=(1,)),  # never "kept" when not measured
     "engram diagnose": Rule("engram diagnose backups", LOOKS.says, LOOKS.exits),
     "engram diagnose auth": LOOKS,
+    "engram diagnose backups": LOOKS,
     "engram diagnose latency": LOOKS,
     "engram diagnose metering": LOOKS,
     "engram diagnose tenant-db": LOOKS,

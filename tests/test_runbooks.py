@@ -162,9 +162,9 @@ def test_every_check_a_runbook_names_is_one_of_a_diagnosis(path: Path) -> None:
 
 
 def test_the_readme_leads_from_a_symptom_to_one_command(program: TyperGroup) -> None:
-    """Symptom → alert → runbook → one command; every alert's runbook is reached from here."""
+    """Symptom → alert → runbook → one command, the alert's own; every alert and its runbook are reached from here."""
     rows = table(README, "At 3 a.m.")
-    reached = set()
+    reached, listed = set(), set()
     for _symptom, alert_cell, runbook_cell, command_cell in rows:
         named = re.findall(r"`(Engram\w+)`", alert_cell)
         files = re.findall(r"\]\(deployments/runbooks/([\w-]+\.md)\)", runbook_cell)
@@ -172,7 +172,11 @@ def test_the_readme_leads_from_a_symptom_to_one_command(program: TyperGroup) -> 
         assert {alerts()[name]["annotations"]["runbook"] for name in named} <= set(files) or not named
         assert all((DIRECTORY / file).exists() for file in files)
         reached |= set(files)
+        listed |= set(named)
         assert commands(command_cell), command_cell
         for line in commands(command_cell):
             check(program, line)
+        first = commands(command_cell)[0]
+        assert all(f"{first} ".startswith(alerts()[name]["annotations"]["command"] + " ") for name in named), first
+    assert listed == alerts().keys()
     assert reached == {path.name for path in RUNBOOKS}
