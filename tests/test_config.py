@@ -183,7 +183,7 @@ def test_an_installed_project_finds_the_files_wherever_it_is_started(tmp_path: P
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(site / "shared" / "settings.py"), "31536000", "86400"]
+    assert done.stdout.split() == [str(site / "shared" / "settings" / "__init__.py"), "31536000", "86400"]
 
 
 SECRET_VARIABLES = {
