@@ -25,7 +25,7 @@ import yaml
 from deployments.bridge import token_file
 from deployments.monitoring_rules import load, shorten, shorten_duration, shorten_rules
 from deployments.orchestration import http_ok
-from deployments.process import Child
+from deployments.process import STACK_MARK, Child
 from shared import durable
 from shared.errors import Permanent
 from shared.settings import Settings, words
@@ -38,6 +38,13 @@ _PROGRAMS = {  # as Debian calls them, as their makers do, Debian's package
     "alertmanager": ("prometheus-alertmanager", "alertmanager", "prometheus-alertmanager"),
     "probe": ("prometheus-blackbox-exporter", "blackbox_exporter", "prometheus-blackbox-exporter"),
 }
+# What those programs are given of the environment: no setting, so no key.
+_GIVEN = frozenset(
+    {
+        *("PATH", "HOME", "TMPDIR", "TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+        *("GOMAXPROCS", "GOMEMLIMIT", "GOGC", STACK_MARK),
+    }
+)
 _TIMES_OF_A_ROUTE = ("group_wait", "group_interval", "repeat_interval")
 
 
@@ -51,17 +58,25 @@ def programs() -> dict[str, str]:
 
 
 def children(settings: Settings, environment: Mapping[str, str], gateway_url: str) -> list[tuple[Child, str]]:
-    """The parts in order of start, each with the setting of its port."""
+    """The parts in order of start, each with the setting of its port. Only the bridge gets the whole environment."""
     program = programs()
+    given = {name: environment[name] for name in _GIVEN & environment.keys()}
     directory = settings.data_dir / "monitoring"
     timeout_seconds = _scrape_times(settings)[1]
     host = settings.prometheus_host
 
-    def child(name: str, argv: list[str], port: int, ready_path: str, write: Callable[[], None]) -> Child:
+    def child(
+        name: str,
+        argv: list[str],
+        port: int,
+        ready_path: str,
+        write: Callable[[], None],
+        env: Mapping[str, str] = given,
+    ) -> Child:
         return Child(
             name,
             argv,
-            env=environment,
+            env=env,
             log_path=settings.data_dir / "logs" / f"{name}.log",
             ready=lambda: http_ok(f"http://{LOOPBACK}:{port}{ready_path}"),
             before_start=write,
@@ -85,6 +100,7 @@ def children(settings: Settings, environment: Mapping[str, str], gateway_url: st
         settings.bridge_port,
         "/health",
         lambda: None,
+        environment,
     )
     alertmanager = child(
         "alertmanager",

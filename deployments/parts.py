@@ -27,7 +27,7 @@ from deployments.process import STACK_MARK, Child, catches_sigterm
 from deployments.running import resolved_values
 from shared import litestream
 from shared.errors import Permanent
-from shared.safety import NOT_A_GATEWAYS
+from shared.safety import NOT_A_GATEWAYS, OF_BACKUPS
 from shared.settings import Settings, variable
 
 _LOOPBACK = "127.0.0.1"
@@ -112,7 +112,9 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
             log_path=logs / "gateway.log",
             ready=lambda: http_ok(f"{resolved.gateway_url}/ready", own=True),
         ),
-        monitoring=watch.children(resolved, environment, resolved.gateway_url) if monitoring else [],
+        monitoring=watch.children(resolved, _without(environment, OF_BACKUPS), resolved.gateway_url)
+        if monitoring
+        else [],
     )
 
 

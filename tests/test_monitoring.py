@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -16,11 +18,14 @@ from pydantic import SecretStr
 from deployments import monitoring, monitoring_rules, parts
 from deployments.monitoring_rules import load, seconds_of, shorten, shorten_rules
 from deployments.ports import PortReservations
+from deployments.process import STACK_MARK
 from shared import lease, registry
 from shared.control_plane import ControlPlane
 from shared.errors import Permanent
-from shared.settings import Settings
+from shared.safety import NOT_A_GATEWAYS, OF_BACKUPS
+from shared.settings import Settings, variable
 from shared.tenant import TenantPaths
+from tests.environment_fixtures import KEY_IDS, SECRET
 from tests.gateway_stack import Stack, stack  # noqa: F401
 
 PROGRAMS = pytest.mark.skipif(shutil.which("amtool") is None, reason="Alertmanager is not installed")
@@ -188,6 +193,34 @@ def test_the_gateways_of_other_machines_are_watched_by_name_and_their_certificat
     check = ["promtool", "check", "config", "--syntax-only", str(tmp_path / "prometheus.yml")]
     done = subprocess.run(check, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@PROGRAMS
+def test_programs_of_others_are_given_no_setting_and_the_bridge_no_key_of_the_backups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They answer whoever reaches their port, and whoever breaks into one finds its environment."""
+    for name in SECRET | KEY_IDS:
+        monkeypatch.setenv(variable(name), "canary")
+    monkeypatch.delenv(variable("control_plane_url"))  # read as a URL by who starts the parts, not as a key
+    ports = PortReservations()
+    started = parts.plan(_settings(tmp_path, prefect_api_url="http://127.0.0.1:1/api"), ports, monitoring=True)
+    ports.release_all()
+    held = {}
+    for child, _ in started.monitoring:
+        child.start()
+        try:
+            held[child.name] = psutil.Process(child.pid).environ()
+        finally:
+            child.stop(5)
+    bridge = held.pop("bridge")
+    assert held.keys() == {"probe", "alertmanager", "prometheus"}
+    for environment in held.values():
+        assert {name for name in environment if name.startswith(("ENGRAM_", "PREFECT_"))} == {STACK_MARK}
+        assert environment["PATH"] == os.environ["PATH"] and "canary" not in environment.values()
+    assert {name for name in SECRET | KEY_IDS if bridge.get(variable(name)) == "canary"} == (
+        NOT_A_GATEWAYS - OF_BACKUPS
+    )
 
 
 # --- what may be missing ---
