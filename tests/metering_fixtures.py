@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -14,7 +14,7 @@ from shared import metering, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
-from tests.core_fixtures import settings_in
+from tests.core_fixtures import day_of_this_test, settings_in
 
 pytest_plugins = ("tests.core_fixtures",)
 
@@ -29,6 +29,26 @@ def tenant_id() -> str:
 @pytest.fixture
 def settings(tmp_path: Path, core_url: str) -> Settings:
     return settings_in(tmp_path, core_url)
+
+
+# A module whose counts are of all that a database holds takes these two: `settings, control_plane = own_settings, …`.
+
+
+@pytest.fixture
+def own_settings(tmp_path: Path, control_plane_url: str) -> Settings:
+    return settings_in(tmp_path, control_plane_url)
+
+
+@pytest.fixture
+def own_control_plane(settings: Settings) -> Iterator[ControlPlane]:
+    with ControlPlane(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+def today(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's `TODAY` is the test's own, also when midnight has passed since the module was imported."""
+    monkeypatch.setattr(request.module, "TODAY", day_of_this_test())
 
 
 def segment(settings: Settings, events: list[UsageEvent]) -> Path:

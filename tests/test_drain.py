@@ -15,10 +15,11 @@ import pytest
 from flows import drain
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
-from tests.core_fixtures import event, settings_in, start_child, wait_until
-from tests.metering_fixtures import query, segment
+from tests.core_fixtures import event, start_child, wait_until
+from tests.metering_fixtures import own_control_plane, own_settings, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
+pytest_plugins = ("tests.metering_fixtures",)
+settings, control_plane = own_settings, own_control_plane
 DRAIN = """
     from flows.drain import main
     from shared.settings import settings
@@ -77,17 +78,6 @@ def poor_prefect(seconds: float) -> Iterator[PoorPrefect]:
     released.set()
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture
-def control_plane(control_plane_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
-    with ControlPlane(settings_in(tmp_path, control_plane_url)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def settings(tmp_path: Path, control_plane_url: str) -> Settings:
-    return settings_in(tmp_path, control_plane_url)
 
 
 @contextmanager

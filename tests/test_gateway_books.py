@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from shared.control_plane import ControlPlane
 from shared.gateway_books import GatewayBooks
 from shared.settings import Settings
 from shared.spool import Spool
-from tests.core_fixtures import day_of_this_test, event, settings_in, start_child
-from tests.metering_fixtures import drain, query, segment
+from tests.core_fixtures import event, start_child
+from tests.metering_fixtures import drain, own_control_plane, own_settings, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
+pytest_plugins = ("tests.metering_fixtures",)
+pytestmark = pytest.mark.usefixtures("today")
+settings, control_plane = own_settings, own_control_plane
 TODAY = datetime.now(UTC).date()
 WORKER = """
     import sys
@@ -33,22 +34,6 @@ WORKER = """
     print("done", flush=True)
     sys.stdin.readline()
 """
-
-
-@pytest.fixture(autouse=True)
-def today(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "TODAY", day_of_this_test())
-
-
-@pytest.fixture
-def control_plane(control_plane_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
-    with ControlPlane(settings_in(tmp_path, control_plane_url)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def settings(tmp_path: Path, control_plane_url: str) -> Settings:
-    return settings_in(tmp_path, control_plane_url)
 
 
 def books(control_plane: ControlPlane, settings: Settings) -> reconcile.Books:

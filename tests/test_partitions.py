@@ -20,29 +20,19 @@ from shared.control_plane import ControlPlane, queries
 from shared.errors import ControlPlaneUnavailable, Permanent
 from shared.settings import Settings
 from shared.usage import UsageEvent
-from tests.core_fixtures import day_of_this_test, event, settings_in, wait_until
-from tests.metering_fixtures import at_once, check_counted, drain, query, segment, totals
+from tests.core_fixtures import event, settings_in, wait_until
+from tests.metering_fixtures import at_once, check_counted, drain, own_control_plane, query, segment, totals
 
-pytest_plugins = ("tests.core_fixtures",)
+pytest_plugins = ("tests.metering_fixtures",)
+pytestmark = pytest.mark.usefixtures("today")
+control_plane = own_control_plane
 
 TODAY = datetime.now(UTC).date()
-
-
-@pytest.fixture(autouse=True)
-def today(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`TODAY` is the test's own, also when midnight has passed since the file was imported."""
-    monkeypatch.setitem(globals(), "TODAY", day_of_this_test())
 
 
 @pytest.fixture
 def settings(tmp_path: Path, control_plane_url: str) -> Settings:
     return settings_in(tmp_path, control_plane_url, usage_retention_days=30)
-
-
-@pytest.fixture
-def control_plane(settings: Settings) -> Iterator[ControlPlane]:
-    with ControlPlane(settings) as opened:
-        yield opened
 
 
 def noon(days_ago: int) -> datetime:

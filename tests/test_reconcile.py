@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,29 +13,13 @@ from shared.control_plane import ControlPlane
 from shared.errors import Permanent, Refused
 from shared.settings import Settings
 from shared.usage import Counters
-from tests.core_fixtures import day_of_this_test, event, settings_in
-from tests.metering_fixtures import check_counted, drain, query, segment
+from tests.core_fixtures import event
+from tests.metering_fixtures import check_counted, drain, own_control_plane, own_settings, query, segment
 
-pytest_plugins = ("tests.core_fixtures",)
+pytest_plugins = ("tests.metering_fixtures",)
+pytestmark = pytest.mark.usefixtures("today")
+settings, control_plane = own_settings, own_control_plane
 TODAY = datetime.now(UTC).date()
-
-
-@pytest.fixture(autouse=True)
-def today(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`TODAY` is the test's own, also when midnight has passed since the file was imported."""
-    monkeypatch.setitem(globals(), "TODAY", day_of_this_test())
-
-
-@pytest.fixture
-def control_plane(control_plane_url: str, tmp_path: Path) -> Iterator[ControlPlane]:
-    """A database of its own: the audit of a day is compared with all of its events."""
-    with ControlPlane(settings_in(tmp_path, control_plane_url)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def settings(tmp_path: Path, control_plane_url: str) -> Settings:
-    return settings_in(tmp_path, control_plane_url)
 
 
 def execute(control_plane: ControlPlane, sql: str, *parameters: object) -> None:
