@@ -109,6 +109,28 @@ def known_form(text: str) -> str:
     return text
 
 
+def listed(
+    connection: sqlite3.Connection, tenant_id: str, limit: int, before: int | None, tag: str | None, limit_bytes: int
+) -> dict[str, Any]:
+    """A `MemoryPage`, to be encoded."""
+    page = memories.page(connection, limit=limit, before_seq=before, tag=tag, limit_bytes=limit_bytes)
+    following = cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
+    return {"memories": page.memories, "next_cursor": following}
+
+
+def found(connection: sqlite3.Connection, data: Search, limit_bytes: int) -> dict[str, Any]:
+    """`SearchResults`, to be encoded."""
+    hits = search(
+        connection,
+        data.query,
+        limit=data.limit,
+        tags=data.tags,
+        memory_type=data.memory_type,
+        limit_bytes=limit_bytes,
+    )
+    return {"results": hits, "count": len(hits)}
+
+
 @post("/memories", opt={"scope": "memories:write"}, responses=_answers(201, MemoryView, 408, 413, 415, 507))
 async def create_memory(request: JsonRequest, data: CreateMemory) -> Response[bytes]:
     """Store a memory."""
@@ -133,9 +155,7 @@ async def list_memories(
     before = seq_of(cursor, tenant_id, tag) if cursor is not None else None
 
     def job(connection: sqlite3.Connection) -> bytes:
-        page = memories.page(connection, limit=limit, before_seq=before, tag=tag, limit_bytes=limit_bytes)
-        following = cursor_of(page.next_seq, tenant_id, tag) if page.next_seq is not None else None
-        return _encode({"memories": page.memories, "next_cursor": following})
+        return _encode(listed(connection, tenant_id, limit, before, tag, limit_bytes))
 
     return _answer(await services.pool.read(tenant_id, job, brief=True))
 
@@ -177,15 +197,7 @@ async def search_memories(request: JsonRequest, data: Search) -> Response[bytes]
     limit_bytes = services.settings.answer_limit_bytes
 
     def job(connection: sqlite3.Connection) -> bytes:
-        hits = search(
-            connection,
-            data.query,
-            limit=data.limit,
-            tags=data.tags,
-            memory_type=data.memory_type,
-            limit_bytes=limit_bytes,
-        )
-        return _encode({"results": hits, "count": len(hits)})
+        return _encode(found(connection, data, limit_bytes))
 
     return _answer(await services.pool.read(tenant_id, job))
 

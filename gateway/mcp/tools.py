@@ -42,7 +42,6 @@ from gateway.services import Services
 from shared.engine import memories
 from shared.engine.memories import Changes, NewMemory
 from shared.engine.schema import schema_version
-from shared.engine.search import search
 from shared.storage import storage_bytes
 from shared.tenant import TenantPaths
 
@@ -165,9 +164,7 @@ async def _list(call: Call, data: ListMemories) -> Result:
     before = v1.seq_of(data.cursor, call.tenant_id, data.tag) if data.cursor is not None else None
 
     def job(connection: sqlite3.Connection) -> Result:
-        page = memories.page(connection, limit=data.limit, before_seq=before, tag=data.tag, limit_bytes=limit_bytes)
-        following = v1.cursor_of(page.next_seq, call.tenant_id, data.tag) if page.next_seq is not None else None
-        return Result.of({"memories": page.memories, "next_cursor": following})
+        return Result.of(v1.listed(connection, call.tenant_id, data.limit, before, data.tag, limit_bytes))
 
     return await call.services.pool.read(call.tenant_id, job, brief=True)
 
@@ -175,18 +172,7 @@ async def _list(call: Call, data: ListMemories) -> Result:
 async def _search(call: Call, data: Search) -> Result:
     limit_bytes = call.services.settings.answer_limit_bytes
 
-    def job(connection: sqlite3.Connection) -> Result:
-        hits = search(
-            connection,
-            data.query,
-            limit=data.limit,
-            tags=data.tags,
-            memory_type=data.memory_type,
-            limit_bytes=limit_bytes,
-        )
-        return Result.of({"results": hits, "count": len(hits)})
-
-    found = await call.services.pool.read(call.tenant_id, job)
+    found = await call.services.pool.read(call.tenant_id, lambda c: Result.of(v1.found(c, data, limit_bytes)))
     call.exchange.searches = 1
     return found
 
