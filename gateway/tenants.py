@@ -84,16 +84,16 @@ class Tenants:
             await asyncio.sleep(max(0.0, self._asked_at + ON_DEMAND_SECONDS - time.monotonic()))
             self._asked_at = time.monotonic()
             self._asked = None  # whoever asks from here on needs a later read
-            await self._read()
+            await self._read(on_demand=True)
 
     async def _refresh_for_ever(self) -> None:
         while True:
-            await self._read()
+            await self._read(on_demand=False)
             await asyncio.sleep(self._refresh_seconds)
 
-    async def _read(self) -> None:
+    async def _read(self, *, on_demand: bool) -> None:
         try:
-            began = await asyncio.get_running_loop().run_in_executor(self._executor, self._refresh)
+            began = await asyncio.get_running_loop().run_in_executor(self._executor, self._refresh, on_demand)
         except (ControlPlaneUnavailable, psycopg.Error) as e:
             if not self._failing:
                 log.error("tenants_unread", cause=str(e)[:300], tenants=len(self._known.standings))
@@ -104,8 +104,8 @@ class Tenants:
                 log.info("tenants_read_again", tenants=len(self._known.standings))
             self._failing = False
 
-    def _refresh(self) -> float:
+    def _refresh(self, on_demand: bool) -> float:
         """In the thread; when the read began."""
         began = time.monotonic()
-        self._known.refresh()
+        self._known.refresh(on_demand=on_demand)
         return began

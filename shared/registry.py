@@ -117,7 +117,7 @@ def _set_state(control_plane: ControlPlane, tenant_id: str, state: State, from_s
 
 
 Standings = tuple[list[dict[str, Any]], str]  # rows, and from where on the next read goes on
-FULL_READ_EVERY = 30  # refreshes: a minute
+FULL_READ_EVERY = 30  # refreshes by the timer: a minute
 
 
 class KnownTenants:
@@ -125,8 +125,9 @@ class KnownTenants:
     of an active one of another machine which that is. So whoever looks for "active" asks for both with one comparison.
 
     `refresh` asks for what has changed since the one before, and each `FULL_READ_EVERY`th time for everything, which
-    also shows what was removed: 100,000 rows are a third of a second of Python. When the control plane does not answer
-    the last map stands.
+    also shows what was removed: 100,000 rows are a third of a second of Python. Those on demand do not count, else
+    whoever asks for tenants that are not there would choose when. When the control plane does not answer the last map
+    stands.
     """
 
     def __init__(self, read: Callable[[str | None], Standings]) -> None:
@@ -146,9 +147,9 @@ class KnownTenants:
 
         return cls(read)
 
-    def refresh(self) -> None:
+    def refresh(self, *, on_demand: bool = False) -> None:
         """Raises `ControlPlaneUnavailable`; the map is unchanged then."""
-        everything = self._since is None or self._until_full_read <= 0
+        everything = self._since is None or (self._until_full_read <= 0 and not on_demand)
         rows, since = self._read(None if everything else self._since)
         machines: dict[str, Elsewhere] = {}  # one for all tenants of a machine
         standings: dict[str, Standing] = {
@@ -161,5 +162,5 @@ class KnownTenants:
             self.standings, self._until_full_read = standings, FULL_READ_EVERY
         else:
             self.standings.update(standings)
-        self._until_full_read -= 1
+        self._until_full_read -= not on_demand
         self._since, self.loaded = since, True

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from gateway import tenants as module
 from gateway.tenants import Tenants
 from shared.errors import ControlPlaneUnavailable
-from shared.registry import KnownTenants, Standings
+from shared.registry import FULL_READ_EVERY, KnownTenants, Standings
 
 
 def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unknown() -> None:
@@ -47,3 +48,32 @@ def test_without_an_answer_of_postgresql_an_unknown_tenant_is_not_said_to_be_unk
             await tenants.stop()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_tokens_for_tenants_that_are_not_there_do_not_bring_the_read_of_everything_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the dear one: when it comes is the timer's to say, not a crowd's."""
+    monkeypatch.setattr(module, "ON_DEMAND_SECONDS", 0.0)
+    asked: list[str | None] = []
+
+    def read(since: str | None) -> Standings:
+        asked.append(since)
+        return [], "7"
+
+    known = KnownTenants(read)
+
+    async def run() -> None:
+        tenants = Tenants(known, refresh_seconds=60)
+        tenants.start()
+        try:
+            for n in range(2 * FULL_READ_EVERY):
+                assert await tenants.standing(f"nobody-{n}") is None
+        finally:
+            await tenants.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert len(asked) > 2 * FULL_READ_EVERY and asked.count(None) == 1
+    for _ in range(FULL_READ_EVERY):
+        known.refresh()
+    assert asked.count(None) == 2
