@@ -206,6 +206,11 @@ def _open_routing(settings: Settings) -> bool:
     return any(_is_open(address, _is_inside) for address in addresses)
 
 
+def _outlives_a_stop(settings: Settings) -> bool:
+    """The other half is for the request's body and for the way to the other machine."""
+    return settings.routing != "off" and settings.routing_timeout_seconds > settings.gateway_kill_timeout_seconds / 2
+
+
 def _loose_origins(settings: Settings) -> bool:
     """One that is not an https address in full, or that each browser finds somewhere else: in its own network."""
     origin = re.compile(r"https://([a-z0-9-]+(\.[a-z0-9-]+)*)(:\d{1,5})?/?\Z")
@@ -254,6 +259,9 @@ RULES = (
          "anybody could claim any address", "the networks of your own proxies"),
     Rule("routing_urls", _STAGING_AND_PROD, _open_routing,
          "tokens and memories would travel in plain text", "https://…, or addresses of a private network"),
+    Rule("routing_timeout_seconds", _STAGING_AND_PROD, _outlives_a_stop,
+         "a stopping gateway would be killed while it waits for another machine's, and the request cut",
+         "at most half of ENGRAM_GATEWAY_KILL_TIMEOUT_SECONDS"),
     Rule("cors_allowed_origins", _STAGING_AND_PROD, _loose_origins,
          "other people's pages could call in a user's browser", "https origins, each in full"),
     Rule("cors_localhost", _PROD, _is("cors_localhost", True),

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from gateway import forward
 from gateway.edge import Receive
 from gateway.exchange import SCOPE_KEY, Exchange
-from gateway.forward import OF_A_TENANT, Forwarder
-from gateway.patience import Patience
+from gateway.forward import CONNECT_SECONDS, OF_A_TENANT, Forwarder
+from gateway.patience import STOPPING_SHARE, Patience
 from gateway.proxies import Proxies
 from gateway.routing import _length
 from shared.settings import Settings
@@ -158,3 +158,11 @@ def test_routing_that_cannot_work_is_refused_at_the_start(wrong: dict[str, Any])
     with pytest.raises(ValidationError):
         Settings(**wrong)
     assert Settings(routing="forward", routing_urls="{machine_id}, data-1=http://x:1").routing == "forward"
+
+
+def test_a_stopping_gateway_has_the_time_that_a_forwarded_request_may_take() -> None:
+    """Killed while it waits for another machine's gateway it would cut the request, and seal nothing."""
+    settings = Settings()
+    body_seconds = settings.gateway_kill_timeout_seconds / STOPPING_SHARE
+    longest = body_seconds + CONNECT_SECONDS + settings.routing_timeout_seconds
+    assert longest <= settings.gateway_kill_timeout_seconds

@@ -117,17 +117,23 @@ def test_an_unsafe_value_is_found_alone_and_where_it_harms(name: str, value: Any
 
 
 def test_two_that_only_harm_together_are_found_together() -> None:
-    """No TLS and no proxy that ends it; encryption without its key; alerts that nobody would miss."""
+    """No TLS and no proxy that ends it; encryption without its key; alerts that nobody would miss; a forwarded request
+    that outlives a stop."""
     assert [f.name for f in unsafe(settings("prod", trusted_proxies=""))] == ["ENGRAM_TLS_CERTIFICATE"]
     assert [f.name for f in unsafe(settings("prod", backup_encryption="age"))] == ["ENGRAM_BACKUP_MASTER_KEY"]
     assert [f.name for f in unsafe(settings("prod", bridge_token="t"))] == ["ENGRAM_HEARTBEAT_URL"]
     assert unsafe(settings("staging", bridge_token="t")) == []
     assert unsafe(settings("prod", bridge_token="t", heartbeat_url="https://switch.example/key")) == []
+    forwards = {"routing": "forward", "routing_urls": "http://engram-{machine_id}.internal:8080"}
+    assert unsafe(settings("prod", **forwards)) == unsafe(settings("prod", routing_timeout_seconds=19)) == []
+    found = unsafe(settings("prod", **forwards, routing_timeout_seconds=19))
+    assert [f.name for f in found] == ["ENGRAM_ROUTING_TIMEOUT_SECONDS"]
+    assert unsafe(settings("prod", **forwards, routing_timeout_seconds=19, gateway_kill_timeout_seconds=38)) == []
 
 
 def test_every_rule_was_seen_to_object() -> None:
     """A rule without a case may never have worked."""
-    judged = {name for name, _, _ in UNSAFE} | {"tls_certificate", "backup_master_key"}
+    judged = {name for name, _, _ in UNSAFE} | {"tls_certificate", "backup_master_key", "routing_timeout_seconds"}
     assert {rule.name for rule in RULES} == judged
     for rule in RULES:
         assert rule.name in Settings.model_fields

@@ -74,7 +74,7 @@ class Routing(BaseModel):
         default=950_000, ge=0, description="the largest body left to Fly's proxy, which repeats no request over 1 MB"
     )
     routing_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="for another machine's gateway to answer; it is reached within 5 s or not"
+        default=10.0, gt=0, description="for another machine's gateway to answer; it is reached within 5 s or not"
     )
 
     @field_validator("routing_apps", "routing_urls")
