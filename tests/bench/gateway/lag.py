@@ -162,7 +162,7 @@ def measure(made: World, seconds: float) -> bool:
         return False
     held = lags[-1] <= BOUND_SECONDS and not followed.missing and visible > 0
     print(
-        f"{len(loaded.latencies):,} requests, {loaded.bad + loaded.unanswered} failed; {len(lags)} followed: row after"
+        f"{len(loaded.latencies):,} requests, {loaded.bad} failed; {len(lags)} followed: row after"
         f" p50 {statistics.median(lags):.2f} s, p95 {lags[int(len(lags) * 0.95)]:.2f} s, max {lags[-1]:.2f} s;"
         f" {followed.missing} without a row; {visible} visible runs, {directly} drains beside them\n"
         f"{BOUND_SECONDS:g} s {'held' if held else 'DID NOT HOLD'}"

@@ -39,7 +39,8 @@ class Result:
 
     @property
     def bad(self) -> int:
-        return sum(n for status, n in self.statuses.items() if not status.startswith("2"))
+        """Answers that are not good, and requests without one."""
+        return sum(n for status, n in self.statuses.items() if not status.startswith("2")) + self.unanswered
 
     def percentile_ms(self, share: float) -> float:
         ordered = sorted(self.latencies)

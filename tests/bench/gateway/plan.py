@@ -40,7 +40,7 @@ class Measured:
     cpu_us: float
     p50_ms: float
     p95_ms: float
-    bad: int
+    bad: int  # at half load too
     client_busy: float
     half_p95_ms: float | None = None
     halves_p95_ms: list[float] = field(default_factory=list)
@@ -77,7 +77,9 @@ class Bench:
         halved = [c for c in cases if not c.name.endswith((" usual", " single"))]
         for n in range(self._rounds):
             for case in halved if n % 2 == 0 else reversed(halved):
-                self.measured[case.name].halves_p95_ms.append(self._half(case))
+                half, measured = self._half(case), self.measured[case.name]
+                measured.halves_p95_ms.append(half.percentile_ms(0.95))
+                measured.bad += half.bad
         for case in halved:
             self.measured[case.name].half_p95_ms = median(self.measured[case.name].halves_p95_ms)
         if not self._only or "tenants" in self._only:
@@ -98,13 +100,12 @@ class Bench:
         result = closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=self._seconds)
         return result, (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
 
-    def _half(self, case: Case) -> float:
-        """p95 in ms at half of the rate the case saturates at; of a plain loop: as it runs."""
+    def _half(self, case: Case) -> Result:
+        """One burst at half of the rate the case saturates at; of a plain loop: as it runs."""
         if case.server is None:
-            return self._saturate(case)[0].percentile_ms(0.95)
+            return self._saturate(case)[0]
         rate, port = self.measured[case.name].rate / 2, self._server(case.server).port
-        result = open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
-        return result.percentile_ms(0.95)
+        return open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
 
     def _server(self, name: str) -> Server:
         if name not in self._servers:

@@ -186,7 +186,7 @@ class Soak:
             minute = self.minutes[at]
             minute.seconds += result.seconds
             minute.latencies += result.latencies
-            minute.bad += result.bad + result.unanswered
+            minute.bad += result.bad
             self._sample(server, (time.monotonic() - began) / 60)
 
     def _sample(self, server: Server, minutes: float) -> None:
