@@ -233,16 +233,3 @@ def traced_world(directory: Path, url: str) -> Iterator[World]:
         world.write("live 3")
         run(world, begun(world))
         yield world
-
-
-@contextmanager
-def mounted(directory: Path, *options: str) -> Iterator[None]:
-    """A filesystem of its own there, or the test is skipped."""
-    directory.mkdir(exist_ok=True)
-    tried = subprocess.run(["mount", *options, str(directory)], capture_output=True, text=True)
-    if tried.returncode:
-        pytest.skip(f"cannot mount here: {tried.stderr.strip()[:200]}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(directory)], check=True)

@@ -1,4 +1,4 @@
-"""One tenant's directory and a connection to it, for the tests of `shared.engine.database`."""
+"""One tenant's directory, a connection to it and a process that writes into it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from shared.engine import database, memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
 from shared.tenant import TenantPaths
+
+# Writes into acme of a directory of tenants, a number a memory, and says each one that it was told is done.
+ENDLESS_WRITER = """
+    import sys
+    from pathlib import Path
+    from shared.engine import memories
+    from shared.engine.database import TenantDatabase
+    from shared.tenant import TenantPaths
+    tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme")), 0
+    while True:
+        with tenant.write() as connection:
+            memories.create(connection, memories.NewMemory(str(n)))
+        print(n, flush=True)
+        n += 1
+"""
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from shared import correction, spool
 from shared.control_plane import ControlPlane
 from shared.errors import Refused
 from tests.core_fixtures import event, settings_in
-from tests.crash_fixtures import mounted
+from tests.disk_fixtures import file_system
 from tests.metering_fixtures import query
 from tests.test_spool import segment
 
@@ -23,9 +23,9 @@ def test_an_import_enters_a_spool_on_a_disk_of_its_own(
 ) -> None:
     """A file is staged on the disk it is for: from another one it could not be renamed into its place."""
     settings = settings_in(tmp_path / "data", core_url)
-    settings.spool_dir.mkdir(parents=True)
+    settings.data_dir.mkdir()
     file = segment(tmp_path, [event(), event()])
-    with mounted(settings.spool_dir, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+    with file_system(settings.spool_dir, "size=1m"):
         done = correction.bring_in(core_control_plane, settings, file, reason="r", requested_by="me", apply=True)
         [path] = spool.sealed(settings.spool_dir)
         assert done.segments == [path.stem] and len(spool.read(path).events) == 2

@@ -19,7 +19,8 @@ from shared.fence import RestoreMutex
 from shared.objects import ObjectStore
 from shared.sweep import sweep_disk, sweep_records
 from tests.core_fixtures import LIVE, OLD, World, new_world, settings_in, start_child, wait_until
-from tests.crash_fixtures import VARIANTS, Point, Runner, mounted, traced_world
+from tests.crash_fixtures import VARIANTS, Point, Runner, traced_world
+from tests.disk_fixtures import file_system
 from tests.live_writer import Seen, Writer, dump
 from tests.restore_fixtures import begun, check_unlocked, check_whole, expire_lease, perform, previous, run, state_of
 from tests.test_crash_points import Judge, row_of
@@ -93,7 +94,7 @@ def test_a_small_disk_that_is_full_refuses_a_restore_and_keeps_the_old_database(
     """With less room than a restore needs, down to none: old until it fits, then new, and never locked for good."""
     (tmp_path / "objects").mkdir()
     settings = settings_in(tmp_path / "data", control_plane_url, object_store_url=(tmp_path / "objects").as_uri())
-    with mounted(tmp_path / "data", "-t", "tmpfs", "-o", "size=2m", "tmpfs"), ControlPlane(settings) as control_plane:
+    with file_system(tmp_path / "data", "size=2m"), ControlPlane(settings) as control_plane:
         world = new_world(settings.data_dir, control_plane_url, control_plane)
         world.settings, world.objects = settings, ObjectStore(settings)
         world.write(*(f"old {n} " + "x" * 500 for n in range(200)))

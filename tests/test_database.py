@@ -19,7 +19,7 @@ from shared.engine.memories import NewMemory
 from shared.errors import CorruptDatabase, InMaintenance, SchemaTooNew, TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
 from tests.core_fixtures import add_memories, contents_of, start_child
-from tests.database_fixtures import opened, read_all, write_one
+from tests.database_fixtures import ENDLESS_WRITER, opened, read_all, write_one
 
 pytest_plugins = ("tests.database_fixtures",)
 
@@ -188,22 +188,7 @@ def test_two_threads_creating_the_same_row_do_not_lose_one(paths: TenantPaths) -
 
 def test_acknowledged_writes_of_a_killed_process_are_there(paths: TenantPaths) -> None:
     """What write() returned for is durable, whatever happens to the process next."""
-    child = start_child(
-        """
-        import sys
-        from pathlib import Path
-        from shared.engine import memories
-        from shared.engine.database import TenantDatabase
-        from shared.tenant import TenantPaths
-        tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme")), 0
-        while True:
-            with tenant.write() as connection:
-                memories.create(connection, memories.NewMemory(str(n)))
-            print(n, flush=True)
-            n += 1
-        """,
-        paths.root.parent,
-    )
+    child = start_child(ENDLESS_WRITER, paths.root.parent)
     assert child.stdout is not None
     acknowledged = [int(child.stdout.readline()) for _ in range(30)]
     child.send_signal(signal.SIGKILL)

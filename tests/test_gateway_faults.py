@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import subprocess
 import threading
 
 import pytest
@@ -15,6 +14,7 @@ from shared import registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.tenant import TenantPaths
+from tests.disk_fixtures import file_system
 from tests.gateway_stack import (  # noqa: F401
     Stack,
     assert_problem,
@@ -117,18 +117,12 @@ def test_a_missing_or_corrupt_database_is_503_and_counted_and_heals_without_a_re
 
 @pytest.fixture
 def small_disks(tmp_path):
-    """Two file systems of a megabyte or two; needs root."""
-    disks = []
-    for name in ("tenants", "spool"):
-        disk = tmp_path / f"disk-{name}"
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-        if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-            pytest.skip("cannot mount a tmpfs here")
-        disks.append(disk)
-    yield disks
-    for disk in disks:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    """Two file systems of two megabytes."""
+    with (
+        file_system(tmp_path / "disk-tenants", "size=2m") as one,
+        file_system(tmp_path / "disk-spool", "size=2m") as two,
+    ):
+        yield [one, two]
 
 
 def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_lost(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from shared.playbook.table import ACTIONS
 from shared.playbook.volume import Volume
 from shared.settings import Settings
 from shared.workers import Busy
+from tests.disk_fixtures import file_system
 from tests.gateway_stack import Stack, eventually, new_key, stack  # noqa: F401
 from tests.playbook_fixtures import ask, newest, settings  # noqa: F401
 
@@ -231,12 +231,7 @@ def test_a_volume_is_judged_by_what_is_normal(changes: dict[str, Any], bad: set[
 
 def test_a_full_and_a_read_only_volume_are_seen_where_they_are(tmp_path: Path) -> None:
     """On a real small file system: full, then read-only; and nothing of the probes is left."""
-    if os.geteuid() != 0:
-        pytest.skip("mounts need root")
-    where = tmp_path / "volume"
-    where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(where)], check=True)
-    try:
+    with file_system(tmp_path / "volume", "size=1m") as where:
         assert not [f.name for f in volume.judged(volume.look(where, where)) if f.ok is False]
         (where / "filler").write_bytes(bytes(1 << 20))
         full = {f.name for f in volume.judged(volume.look(where, where)) if f.ok is False}
@@ -246,8 +241,6 @@ def test_a_full_and_a_read_only_volume_are_seen_where_they_are(tmp_path: Path) -
         read_only = {f.name for f in volume.judged(volume.look(where, where)) if f.ok is False}
         assert read_only == {"mounted read-only", "a file can be written"}
         assert list(where.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
 
 
 def test_top_names_the_tenant_that_asks_most(stack: Stack, settings: Settings) -> None:  # noqa: F811

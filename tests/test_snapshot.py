@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -23,20 +22,8 @@ from shared.errors import CorruptDatabase, NoSpace, SchemaTooNew, TenantDatabase
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.core_fixtures import add_memories, contents_of, settings_in, sha256_of, start_child, wait_until
-
-WRITER = """
-    import sys
-    from pathlib import Path
-    from shared.engine import memories
-    from shared.engine.database import TenantDatabase
-    from shared.tenant import TenantPaths
-    tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme")), 0
-    while True:
-        with tenant.write() as connection:
-            memories.create(connection, memories.NewMemory(str(n)))
-        print(n, flush=True)
-        n += 1
-"""
+from tests.database_fixtures import ENDLESS_WRITER
+from tests.disk_fixtures import file_system
 
 
 @pytest.fixture
@@ -55,7 +42,7 @@ def test_a_snapshot_under_a_writer_is_a_prefix_that_holds_every_row_acknowledged
     settings: Settings, paths: TenantPaths, tmp_path: Path
 ) -> None:
     """A backup must hold all that was promised when it began, and no hole."""
-    child = start_child(WRITER, settings.tenants_dir)
+    child = start_child(ENDLESS_WRITER, settings.tenants_dir)
     assert child.stdout is not None
     acknowledged: list[int] = []
     reader = threading.Thread(target=lambda: acknowledged.extend(int(line) for line in child.stdout or ()))
@@ -230,16 +217,8 @@ def test_a_snapshot_for_which_there_is_no_room_is_no_space(
 ) -> None:
     """The tenant's database is well; this machine is full."""
     add_memories(paths, "x" * 900_000)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        with pytest.raises(NoSpace):
-            snapshot.take(settings, "acme", disk / "s.sqlite")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    with file_system(tmp_path / "disk", "size=400k") as disk, pytest.raises(NoSpace):
+        snapshot.take(settings, "acme", disk / "s.sqlite")
 
 
 def test_a_snapshot_opens_with_plain_sqlite_and_says_what_it_holds(

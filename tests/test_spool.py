@@ -6,7 +6,6 @@ import fcntl
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from shared.settings import Settings
 from shared.spool import Spool
 from shared.usage import UsageEvent
 from tests.core_fixtures import event, settings_in, start_child, wait_until
+from tests.disk_fixtures import file_system
 
 
 def segment(directory: Path, written: list[UsageEvent], name: str = "0000000000000001-1-aa") -> Path:
@@ -198,13 +198,8 @@ def test_adopting_beside_living_producers_loses_nothing(settings: Settings) -> N
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with file_system(tmp_path / "small", "size=256k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_said_and_every_event_is_counted_once_when_there_is_room(small_disk: Path) -> None:

@@ -14,7 +14,7 @@ from shared.errors import SpoolUnavailable
 from shared.settings import Settings
 from shared.spool import Spool
 from tests.core_fixtures import event, settings_in
-from tests.crash_fixtures import mounted
+from tests.disk_fixtures import file_system
 from tests.test_spool import drain, segment, small_disk
 
 assert small_disk  # a fixture
@@ -144,8 +144,7 @@ def test_a_segment_deleted_under_its_worker_is_written_anew(settings: Settings) 
 def test_on_a_read_only_disk_everything_waits_and_nothing_is_lost(tmp_path: Path) -> None:
     """What a kernel does to a file system with errors: live and dead workers' events are there when it is writable."""
     own_disk = tmp_path / "spool"  # without the tally, which a worker keeps open: a remount is refused then
-    own_disk.mkdir()
-    with mounted(own_disk, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+    with file_system(own_disk, "size=1m"):
         settings = settings_in(tmp_path, "", usage_flush_events=3, usage_flush_seconds=3600)
         producer, dead, written = Spool(settings), Spool(settings), [event() for _ in range(9)]
         for one in written[:2]:

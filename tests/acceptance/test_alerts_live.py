@@ -30,7 +30,7 @@ from shared import registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.acceptance.conftest import Stack
-from tests.crash_fixtures import mounted
+from tests.disk_fixtures import file_system
 from tests.gateway_stack import eventually
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
@@ -211,7 +211,7 @@ def test_each_of_the_six_is_fired_by_its_fault_and_clears(watched: Watched) -> N
         traffic.stop("broken", "slow", "bad tokens", "flood")
     assert set(traffic.statuses["broken"]) == {503} and 401 in traffic.statuses["bad tokens"]
     assert 429 in traffic.statuses["flood"]
-    with mounted(watched.settings.spool_dir, "-t", "tmpfs", "-o", "ro", "tmpfs"):  # the disk turns read-only
+    with file_system(watched.settings.spool_dir, "ro"):  # the disk turns read-only
         took |= watched.await_firing("EngramUsageFlushFailures")
     began = time.monotonic()
     eventually(lambda: not watched.firing() & SIX, LIMIT_SECONDS)
