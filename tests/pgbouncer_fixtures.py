@@ -73,8 +73,7 @@ query_wait_timeout = 30
             process.wait(10)
 
     def url(self, direct: str) -> str:
-        parts = urlsplit(direct)
-        return urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{self.port}"))
+        return _by_way_of(self.port, direct)
 
     def connections(self, direct: str) -> int:
         name = urlsplit(direct).path.strip("/")
@@ -104,6 +103,11 @@ _AS_NOBODY = (
 )
 
 
+def _by_way_of(port: int, direct: str) -> str:
+    parts = urlsplit(direct)
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}"))
+
+
 @pytest.fixture(scope="session")
 def pgbouncer(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PgBouncer]:
     with PgBouncer(postgres, tmp_path_factory.mktemp("pgbouncer")).running() as pooler:
@@ -130,8 +134,7 @@ class CommitCutter:
             self._listener.close()
 
     def url(self, direct: str) -> str:
-        parts = urlsplit(direct)
-        return urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{self.port}"))
+        return _by_way_of(self.port, direct)
 
     def _accept(self) -> None:
         with suppress(OSError):  # closed: the end

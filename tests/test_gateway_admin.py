@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from shared.errors import Refused
 from shared.playbook.table import ACTIONS
 from shared.settings import Settings
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
+from tests.openapi_fixtures import compared
 from tests.playbook_fixtures import newest, settings  # noqa: F401
 
 ACT = "/v1/admin/actions"
@@ -182,23 +179,6 @@ def test_a_token_is_explained_and_is_in_no_answer_log_or_row(
 def test_what_the_document_says_of_the_actions_is_true(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """An operator's token, every action, right and wrong bodies; all of them dry runs (`tests/admin_hooks.py`)."""
     token = stack.issuer.token("operators", scope="admin")
-    report = tmp_path / "report.json"
-    configuration = Path(__file__).with_name("schemathesis.toml")
-    words = ["--config-file", str(configuration), "run", f"{stack.gateway.url}/schema/openapi.json", "--no-color"]
-    words += ["--header", f"Authorization: Bearer {token}", "--report", "json", "--report-json-path", str(report)]
-    words += ["--include-path-regex", "^/v1/admin/", "--phases", "fuzzing", "--max-examples", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", *words],
-        cwd=tmp_path,
-        env=os.environ
-        | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "SCHEMATHESIS_HOOKS": "tests.admin_hooks"}
-        | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
+    options = ["--include-path-regex", "^/v1/admin/", "--phases", "fuzzing", "--max-examples", "3"]
+    found = compared(stack.gateway.url, token, tmp_path, *options, hooks="tests.admin_hooks")
     assert found["operations"]["tested"] == len(OFFERED)
-    assert found["failures"] == found["errors"] == []

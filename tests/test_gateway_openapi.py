@@ -5,38 +5,20 @@ Which checks and how many examples: `tests/schemathesis.toml`, with a reason bes
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from gateway.admin import OFFERED
 from gateway.document import completed
 from tests.gateway_stack import Stack, stack  # noqa: F401
+from tests.openapi_fixtures import compared
 
-CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
 OPERATIONS = 10  # and the operators', which `tests/test_gateway_admin.py` asks with a token of theirs
 
 
 def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """Right, wrong and malformed requests to every route, and what becomes of a memory after it was deleted."""
     token = stack.issuer.token(stack.tenant())
-    report = tmp_path / "report.json"
-    words = ["--config-file", str(CONFIGURATION), "run", f"{stack.gateway.url}/schema/openapi.json", "--no-color"]
-    words += ["--header", f"Authorization: Bearer {token}", "--report", "json", "--report-json-path", str(report)]
-    words += ["--exclude-path-regex", "^/v1/admin/"]
-    done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", *words],
-        cwd=tmp_path,
-        env=os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
+    found = compared(stack.gateway.url, token, tmp_path, "--exclude-path-regex", "^/v1/admin/")
     assert found["operations"]["tested"] == found["operations"]["total"] - len(OFFERED) == OPERATIONS
     assert {name: found["phases"][name]["status"] for name in ("coverage", "fuzzing", "stateful")} == {
         "coverage": "success",
@@ -44,7 +26,6 @@ def test_every_answer_is_one_that_the_document_describes(stack: Stack, tmp_path:
         "stateful": "success",
     }
     assert found["test_cases"]["generated"] > 300
-    assert found["failures"] == found["errors"] == []
 
 
 def test_the_document_names_what_bodies_may_not_say_and_what_answers_carry(stack: Stack) -> None:  # noqa: F811

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from pydantic import SecretStr, ValidationError
 
 from shared.errors import Permanent
 from shared.settings import Settings, redact_url
+from tests.environment_fixtures import nothing_set  # noqa: F401
 
 UNITS = {
     "_seconds": float,
@@ -46,13 +46,6 @@ COUNTS = {  # a bare number whose noun is the unit
     "automation_actions_per_hour",
     "admin_burst",
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("ENGRAM_", "PREFECT_API_")):
-            monkeypatch.delenv(name)
 
 
 def test_every_number_says_its_unit_in_its_name() -> None:
