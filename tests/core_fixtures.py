@@ -25,7 +25,7 @@ import pytest
 from psycopg import sql
 
 from deployments.postgres import EmbeddedPostgres
-from shared import backup, registry, snapshot
+from shared import backup, keys, registry, snapshot
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.engine import memories
@@ -97,6 +97,12 @@ def settings_in(directory: Path, url: str, **more: object) -> Settings:
     return Settings(data_dir=directory, control_plane_url=url, **(quick | more))  # type: ignore[arg-type]
 
 
+def encrypted(compression: str = "none") -> dict[str, str]:
+    """Settings of encrypted backups, with a master key of their own."""
+    master, _ = keys.new_master()
+    return {"backup_compression": compression, "backup_encryption": "age", "backup_master_key": master}
+
+
 @dataclass
 class World:
     """One data directory with one tenant, its object store and the session's control plane."""
@@ -109,6 +115,12 @@ class World:
     @property
     def paths(self) -> TenantPaths:
         return TenantPaths.of(self.settings.tenants_dir, self.tenant_id)
+
+    def change(self, **values: object) -> World:
+        """Other settings from now on, and the object store that they name."""
+        self.settings = Settings(**(self.settings.model_dump() | values))
+        self.objects = ObjectStore(self.settings)
+        return self
 
     def write(self, *contents: str) -> None:
         add_memories(self.paths, *contents)

@@ -8,7 +8,6 @@ import signal
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from pydantic import SecretStr
 
 from shared import backup, catalogue, deletion, expiry, keys, registry, sweep
 from shared.deletion import Deleted
@@ -26,7 +25,7 @@ from shared.errors import (
 from shared.fence import RestoreMutex
 from shared.objects import ObjectStore
 from shared.workdir import workdir
-from tests.core_fixtures import World, new_world, sampled, start_child
+from tests.core_fixtures import World, encrypted, new_world, sampled, start_child
 from tests.restore_fixtures import begun, run
 
 pytest_plugins = ("tests.core_fixtures",)
@@ -35,16 +34,12 @@ pytest_plugins = ("tests.core_fixtures",)
 @pytest.fixture
 def sealed(world: World) -> World:
     """A tenant with two encrypted backups and a live row after them."""
-    master, _ = keys.new_master()
-    settings = world.settings.model_copy(
-        update={"backup_compression": "zstd", "backup_encryption": "age", "backup_master_key": SecretStr(master)}
-    )
-    made = World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
-    made.write("one")
-    made.back_up()
-    made.back_up("safety")
-    made.write("two")
-    return made
+    world.change(**encrypted("zstd"))
+    world.write("one")
+    world.back_up()
+    world.back_up("safety")
+    world.write("two")
+    return world
 
 
 def delete(world: World, *, keep_backups: bool = False) -> Deleted:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from shared import catalogue, drill, keys, registry, smoke
 from shared.catalogue import Backup
@@ -19,7 +18,7 @@ from shared.drill import Drilled, Picked
 from shared.engine import memories, schema
 from shared.errors import ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
-from tests.core_fixtures import World, new_world, settings_in, sha256_of
+from tests.core_fixtures import World, encrypted, new_world, settings_in, sha256_of
 
 pytest_plugins = ("tests.core_fixtures",)
 
@@ -206,12 +205,10 @@ def test_a_byte_lost_on_the_way_condemns_no_backup(backed: World, monkeypatch: p
 
 def test_an_object_that_another_key_opens_condemns_no_backup(world: World) -> None:
     """It is byte for byte what was stored: whoever put the wrong key there is at fault, not the backup."""
-    update = {"backup_encryption": "age", "backup_master_key": SecretStr(keys.new_master()[0])}
-    settings = world.settings.model_copy(update=update)
-    sealed = World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
+    sealed = world.change(**encrypted())
     sealed.write("one")
     made = sealed.back_up()
-    other = keys.rotate(sealed.control_plane, settings, sealed.tenant_id)
+    other = keys.rotate(sealed.control_plane, sealed.settings, sealed.tenant_id)
     with sealed.control_plane.transaction() as connection:
         connection.execute("UPDATE backups SET key_id = %s WHERE backup_id = %s", (other.key_id, made.backup_id))
     assert run(sealed).outcome == "inconclusive"
@@ -320,11 +317,7 @@ def test_a_gate_that_lets_a_changed_byte_through_fails_the_drill(
 
 def test_an_encrypted_backup_is_decrypted_and_its_time_is_told(world: World) -> None:
     """RTO is split: a slow key is not a slow store."""
-    master, _ = keys.new_master()
-    settings = world.settings.model_copy(
-        update={"backup_compression": "zstd", "backup_encryption": "age", "backup_master_key": SecretStr(master)}
-    )
-    sealed = World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
+    sealed = world.change(**encrypted("zstd"))
     sealed.write("one")
     sealed.back_up()
     tested = run(sealed)

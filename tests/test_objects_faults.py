@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,14 +15,12 @@ from shared.bucket import Bucket
 from shared.errors import (
     CorruptBackup,
     KeyTaken,
-    NoSpace,
     ObjectLocked,
     ObjectStoreRefused,
     ObjectStoreUnavailable,
-    UnknownBackup,
 )
 from shared.objects import ObjectStore
-from tests.core_fixtures import World, contents_of, settings_in, sha256_of, start_child
+from tests.core_fixtures import World, contents_of, encrypted, settings_in, sha256_of
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
 
 pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
@@ -294,22 +290,12 @@ def test_only_the_stores_own_words_make_an_object_locked(
         store.delete(KEY)
 
 
-def test_a_local_disks_refusal_is_no_lock(tmp_path: Path) -> None:
-    """Its message has the path in it, and that the tenant's name."""
-    store = ObjectStore(settings_in(tmp_path, ""))
-    (tmp_path / "objects/tenants/worm").mkdir(parents=True)
-    with pytest.raises(ObjectStoreUnavailable):
-        store.delete("tenants/worm")
-
-
 # The whole of a backup: nothing half-registered
 
 
 @pytest.fixture
 def s3_world(world: World, through: dict[str, object]) -> World:
-    world.settings = type(world.settings)(**(world.settings.model_dump() | through))
-    world.objects = ObjectStore(world.settings)
-    return world
+    return world.change(**through)
 
 
 @pytest.mark.parametrize("packing", ["none", "age"])
@@ -317,7 +303,8 @@ def test_a_backup_the_store_refused_has_no_row_and_the_next_one_is_good(
     s3_world: World, proxy: FaultProxy, packing: str
 ) -> None:
     """The catalogue's newest stays the last good one."""
-    encrypted(s3_world, packing)
+    if packing == "age":
+        s3_world.change(**encrypted())
     s3_world.write("one")
     good = s3_world.back_up()
     proxy.fail(Fault(status=507, code="InsufficientStorage"), method="PUT")
@@ -330,20 +317,11 @@ def test_a_backup_the_store_refused_has_no_row_and_the_next_one_is_good(
     assert catalogue.newest(s3_world.control_plane, s3_world.tenant_id) == again
 
 
-def encrypted(world: World, packing: str) -> None:
-    from shared import keys
-
-    if packing == "age":
-        values = {"backup_encryption": "age", "backup_master_key": keys.new_master()[0]}
-        world.settings = type(world.settings)(**(world.settings.model_dump() | values))
-        world.objects = ObjectStore(world.settings)
-
-
 def test_an_encrypted_object_whose_reply_was_lost_is_ours_though_its_bytes_differ(
     s3_world: World, proxy: FaultProxy
 ) -> None:
     """Encrypting twice gives two objects of one snapshot: the second try must recognise the first."""
-    encrypted(s3_world, "age")
+    s3_world.change(**encrypted())
     s3_world.write("one")
     taken = backup.take(s3_world.settings, s3_world.tenant_id, s3_world.settings.data_dir)
     proxy.fail(Fault(lose="reply"), method="PUT")  # every reply, so that the first call fails with its object there
@@ -358,96 +336,3 @@ def test_an_encrypted_object_whose_reply_was_lost_is_ours_though_its_bytes_diffe
     assert s3_world.objects.sha256(made.key) == (made.stored_sha256, made.stored_bytes)
     backup.fetch(s3_world.objects, made, s3_world.settings.data_dir / "back", s3_world.control_plane)
     assert contents_of(s3_world.settings.data_dir / "back") == ["one"]
-
-
-DIES = """
-    import os, sys
-    from pathlib import Path
-    from shared import backup
-    from shared.control_plane import ControlPlane
-    from shared.objects import ObjectStore
-    from shared.settings import Settings
-    settings, tenant_id, kind = Settings(), sys.argv[1], sys.argv[2]
-    with ControlPlane(settings) as control_plane:
-        taken = backup.take(settings, tenant_id, settings.data_dir)
-        print(backup.store(ObjectStore(settings), taken, control_plane, kind=kind).key, flush=True)
-        os.kill(os.getpid(), 9)
-"""
-
-
-@pytest.mark.parametrize("kind", ["scheduled", "safety"])
-def test_what_a_crash_between_object_and_row_left_is_registered_by_the_next_backup(
-    world: World, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither an object nobody knows of, nor a row nobody checked; a safety backup stays one."""
-    world.write("one")
-    monkeypatch.setenv("ENGRAM_DATA_DIR", str(world.settings.data_dir))
-    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", world.settings.control_plane_url.get_secret_value())
-    child = start_child(DIES, world.tenant_id, kind)
-    key = child.communicate(timeout=30)[0].strip()
-    assert key and catalogue.list_of(world.control_plane, world.tenant_id) == []
-    world.write("two")
-    made = world.back_up()
-    adopted = next(b for b in catalogue.list_of(world.control_plane, world.tenant_id) if b.key == key)
-    assert (adopted.kind, adopted.status) == (kind, "available")
-    assert (adopted.sha256, adopted.size_bytes) == (sha256_of(world.object_path(adopted)), adopted.stored_bytes)
-    assert catalogue.newest(world.control_plane, world.tenant_id) == made
-    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
-    backup.fetch(world.objects, adopted, world.settings.data_dir / "back", world.control_plane)
-    assert contents_of(world.settings.data_dir / "back") == ["one"]
-
-
-@pytest.mark.parametrize("found", ["nothing", "something else"])
-def test_a_repair_registers_nothing_it_has_not_read(world: World, found: str) -> None:
-    """An upload that never arrived, or another object under its key, is no backup."""
-    stored = backup.store(
-        world.objects,
-        backup.take(world.settings, world.tenant_id, world.settings.data_dir),
-        world.control_plane,
-    )
-    there = world.settings.data_dir / "objects" / stored.key
-    there.unlink()
-    if found == "something else":
-        there.write_bytes(b"something else")
-    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
-    with pytest.raises(UnknownBackup):
-        catalogue.newest(world.control_plane, world.tenant_id)
-    assert there.exists() == (found == "something else")
-
-
-@contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[Path]:
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
-
-
-def test_a_local_store_on_a_full_disk_is_no_space_and_keeps_nothing(world: World, tmp_path: Path) -> None:
-    """Another filesystem: the snapshot is copied, and half a copy must not be found later."""
-    world.write("x" * 500_000)
-    with small_disk(tmp_path / "disk", "300k") as disk:
-        world.settings = type(world.settings)(**(world.settings.model_dump() | {"object_store_url": disk.as_uri()}))
-        world.objects = ObjectStore(world.settings)
-        with pytest.raises(NoSpace):
-            world.back_up()
-        assert not [path for path in disk.rglob("*") if path.is_file()]
-    assert catalogue.list_of(world.control_plane, world.tenant_id) == []
-
-
-def test_a_local_store_on_another_filesystem_gets_a_checked_copy(world: World, tmp_path: Path) -> None:
-    """A link cannot reach there."""
-    world.write("one")
-    with small_disk(tmp_path / "disk", "4m") as disk:
-        world.settings = type(world.settings)(**(world.settings.model_dump() | {"object_store_url": disk.as_uri()}))
-        world.objects = ObjectStore(world.settings)
-        made = world.back_up()
-        assert sha256_of(disk / made.key) == made.sha256
-        path, digest = make(tmp_path, SMALL)
-        with pytest.raises(CorruptBackup):
-            world.objects.put_file(KEY, path, "0" * 64)
-        assert world.objects.put_file(KEY, path, digest) == SMALL

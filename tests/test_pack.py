@@ -20,7 +20,6 @@ from msgspec import structs
 from shared import backup, catalogue, keys, pack
 from shared.catalogue import Backup
 from shared.errors import CorruptBackup, KeyUnavailable, NoSpace
-from shared.objects import ObjectStore
 from shared.pack import Packing
 from shared.tenant import parse_object_key
 from tests.core_fixtures import World, contents_of, sha256_of
@@ -38,9 +37,7 @@ def packed(world: World, packing: str, **more: object) -> World:
         "backup_master_key": MASTER,
         **more,
     }
-    world.settings = type(world.settings)(**(world.settings.model_dump() | values))
-    world.objects = ObjectStore(world.settings)
-    return world
+    return world.change(**values)
 
 
 def fetch(world: World, made: Backup, name: str = "back.sqlite") -> Path:

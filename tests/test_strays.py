@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import backup, catalogue, keys, remnants, snapshot, strays, uploads, verify
+from shared import backup, catalogue, remnants, snapshot, strays, uploads, verify
 from shared.bucket import Bucket
 from shared.control_plane import ControlPlane
 from shared.errors import ObjectStoreRefused, ObjectStoreUnavailable, UnknownBackup
@@ -18,7 +18,7 @@ from shared.objects import ObjectStore
 from shared.snapshot import Manifest
 from shared.strays import Stray
 from shared.tenant import object_key
-from tests.core_fixtures import World, free_ports, new_world, settings_in
+from tests.core_fixtures import World, encrypted, free_ports, new_world, settings_in
 from tests.expiry_fixtures import add, run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
@@ -47,11 +47,8 @@ def put(world: World, key: str, data: bytes) -> str:
 def test_a_backup_whose_row_is_missing_is_adopted_as_a_safety_backup(own: World, packing: str) -> None:
     """It is whole and the tenant's, and may be what a restore was meant to replace: never "the newest"."""
     own.write("one", "two")
-    update: dict[str, object] = {"backup_compression": "zstd" if "zstd" in packing else "none"}
-    if "age" in packing:
-        update |= {"backup_encryption": "age", "backup_master_key": keys.new_master()[0]}
-    own.settings = settings_in(own.settings.data_dir, own.settings.control_plane_url.get_secret_value(), **update)
-    own.objects = ObjectStore(own.settings)
+    compression = "zstd" if "zstd" in packing else "none"
+    own.change(**(encrypted(compression) if "age" in packing else {"backup_compression": compression}))
     taken = backup.take(own.settings, own.tenant_id, own.settings.data_dir)
     stored = backup.store(own.objects, taken, own.control_plane)
     run_sql(own, "DELETE FROM backup_uploads")  # a control plane restored from before

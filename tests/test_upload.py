@@ -8,8 +8,9 @@ from pydantic import SecretStr
 
 from shared import backup, catalogue, fleet_run, keys, plan, upload
 from shared.catalogue import Backup, Stored
-from shared.errors import ObjectStoreUnavailable
+from shared.errors import ObjectStoreUnavailable, UnknownBackup
 from shared.objects import ObjectStore
+from tests.core_fixtures import World, contents_of, sha256_of, start_child
 from tests.fleet_fixtures import Machine
 
 pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
@@ -109,3 +110,58 @@ def test_a_run_is_told_of_its_backup_though_a_repair_registered_it_first(machine
         assert made == repaired
     [done] = fleet_run.made_by(machine.control_plane, run_id, [one], error=None)
     assert (done.error, done.backup_id) == (None, repaired.backup_id)
+
+
+DIES = """
+    import os, sys
+    from pathlib import Path
+    from shared import backup
+    from shared.control_plane import ControlPlane
+    from shared.objects import ObjectStore
+    from shared.settings import Settings
+    settings, tenant_id, kind = Settings(), sys.argv[1], sys.argv[2]
+    with ControlPlane(settings) as control_plane:
+        taken = backup.take(settings, tenant_id, settings.data_dir)
+        print(backup.store(ObjectStore(settings), taken, control_plane, kind=kind).key, flush=True)
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("kind", ["scheduled", "safety"])
+def test_what_a_crash_between_object_and_row_left_is_registered_by_the_next_backup(
+    world: World, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an object nobody knows of, nor a row nobody checked; a safety backup stays one."""
+    world.write("one")
+    monkeypatch.setenv("ENGRAM_DATA_DIR", str(world.settings.data_dir))
+    monkeypatch.setenv("ENGRAM_CONTROL_PLANE_URL", world.settings.control_plane_url.get_secret_value())
+    child = start_child(DIES, world.tenant_id, kind)
+    key = child.communicate(timeout=30)[0].strip()
+    assert key and catalogue.list_of(world.control_plane, world.tenant_id) == []
+    world.write("two")
+    made = world.back_up()
+    adopted = next(b for b in catalogue.list_of(world.control_plane, world.tenant_id) if b.key == key)
+    assert (adopted.kind, adopted.status) == (kind, "available")
+    assert (adopted.sha256, adopted.size_bytes) == (sha256_of(world.object_path(adopted)), adopted.stored_bytes)
+    assert catalogue.newest(world.control_plane, world.tenant_id) == made
+    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
+    backup.fetch(world.objects, adopted, world.settings.data_dir / "back", world.control_plane)
+    assert contents_of(world.settings.data_dir / "back") == ["one"]
+
+
+@pytest.mark.parametrize("found", ["nothing", "something else"])
+def test_a_repair_registers_nothing_it_has_not_read(world: World, found: str) -> None:
+    """An upload that never arrived, or another object under its key, is no backup."""
+    stored = backup.store(
+        world.objects,
+        backup.take(world.settings, world.tenant_id, world.settings.data_dir),
+        world.control_plane,
+    )
+    there = world.settings.data_dir / "objects" / stored.key
+    there.unlink()
+    if found == "something else":
+        there.write_bytes(b"something else")
+    assert backup.repair(world.objects, world.control_plane, world.tenant_id) == []
+    with pytest.raises(UnknownBackup):
+        catalogue.newest(world.control_plane, world.tenant_id)
+    assert there.exists() == (found == "something else")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from shared import backup, catalogue, expiry, keys, verify
+from shared import backup, catalogue, expiry, verify
 from shared.catalogue import Backup
 from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
 from shared.objects import ObjectStore
 from shared.verify import Examined
-from tests.core_fixtures import World, free_ports, new_world, settings_in
+from tests.core_fixtures import World, encrypted, free_ports, new_world, settings_in
 from tests.expiry_fixtures import run_sql, statuses
 
 pytest_plugins = ("tests.core_fixtures",)
@@ -165,18 +165,14 @@ def test_one_that_reads_whole_again_is_available_again(own: World) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 def test_without_its_key_an_object_is_still_compared_with_what_was_stored(own: World, damaged: bool) -> None:
     """A lost key is somebody's to find, not the object's fault; other bytes than were stored are."""
-    update = {"backup_encryption": "age", "backup_master_key": keys.new_master()[0]}
-    url = own.settings.control_plane_url.get_secret_value()
-    own.settings = settings_in(own.settings.data_dir, url, **update)
-    own.objects = ObjectStore(own.settings)
+    own.change(**encrypted())
     own.write("secret")
     taken = backup.take(own.settings, own.tenant_id, own.settings.data_dir)
     made = backup.register(own.control_plane, backup.store(own.objects, taken, own.control_plane))
     assert outcomes(run(own)) == ["good"]
     if damaged:
         flip(own.object_path(made))
-    own.settings = settings_in(own.settings.data_dir, url)
-    own.objects = ObjectStore(own.settings)
+    own.change(backup_encryption="none", backup_master_key="")
     assert outcomes(run(own)) == ["corrupt" if damaged else "inconclusive"]
     assert statuses(own)[made.backup_id] == ("corrupt" if damaged else "available")
 
