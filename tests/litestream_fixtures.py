@@ -1,4 +1,5 @@
-"""A Litestream beside a `World`, followed by hand or by a thread. Taken in beside `tests.core_fixtures`."""
+"""A Litestream beside a `World`, followed by hand or by a thread. Taken in with
+`pytest_plugins`, beside `tests.core_fixtures`."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shared import litestream
+import pytest
+
+from shared import litestream, litestream_copies
 from shared.litestream import Control
+from shared.litestream_copies import Copy
 from shared.litestream_follow import Follower
 from shared.objects import ObjectStore
 from shared.settings import Settings
@@ -20,6 +24,15 @@ def with_copies(world: World, **more: object) -> World:
     """The same tenant with the layer on."""
     settings = world.settings.model_copy(update={"point_in_time": "litestream", **more})
     return World(settings, world.control_plane, ObjectStore(settings), world.tenant_id)
+
+
+@pytest.fixture
+def layered(world: World) -> World:
+    """A tenant with a backup of "old", the layer on."""
+    made = with_copies(world)
+    made.write("old")
+    made.back_up()
+    return made
 
 
 @contextmanager
@@ -43,6 +56,19 @@ def copied(world: World, *, poll_seconds: float | None = None) -> Iterator[Follo
         if poll_seconds is not None:
             thread.join()
         follower.stop()
+
+
+def copies(world: World) -> list[Copy]:
+    return litestream_copies.find(world.objects, world.tenant_id)
+
+
+def damage(world: World, copy: Copy) -> None:
+    """Turn the middle of each of its files in the local store."""
+    for file in (world.settings.data_dir / "objects" / copy.prefix).rglob("*.ltx"):
+        data = bytearray(file.read_bytes())
+        middle = len(data) // 2
+        data[middle : middle + 64] = bytes(b ^ 0xFF for b in data[middle : middle + 64])
+        file.write_bytes(data)
 
 
 def caught_up(world: World) -> datetime:

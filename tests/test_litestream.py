@@ -7,71 +7,33 @@ import os
 import signal
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import pytest
 
-from shared import (
-    catalogue,
-    deletion,
-    drill,
-    litestream,
-    litestream_copies,
-    litestream_drill,
-    remnants,
-    smoke,
-    snapshot,
-    strays,
-)
+from shared import catalogue, deletion, litestream, litestream_copies, strays
 from shared import plan as planning
 from shared.errors import CorruptBackup, UnknownBackup
 from shared.litestream import Control
-from shared.litestream_copies import Copy
 from shared.plan import Plan
-from shared.settings import Settings
 from tests.core_fixtures import World, contents_of, settings_in, wait_until
-from tests.litestream_fixtures import caught_up, copied, rows_at, with_copies
+from tests.litestream_fixtures import caught_up, copied, copies, damage, rows_at, with_copies
 from tests.live_writer import Writer
 from tests.restore_fixtures import begun, check_unlocked, check_whole, perform, run
 
-pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
-
-
-@pytest.fixture
-def layered(world: World) -> World:
-    """A tenant with a backup of "old", the layer on."""
-    made = with_copies(world)
-    made.write("old")
-    made.back_up()
-    return made
+pytest_plugins = ("tests.core_fixtures", "tests.litestream_fixtures", "tests.s3_fixtures")
 
 
 def plan_at(world: World, at: datetime) -> Plan:
     return planning.plan(world.settings, world.control_plane, world.tenant_id, at=at, objects=lambda: world.objects)
 
 
-def copies(world: World) -> list[Copy]:
-    return litestream_copies.find(world.objects, world.tenant_id)
-
-
 def restores_row(world: World, chosen: Plan) -> dict[str, object]:
     row = world.control_plane.row("restore_by_flow_run", flow_run_id=str(chosen.restore_id))
     assert row is not None
     return row
-
-
-def damage(world: World, copy: Copy) -> None:
-    """Turn the middle of each of its files in the local store."""
-    for file in (world.settings.data_dir / "objects" / copy.prefix).rglob("*.ltx"):
-        data = bytearray(file.read_bytes())
-        middle = len(data) // 2
-        data[middle : middle + 64] = bytes(b ^ 0xFF for b in data[middle : middle + 64])
-        file.write_bytes(data)
 
 
 def test_a_restore_to_an_instant_brings_back_what_was_acknowledged_by_then_and_nothing_after(layered: World) -> None:
@@ -284,65 +246,6 @@ def test_an_instant_beyond_the_window_is_not_answered_by_an_older_generation(lay
     assert litestream_copies.point_at(layered.objects, layered.tenant_id, at - timedelta(days=1)) is None
 
 
-def test_copies_are_drilled_and_recorded_apart(layered: World, tmp_path: Path) -> None:
-    """A copy that works must not hide that a tenant's backups were never drilled."""
-    with copied(layered):
-        layered.write("one", "two")
-        caught_up(layered)
-
-    def drill() -> litestream_drill.CopyDrilled:
-        tested = litestream_drill.run(
-            layered.settings, layered.objects, layered.tenant_id, tmp_path, reason="test", random=Random(1)
-        )
-        return litestream_drill.record(layered.control_plane, tested)
-
-    passed = drill()
-    assert passed.outcome == "pass", passed.checks
-    assert {"copy", "whole", "schema", "sentinel", "full_text", "create_search_get"} == {c.name for c in passed.checks}
-    damage(layered, copies(layered)[0])
-    assert drill().outcome == "fail"
-    with layered.control_plane.transaction() as connection:
-
-        def outcomes(table: str) -> list[str]:
-            rows = connection.execute(
-                f"SELECT outcome FROM {table} WHERE tenant_id = %s ORDER BY finished_at", (layered.tenant_id,)
-            )
-            return [row["outcome"] for row in rows.fetchall()]
-
-        assert (outcomes("point_in_time_tests"), outcomes("restore_tests")) == (["pass", "fail"], [])
-    assert not [p for p in tmp_path.iterdir() if ".sqlite" in p.name or p.name == "copies"]
-
-
-def test_what_a_drill_of_a_copy_has_on_disk_has_its_tenants_name(
-    layered: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The proof of a deletion says that this machine has no copy left: it finds them by name."""
-    with copied(layered):
-        layered.write("one")
-        caught_up(layered)
-    seen: dict[str, int] = {}
-
-    def looking(check: Callable[..., Any]) -> Callable[..., Any]:
-        def look(*args: object) -> Any:
-            seen.update(remnants.copies(layered.settings, layered.tenant_id))
-            return check(*args)
-
-        return look
-
-    monkeypatch.setattr(snapshot, "inspect", looking(snapshot.inspect))
-    monkeypatch.setattr(smoke, "check_engine", looking(smoke.check_engine))
-    with drill.sandbox(layered.settings) as sandbox:
-        tested = litestream_drill.run(layered.settings, layered.objects, layered.tenant_id, sandbox, reason="test")
-    assert tested.outcome == "pass", tested.checks
-    assert {Path(name).parts[2] for name in seen} == {f"{layered.tenant_id}.sqlite.{tested.test_id}", "copies"}
-
-
-def test_a_tenant_without_a_copy_is_inconclusive_not_passed(layered: World, tmp_path: Path) -> None:
-    """Nobody looked at anything."""
-    tested = litestream_drill.run(layered.settings, layered.objects, layered.tenant_id, tmp_path, reason="test")
-    assert tested.outcome == "inconclusive" and tested.point is None
-
-
 def test_a_deleted_tenants_copies_go_with_it_and_nothing_comes_back(layered: World) -> None:
     """Litestream makes directories anew that it finds missing: it has to let go before they are removed."""
     with copied(layered) as follower:
@@ -380,46 +283,3 @@ def test_a_copy_is_never_a_backup_and_old_ones_go_by_themselves(world: World) ->
     layered.back_up()
     perform(layered)
     assert found() == {"removed"} and copies(layered) == []
-
-
-def test_a_data_directory_too_long_for_a_socket_is_refused_by_name(tmp_path: Path) -> None:
-    """Litestream itself would only warn, and never be heard of again."""
-    from shared.errors import Permanent
-
-    with pytest.raises(Permanent, match="ENGRAM_DATA_DIR"):
-        litestream.socket_path(Settings(data_dir=tmp_path / ("x" * 120)))
-
-
-def test_copies_that_litestream_cannot_encrypt_are_refused_beside_encrypted_backups() -> None:
-    """Deleting a tenant's key must erase everything that was stored of it."""
-    with pytest.raises(ValueError, match="cannot encrypt"):
-        Settings(point_in_time="litestream", backup_encryption="age")
-
-
-def test_the_stack_has_the_part_only_when_it_is_asked_for(tmp_path: Path) -> None:
-    """It is off by default; and it gets no key of the backups."""
-    from deployments.parts import plan
-    from deployments.ports import PortReservations
-
-    for point_in_time in ("off", "litestream"):
-        ports = PortReservations()
-        try:
-            made = plan(Settings(data_dir=tmp_path, point_in_time=point_in_time), ports)  # type: ignore[arg-type]
-        finally:
-            ports.release_all()
-        assert (made.litestream is not None) == (point_in_time == "litestream")
-
-
-def test_credentials_that_are_kept_apart_stay_apart(tmp_path: Path) -> None:
-    """Who copies must not be able to delete, and who restores not to write."""
-    settings = settings_in(
-        tmp_path, "", object_store_url="s3://b/p", s3_access_key_id="writes", s3_secret_access_key="w",
-        s3_read_access_key_id="reads", s3_read_secret_access_key="r",
-        s3_delete_access_key_id="deletes", s3_delete_secret_access_key="d",
-    )  # fmt: skip
-    assert litestream.environment(settings)["AWS_ACCESS_KEY_ID"] == "writes"
-    assert litestream.environment(settings, reading=True)["AWS_SECRET_ACCESS_KEY"] == "r"
-    assert json.loads(litestream.configuration(settings, {}))["retention"] == {"enabled": False}
-    plain = settings.model_copy(update={"s3_delete_access_key_id": "", "s3_read_access_key_id": ""})
-    assert litestream.environment(plain, reading=True)["AWS_ACCESS_KEY_ID"] == "writes"
-    assert json.loads(litestream.configuration(plain, {}))["retention"] == {"enabled": True}
