@@ -63,6 +63,10 @@ def query(control_plane: ControlPlane, sql: str, *parameters: object) -> list[tu
         return [tuple(row.values()) for row in connection.execute(sql, parameters).fetchall()]  # type: ignore[arg-type]
 
 
+def event_ids(control_plane: ControlPlane) -> set[object]:
+    return {row[0] for row in query(control_plane, "SELECT request_id FROM usage_events")}
+
+
 def totals(control_plane: ControlPlane, table: str, tenant_id: str) -> tuple[int, ...]:
     sums = ", ".join(f"coalesce(sum({c}), 0)::int AS {c}" for c in COUNTERS)
     [row] = query(control_plane, f"SELECT {sums} FROM {table} WHERE tenant_id = %s", tenant_id)
