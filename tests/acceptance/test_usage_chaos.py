@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -30,10 +30,9 @@ from gateway.supervisor import DEATHS, DEATHS_SECONDS
 from shared import metering, reconcile, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
-from shared.usage import Counters, count
 from tests.core_fixtures import free_ports, start_child
 from tests.gateway_stack import Gateway, Issuer, eventually, gateway
-from tests.metering_fixtures import COUNTERS
+from tests.ledger import Ledger, check_billed
 from tests.pgbouncer_fixtures import CommitCutter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -58,14 +57,6 @@ DRAINS_ON_DEMAND = """
             os._exit(0)
         print(pid, flush=True)
 """
-
-
-@dataclass
-class Ledger:
-    """What the clients know of one tenant: each answer by the request id it carried, and how many never came."""
-
-    answers: dict[UUID, tuple[str, int]] = field(default_factory=dict)
-    unanswered: int = 0
 
 
 @dataclass
@@ -233,57 +224,6 @@ def spool_of(place: Place) -> list[str]:
     return [p.name for p in directory.rglob("*") if p.is_file()]
 
 
-def check_billed(place: Place, ledgers: dict[str, list[Ledger]]) -> Counter[str]:
-    """Answered = rows = rollups, tenant by tenant; what has no answer is there at most once."""
-    totals = Counter[str]()
-    for tenant, parts in ledgers.items():
-        answers = {k: v for part in parts for k, v in part.answers.items()}
-        assert len(answers) == sum(len(part.answers) for part in parts)  # ids are never given twice
-        unanswered = sum(part.unanswered for part in parts)
-        with psycopg.connect(place.postgres.url()) as connection:
-            stored = {
-                row[0]: row[1:]
-                for row in connection.execute(
-                    f"SELECT request_id, route, status, {', '.join(COUNTERS)} FROM usage_events WHERE tenant_id = %s",
-                    (tenant,),
-                )
-            }
-            for key, (route, status) in answers.items():
-                if status >= 500 and key not in stored:
-                    totals["answers that reached no tenant"] += 1  # a worker that had not read the tenants yet
-                    continue
-                created = int((route, status) == ("/v1/memories", 201))
-                assert stored.get(key) == (route, status, *count(route, status, created)), (tenant, key)
-            extra = stored.keys() - answers.keys()
-            assert len(extra) <= unanswered, tenant
-            for table, unit in (("usage_hourly", "hour"), ("usage_daily", "day")):
-                rolled = {
-                    row[0]: Counters(*row[1:])
-                    for row in connection.execute(
-                        f"SELECT bucket, {', '.join(COUNTERS)} FROM {table} WHERE tenant_id = %s", (tenant,)
-                    )
-                }
-                assert rolled == sums_of(stored, unit), (tenant, table)
-        totals["answered"] += len(answers)
-        totals["rows"] += len(stored)
-        totals["rows whose answer was lost"] += len(extra)
-        totals["requests without an answer"] += unanswered
-        for _, status in answers.values():
-            totals[f"{status // 100}xx"] += 1
-    return totals
-
-
-def sums_of(stored: dict[UUID, tuple[object, ...]], unit: str) -> dict[datetime, Counters]:
-    """What the rollups must say of these rows: by the time in the id."""
-    found: dict[datetime, Counters] = {}
-    for key, (_, _, *counters) in stored.items():
-        at = datetime.fromtimestamp((key.int >> 80) / 1000, UTC).replace(minute=0, second=0, microsecond=0)
-        bucket = at if unit == "hour" else at.replace(hour=0)
-        sums = found.get(bucket, Counters(0, 0, 0))
-        found[bucket] = Counters(*(a + int(str(b)) for a, b in zip(sums, counters, strict=True)))
-    return found
-
-
 def books_of(place: Place) -> reconcile.Books:
     """What an operator is told: the gateway's own counters included, which survive its workers."""
     settings = place.settings.model_copy(update={"gateway_port": int(place.gateway.url.rpartition(":")[2])})
@@ -326,7 +266,9 @@ def test_a_client_request_id_sent_a_thousand_times_by_two_tenants_is_two_thousan
         return not spool_of(place)
 
     eventually(drained)
-    totals = check_billed(place, {tenant: [ledger] for result in results for tenant, ledger in result.items()})
+    totals = check_billed(
+        place.postgres.url(), {tenant: [ledger] for result in results for tenant, ledger in result.items()}
+    )
     assert (totals["rows"], totals["2xx"]) == (2_000, 2_000)
 
 
@@ -350,7 +292,7 @@ def test_while_postgresql_is_down_requests_are_served_and_their_usage_arrives_af
     finally:
         stop.set()
         drains.end()
-    totals = check_billed(place, {tenant: [ledgers[tenant] for ledgers in results]})
+    totals = check_billed(place.postgres.url(), {tenant: [ledgers[tenant] for ledgers in results]})
     assert totals["5xx"] == totals["requests without an answer"] == 0 and totals["2xx"] > 50
 
 
@@ -377,7 +319,7 @@ def test_producers_drains_and_postgresql_killed_at_random_leave_a_bill_that_is_e
             drains.end()
     assert stopped == 0
     assert len(results) == CLIENTS  # no client ended by an exception
-    totals = check_billed(place, {t: [ledgers[t] for ledgers in results] for t in tenants})
+    totals = check_billed(place.postgres.url(), {t: [ledgers[t] for ledgers in results] for t in tenants})
     with psycopg.connect(place.postgres.url()) as connection:
         audited = connection.execute("SELECT sum(inserted), sum(quarantined), sum(corrupt_bytes) FROM usage_segments")
         [stored] = connection.execute("SELECT count(*) FROM usage_events").fetchall()
