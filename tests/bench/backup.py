@@ -34,14 +34,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sqlite3
 import struct
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,16 +54,14 @@ from shared.control_plane import ControlPlane
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
-from shared.errors import Permanent
-from shared.litestream import program
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
+from tests.bench.backup_peers import TOOLS, cp, find_litestream, litestream, restic
 from tests.core_fixtures import free_ports, start_child
 
 ABSENT = "not installed"
 SMALL_MB = 10
-TOOLS = ("sha256sum", "sha256", "sha256sum + sync")
 PACKINGS = {"backup": {}, "backup, zstd": {"zstd"}, "backup, zstd + age": {"zstd", "age"}}
 
 CHILD = """
@@ -228,57 +224,6 @@ class Writer:
         self.process.wait()
 
 
-def timed(*command: object, **env: str) -> float:
-    begun = time.perf_counter()
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | env)
-    if done.returncode:
-        raise SystemExit(f"{command[0]}: {done.stderr[-400:]}")
-    return time.perf_counter() - begun
-
-
-def cp(file: Path, directory: Path, tool: str) -> dict[str, Any]:
-    copy = directory / "copy"
-    seconds = timed("cp", file, copy)
-    if tool.startswith("sha256sum"):
-        seconds += timed("sha256sum", copy)
-        seconds += timed("sync", copy, directory) if tool.endswith("sync") else 0.0
-    else:
-        begun = time.perf_counter()
-        with copy.open("rb", buffering=0) as opened:
-            hashlib.file_digest(opened, "sha256")
-        seconds += time.perf_counter() - begun
-    copy.unlink()
-    return {"seconds": {"total": seconds}}
-
-
-def restic(file: Path, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    repository, env = directory / "restic", {"RESTIC_PASSWORD": "bench", "RESTIC_CACHE_DIR": str(directory / "cache")}
-    try:
-        timed("restic", "-r", repository, "init", **env)
-        made = _measured("restic", "-r", repository, "backup", file, **env)
-        back = _measured("restic", "-r", repository, "restore", "latest", "--target", directory / "back", **env)
-    finally:
-        for path in (repository, directory / "back", directory / "cache"):
-            shutil.rmtree(path, ignore_errors=True)
-    return made, back
-
-
-def litestream(program: str, file: Path, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """On a copy: it keeps a directory of its own beside a database."""
-    own, replica, back = directory / "ls" / "copy.db", directory / "ls" / "replica", directory / "ls" / "back.db"
-    own.parent.mkdir()
-    try:
-        shutil.copy(file, own)
-        made = _measured(program, "replicate", "-once", "-force-snapshot", own, replica.as_uri())
-        return made, _measured(program, "restore", "-o", back, replica.as_uri())
-    finally:
-        shutil.rmtree(own.parent)
-
-
-def _measured(*command: object, **env: str) -> dict[str, Any]:
-    return {"seconds": {"total": timed(*command, **env)}}
-
-
 def measure(bench: Bench, megabytes: int, rounds: int, *, judged: bool) -> list[dict[str, Any]]:
     tenant_id = bench.tenant(megabytes)
     file = Path(os.path.realpath(TenantPaths.of(bench.settings.tenants_dir, tenant_id).database))
@@ -357,13 +302,6 @@ def _row(
         values = [r[name] for r in results if r.get(name) is not None]
         row |= {name: round(max(values), 1)} if values else {}
     return row
-
-
-def find_litestream(settings: Settings) -> str | None:
-    try:
-        return program(settings)
-    except Permanent:
-        return None
 
 
 def show(rows: list[dict[str, Any]]) -> None:

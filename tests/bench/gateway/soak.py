@@ -40,14 +40,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import psycopg
 from rich.console import Console
 from rich.table import Table
 
 from deployments.process import catches_sigterm
-from shared import spool
-from shared.engine.database import TenantDatabase
 from tests.bench.gateway.load import Result, closed_loop, open_loop, request
+from tests.bench.gateway.soak_books import Books
 from tests.bench.gateway.world import Server, World, fill, world
 from tests.gateway_stack import eventually
 
@@ -265,67 +263,14 @@ class Soak:
         return calls
 
     def _compare(self) -> None:
-        """The books. Exact: a tolerance would hide the one lost event this is about."""
         statuses = sum((load.statuses for load in self._loads), Counter[str]())
-        bad = sum(load.bad for load in self._loads)
-        if bad:
+        if bad := sum(load.bad for load in self._loads):
             self.failures.append(f"{bad} requests failed or had no answer: {dict(statuses)}")
-        sent = {
-            t: Counter({kind: sum(load.sent[t, kind] for load in self._loads) for kind in ("search", "get", "create")})
-            for t in self._tenants
-        }
-        calls = {t: sent[t].total() for t in self._tenants}
-        searches = {t: sent[t]["search"] for t in self._tenants}
-        creates = {t: sent[t]["create"] for t in self._tenants}
-        with psycopg.connect(self._world.settings.control_plane_url.get_secret_value()) as connection:
-
-            def counted(sql: str) -> dict[str, int]:
-                return {str(key): int(n) for key, n in connection.execute(sql).fetchall()}
-
-            self._book(
-                "answers | events, by status",
-                dict(statuses),
-                counted("SELECT status, count(*) FROM usage_events GROUP BY 1"),
-            )
-            by_tenant = "SELECT tenant_id, count(*) FROM usage_events GROUP BY 1"
-            self._book("requests sent | events, by tenant", calls, counted(by_tenant))
-            for table in ("usage_hourly", "usage_daily"):
-                for column, told in (
-                    ("api_calls", calls),
-                    ("search_queries", searches),
-                    ("memories_created", creates),
-                ):
-                    rolled = counted(f"SELECT tenant_id, sum({column}) FROM {table} GROUP BY 1")
-                    self._book(f"requests sent | {table}.{column}, by tenant", told, rolled)
-            set_aside = counted("SELECT reason, count(*) FROM usage_quarantine GROUP BY 1")
-            self._book("nothing | quarantined events", {}, set_aside)
-            [row] = connection.execute("SELECT sum(duplicates), sum(corrupt_bytes) FROM usage_segments").fetchall()
-            self._book(
-                "nothing | duplicate events, corrupt bytes",
-                {"duplicates": 0, "corrupt": 0},
-                dict(zip(("duplicates", "corrupt"), map(int, row), strict=True)),
-            )
-        memories = {t: self._memories(t) - SEED_MEMORIES for t in self._tenants}
-        self._book("creates acknowledged | memories in the databases, by tenant", creates, memories)
-        left = [*spool.sealed(self._world.settings.spool_dir), *self._world.settings.spool_dir.glob("*.open")]
-        if left:
-            self.failures.append(f"segments left in the spool: {[p.name for p in left]}")
-
-    def _book(self, what: str, told: dict[str, int], kept: dict[str, int]) -> None:
-        differing = {k: (told.get(k, 0), kept.get(k, 0)) for k in told | kept if told.get(k, 0) != kept.get(k, 0)}
-        line = {"line": what, "told": sum(told.values()), "kept": sum(kept.values()), "differing": differing}
-        self.books.append(line)
-        if differing:
-            self.failures.append(f"{what}: told {line['told']}, kept {line['kept']}, differing {differing}")
-
-    def _memories(self, tenant_id: str) -> int:
-        handle = TenantDatabase(self._world.paths(tenant_id))
-        try:
-            with handle.read() as connection:
-                count: int = connection.execute("SELECT count(*) FROM memories").fetchone()[0]
-            return count
-        finally:
-            handle.close()
+        sent = sum((load.sent for load in self._loads), Counter[tuple[str, str]]())
+        books = Books(self._world)
+        books.compare(self._tenants, statuses, sent, SEED_MEMORIES)
+        self.books = books.lines
+        self.failures += books.failures
 
     def show(self) -> None:
         console = Console(width=110)
