@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
+
+from tests.http_fixtures import Handler, Server
 
 REPLAY_LIMIT_BYTES = 1_000_000
 MOST_HOPS = 8  # only so that a test with a loop ends
@@ -40,7 +41,7 @@ class FlyProxy:
         self.hops: list[Hop] = []
         proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Deliver(Handler):
             protocol_version = "HTTP/1.1"
 
             def _any(self) -> None:
@@ -48,20 +49,14 @@ class FlyProxy:
 
             do_GET = do_POST = do_PATCH = do_DELETE = _any
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = Server(Deliver)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return self._server.url
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
     def _serve(self, request: BaseHTTPRequestHandler) -> None:
         body = _body(request)

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from shared import registry, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
+from tests.http_fixtures import Handler, Server
 
 AUDIENCE = "engram"
 ISSUER = "https://issuer.test"
@@ -109,31 +109,22 @@ class Issuer:
         self.delay.set()
         issuer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Keys(Handler):
             def do_GET(self) -> None:
                 issuer.fetches += 1
                 body = json.dumps({"keys": [k.jwk() for k in issuer.keys] + issuer.extra}).encode()
                 issuer.delay.wait(10)
-                self.send_response(500 if issuer.failing else 200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(500 if issuer.failing else 200, body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = Server(Keys)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/jwks.json"
+        return f"{self._server.url}/jwks.json"
 
     def close(self) -> None:
         self.delay.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
     def claims(self, tenant_id: str, /, **changes: Any) -> dict[str, Any]:
         """Good claims with `changes`; a change to `...` removes the claim."""

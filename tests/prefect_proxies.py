@@ -8,9 +8,10 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+
+from tests.http_fixtures import Handler, Server
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 def refusing(api: str, path: str) -> Iterator[str]:
     """The API through a proxy that knows no `path`, as when what it names was deleted a moment ago."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Proxy(Handler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.answer(httpx.Response(404, json={"detail": "gone"}) if self.path.endswith(path) else self.ask(body))
@@ -63,16 +64,7 @@ def refusing(api: str, path: str) -> Iterator[str]:
             return httpx.request(self.command, upstream + self.path, content=body, headers=headers, timeout=30)
 
         def answer(self, found: httpx.Response) -> None:
-            self.send_response(found.status_code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(found.content)))
-            self.end_headers()
-            self.wfile.write(found.content)
+            self.reply(found.status_code, found.content, [("Content-Type", "application/json")])
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/api"
-        server.shutdown()
+    with Server(Proxy) as server:
+        yield f"{server.url}/api"

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from flows import drain
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.core_fixtures import event, start_child, wait_until
+from tests.http_fixtures import Handler, Server
 from tests.metering_fixtures import own_control_plane, own_settings, query, segment
 
 pytest_plugins = ("tests.metering_fixtures",)
@@ -50,34 +50,22 @@ def poor_prefect(seconds: float) -> Iterator[PoorPrefect]:
     """Answers its health check; all else after `seconds`, by a 500."""
     released = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Poor(Handler):
         def do_GET(self) -> None:
             if not self.path.endswith("/health"):
                 self.do_POST()
                 return
-            self.send_response(200)
-            self.send_header("Content-Length", "4")
-            self.end_headers()
-            self.wfile.write(b"true")
+            self.reply(200, b"true")
 
         def do_POST(self) -> None:
             prefect.asked.append(self.path)
             released.wait(seconds)
-            self.send_response(500)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(500)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    prefect = PoorPrefect(f"http://127.0.0.1:{server.server_address[1]}/api")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield prefect
-    released.set()
-    server.shutdown()
-    server.server_close()
+    with Server(Poor) as server:
+        prefect = PoorPrefect(f"{server.url}/api")
+        yield prefect
+        released.set()
 
 
 @contextmanager

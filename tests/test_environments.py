@@ -14,10 +14,8 @@ import re
 import socket
 import ssl
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +34,7 @@ from tests.core_fixtures import ROOT
 from tests.environment_fixtures import SAFE, engram
 from tests.gateway_stack import ISSUER, Gateway, Issuer, Stack, assert_problem, eventually, gateway
 from tests.gateway_stack import stack as shared_stack  # noqa: F401
+from tests.http_fixtures import Handler, Server
 from tests.metering_fixtures import query
 from tests.test_gateway_quota import plan
 from tests.tls_fixtures import Pair, pair
@@ -67,27 +66,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def over_tls(issuer: Issuer, files: Pair) -> Iterator[str]:
     """The issuer's keys at an https address, as staging and prod insist."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Keys(Handler):
         def do_GET(self) -> None:
             body = json.dumps({"keys": [key.jwk() for key in issuer.keys]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply(200, body)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with Server(Keys, context) as server:
         yield f"https://{socket.gethostname()}:{server.server_port}/jwks.json"  # an issuer on localhost is refused
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 MACHINE = "here"  # "local" is refused outside dev, and another machine's tenants are not served

@@ -6,7 +6,6 @@ import http.client
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -16,6 +15,7 @@ import pytest
 from shared.control_plane import Connection, ControlPlane
 from tests.core_fixtures import World
 from tests.expiry_fixtures import DAY, Away, add, at, check_truth, few, run, statuses
+from tests.http_fixtures import Handler, Server
 
 pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures", "tests.expiry_fixtures")
 
@@ -109,7 +109,7 @@ def refusing(s3: dict[str, object], answer: Callable[[str], tuple[int, str] | No
     """A proxy before the store that answers deletes itself when `answer(body)` says so."""
     upstream = urlsplit(str(s3["s3_endpoint"]))
 
-    class Handler(BaseHTTPRequestHandler):
+    class Proxy(Handler):
         protocol_version = "HTTP/1.1"
 
         def forward(self) -> None:
@@ -123,25 +123,12 @@ def refusing(s3: dict[str, object], answer: Callable[[str], tuple[int, str] | No
                 headers = [(k, v) for k, v in reply.getheaders() if k.lower() not in ("content-length", "connection")]
             else:
                 status, text, headers = said[0], said[1].encode(), []
-            self.send_response(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else text)
+            self.reply(status, text, headers)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield {**s3, "s3_endpoint": f"http://127.0.0.1:{server.server_address[1]}"}
-    finally:
-        server.shutdown()
-        server.server_close()
+    with Server(Proxy) as server:
+        yield {**s3, "s3_endpoint": server.url}
 
 
 def _in_bulk(code: str, message: str) -> Callable[[str], tuple[int, str] | None]:

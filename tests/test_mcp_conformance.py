@@ -20,16 +20,14 @@ from __future__ import annotations
 import http.client
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.gateway_stack import Stack, stack  # noqa: F401
+from tests.http_fixtures import Handler, Server
 from tests.node_fixtures import npm_install
 
 SUITE = "@modelcontextprotocol/conformance@0.2.0-alpha.12"
@@ -75,7 +73,7 @@ def url(stack: Stack) -> Iterator[str]:  # noqa: F811
     token = stack.issuer.token(stack.tenant())
     mine = {"connection", "content-length", "transfer-encoding"}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Proxy(Handler):
         protocol_version = "HTTP/1.1"
 
         def forward(self) -> None:
@@ -101,15 +99,8 @@ def url(stack: Stack) -> Iterator[str]:  # noqa: F811
 
         do_GET = do_POST = do_DELETE = forward
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://localhost:{server.server_port}/v1/mcp"
-    server.shutdown()
-    server.server_close()
+    with Server(Proxy) as server:
+        yield f"http://localhost:{server.server_port}/v1/mcp"
 
 
 @pytest.mark.parametrize(("revision", "scenario", "untestable"), APPLICABLE)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from deployments.__main__ import CONSTRAINTS
+from tests.http_fixtures import Handler, Server
 
 UNREACHABLE = ("NameResolutionError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ProxyError")
 _VULNERABLE = "pyjwt"
@@ -27,7 +26,7 @@ def audit(*more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 
 
-class _Service(BaseHTTPRequestHandler):
+class _Service(Handler):
     """Answers as api.osv.dev does: nothing is known, but of one package."""
 
     asked: list[str]
@@ -39,29 +38,15 @@ class _Service(BaseHTTPRequestHandler):
         affected = [{"package": {"name": name, "ecosystem": "PyPI"}, "ranges": ranges}]
         found = {"vulns": [{"id": "PYSEC-0000-1", "summary": "made up", "affected": affected}]}
         body = json.dumps(found if name == _VULNERABLE else {}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.reply(200, body, [("Content-Type", "application/json")])
 
 
 @pytest.fixture
 def service() -> Iterator[tuple[str, list[str]]]:
     """Its address, and the packages it was asked about."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Service", (_Service,), {"asked": asked}))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1/query", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with Server(type("Service", (_Service,), {"asked": asked})) as server:
+        yield f"{server.url}/v1/query", asked
 
 
 def test_a_known_vulnerability_of_one_pinned_version_fails_the_audit(service: tuple[str, list[str]]) -> None:
