@@ -84,6 +84,8 @@ def main() -> None:
     try:
         with exit_code():
             app(prog_name="engram")
+    except SystemExit:  # the end of every command: the class of the last clause takes longer to import than most take
+        raise
     except ValueError as e:
         leave(_setting_error(e), 2)
     except OSError as e:
