@@ -35,7 +35,7 @@ _HTTP_TIMEOUT_SECONDS = 5.0
 _DAY_SECONDS = 86_400
 # Prefect's client reads its certificates anew for each of its many clients, also where no TLS is spoken: all authorities
 # take 17 ms, a third of applying the deployments and an eighth of a flow run. This file has one that nobody can use.
-_NO_AUTHORITIES = Path(__file__).with_name("no_authorities.pem")
+NO_AUTHORITIES = Path(__file__).with_name("no_authorities.pem")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
 
 
@@ -47,7 +47,7 @@ def client_environment(settings: Settings) -> dict[str, str]:
     return {
         "PREFECT_API_URL": settings.prefect_api_url,
         **({"PREFECT_API_AUTH_STRING": auth} if auth else {}),
-        **({"PREFECT_API_SSL_CERT_FILE": str(_NO_AUTHORITIES)} if plain else {}),
+        **({"PREFECT_API_SSL_CERT_FILE": str(NO_AUTHORITIES)} if plain else {}),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),

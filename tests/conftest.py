@@ -27,7 +27,7 @@ _numbers = itertools.count(1)
 # What takes longest begins first, so that no process is left alone with it at the end. The first two are a whole stack.
 _LONG = (
     *("acceptance/restores", "acceptance", "test_stack", "test_readme", "test_prefect_production", "test_crash_points"),
-    *("test_flows_restore", "test_crash_faults", "acceptance/test_alerts_live", "test_flows", "test_gateway_oidc"),
+    *("test_flows", "test_crash_faults", "acceptance/test_alerts_live", "test_gateway_oidc"),
     *(
         "test_gateway_process",
         "test_rules",
@@ -37,18 +37,19 @@ _LONG = (
         "test_objects_faults",
     ),
     *("test_restore_faults", "test_act", "test_gateway_routing", "test_gateway_tls", "test_playbook_workers"),
-    *("test_flows_s3", "test_gateway_ratelimit", "test_power_loss", "test_mcp_conformance", "test_environments"),
+    *("test_gateway_ratelimit", "test_power_loss", "test_mcp_conformance", "test_environments"),
 )
 _OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_canaries", "acceptance/test_usage_chaos")
 _RESTORES = ("test_restore_", "test_ui", "test_slo_report", "test_usage_flow", "test_point_in_time")
 
 
 def _scope(nodeid: str) -> str:
-    """A file's tests stay in one process, and so do those that share a whole stack, of which there are two."""
+    """A file's tests stay in one process, and so do those that share a whole stack, of which there are two, or a Prefect
+    server."""
     file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
     folder, _, name = file.rpartition("/")
     if folder != "acceptance" or file in _OWN_STACK:
-        return file
+        return "test_flows" if file.startswith("test_flows") else file
     return "acceptance/restores" if name.startswith(_RESTORES) else "acceptance"
 
 

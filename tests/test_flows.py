@@ -16,7 +16,6 @@ from prefect.client.schemas.filters import (
     ArtifactFilterType,
 )
 from prefect.client.schemas.objects import State
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import core as flow_core
 from flows.act import act
@@ -36,14 +35,8 @@ from tests.core_fixtures import World, event, new_world, settings_in
 from tests.expiry_fixtures import few, run_sql, statuses
 from tests.metering_fixtures import segment
 
-pytest_plugins = ("tests.core_fixtures",)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytest_plugins = ("tests.core_fixtures", "tests.flow_fixtures")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture

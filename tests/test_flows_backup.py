@@ -26,10 +26,10 @@ from shared.fleet import Fleet
 from shared.settings import settings as cached_settings
 from tests.core_fixtures import free_ports
 from tests.fleet_fixtures import Machine
-from tests.test_flows import artifact_of, outcome, prefect_server  # noqa: F401 - a fixture
+from tests.test_flows import artifact_of, outcome
 
-pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures", "tests.flow_fixtures")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture

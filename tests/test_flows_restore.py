@@ -34,11 +34,11 @@ from shared.fence import in_use
 from shared.objects import ObjectStore
 from tests.core_fixtures import World
 from tests.restore_fixtures import check_unlocked, check_whole, perform
-from tests.test_flows import artifact_of, flow_world, prefect_server  # noqa: F401 - fixtures
+from tests.test_flows import artifact_of, flow_world  # noqa: F401 - a fixture
 
 # ruff: noqa: F811
-pytest_plugins = ("tests.core_fixtures",)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytest_plugins = ("tests.core_fixtures", "tests.flow_fixtures")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.usefixtures("prefect_server")]
 
 Kind = Literal["restore", "undo"]
 

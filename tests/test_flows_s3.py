@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import core as flow_core
 from flows.backup import backup
@@ -17,12 +16,14 @@ from shared.settings import Settings
 from shared.settings import settings as cached_settings
 from tests.core_fixtures import World
 
-pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
+pytest_plugins = ("tests.core_fixtures", "tests.flow_fixtures", "tests.s3_fixtures")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
-def s3_world(world: World, s3: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def s3_world(
+    world: World, s3: dict[str, object], prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
     """The settings of a worker whose objects are in S3 under a prefix of its own."""
     values = {
         "data_dir": world.settings.data_dir,
@@ -35,8 +36,7 @@ def s3_world(world: World, s3: dict[str, object], monkeypatch: pytest.MonkeyPatc
     caches = (cached_settings, flow_core.control_plane, flow_core.objects)
     for cached in caches:
         cached.cache_clear()
-    with prefect_test_harness(server_startup_timeout=120):
-        yield world
+    yield world
     flow_core.control_plane().close()
     for cached in caches:
         cached.cache_clear()

@@ -79,7 +79,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     environment = bare()
     environment["ENGRAM_DATA_DIR"] = str(tmp_path_factory.mktemp("stack"))
     environment["ENGRAM_USAGE_STORAGE_SECONDS"] = "10"
-    environment |= dict.fromkeys(("ENGRAM_DRAIN_RUN_SECONDS", "ENGRAM_DRAIN_LINGER_SECONDS"), "20")  # a minute, else
+    environment |= dict.fromkeys(("ENGRAM_DRAIN_RUN_SECONDS", "ENGRAM_DRAIN_LINGER_SECONDS"), "12")  # a minute, else
     environment["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "10"  # a minute, else
     with running(environment) as started:
         yield started
