@@ -33,8 +33,8 @@ _HEARTBEAT_SECONDS = 30
 _WORKER_QUERY_SECONDS = 2
 _HTTP_TIMEOUT_SECONDS = 5.0
 _DAY_SECONDS = 86_400
-# Prefect's client reads its certificates anew for each of its many clients, also where no TLS is spoken: all authorities
-# take 17 ms, a third of applying the deployments and an eighth of a flow run. This file has one that nobody can use.
+# Prefect reads its authorities anew for each of its many clients, also where no TLS is spoken: 17 ms each, a third of
+# applying the deployments and an eighth of a flow run. This file has one, whose key was thrown away.
 NO_AUTHORITIES = Path(__file__).with_name("no_authorities.pem")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
 

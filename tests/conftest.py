@@ -44,8 +44,8 @@ _RESTORES = ("test_restore_", "test_ui", "test_slo_report", "test_usage_flow", "
 
 
 def _scope(nodeid: str) -> str:
-    """A file's tests stay in one process, and so do those that share a whole stack, of which there are two, or a Prefect
-    server."""
+    """A file's tests stay in one process, and so do those that share a whole stack, of which there are two, and those
+    that share a Prefect server."""
     file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
     folder, _, name = file.rpartition("/")
     if folder != "acceptance" or file in _OWN_STACK:

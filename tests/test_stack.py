@@ -72,9 +72,24 @@ def remains(data_dir: Path) -> list[str]:
 
 @pytest.fixture
 def engram(tmp_path: Path) -> Iterator[Engram]:
-    found = Engram(tmp_path / "data")
+    yield from down_afterwards(Engram(tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def old_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stack") / "data"
+
+
+@pytest.fixture
+def again(old_data_dir: Path) -> Iterator[Engram]:
+    """In one directory, where starts were broken off before: it must start all the same, and sooner than a new one."""
+    yield from down_afterwards(Engram(old_data_dir))
+
+
+def down_afterwards(found: Engram) -> Iterator[Engram]:
     yield found
-    found.run("down")
+    if found.remains():
+        found.run("down")
     assert found.remains() == []
 
 
@@ -92,61 +107,61 @@ def listening(url: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["postgres", "prefect", "worker"])
+def test_sigterm_during_the_start_leaves_nothing(again: Engram, part: str) -> None:
+    """A half-started stack is the worst of both."""
+    up = again.start("up")
+    wait_until(lambda: any(p["name"] == part for p in again.status()["processes"]))
+    up.terminate()
+    assert up.wait(120) == 1
+    assert again.remains() == []
+    assert again.status()["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_down_cleans_up_after_a_killed_up(again: Engram) -> None:
+    """The supervisor is gone, so `down` has nobody to ask."""
+    up = again.start("up")
+    wait_until(lambda: any(p["name"] == "prefect" for p in again.status()["processes"]))
+    up.kill()
+    up.wait()
+    assert again.run("down").returncode == 0
+    assert again.remains() == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_part_that_dies_is_started_again_a_killed_up_does_not_block_the_next_and_ctrl_c_is_no_failure(
-    engram: Engram,
+    again: Engram,
 ) -> None:
     """SIGKILL gives nobody a chance to clean up; the next `up` must, and ends itself when it is told to."""
-    assert engram.run("up", "--detach").returncode == 0
-    before = {p["name"]: p["pid"] for p in engram.status()["processes"]}
+    assert again.run("up", "--detach").returncode == 0
+    before = {p["name"]: p["pid"] for p in again.status()["processes"]}
 
     os.kill(before["gateway"], signal.SIGKILL)
     os.kill(before["issuer"], signal.SIGKILL)
 
     def all_back() -> bool:
-        now = {p["name"]: p for p in engram.status()["processes"]}
+        now = {p["name"]: p for p in again.status()["processes"]}
         changed = all(now[name]["pid"] != before[name] for name in ("gateway", "issuer"))
         return changed and {p["state"] for p in now.values()} == {"running"}
 
     wait_until(all_back)
-    found = engram.status()
+    found = again.status()
     assert httpx.get(f"{found['gateway_url']}/ready").status_code == 200
 
     os.kill(before["up"], signal.SIGKILL)
-    wait_until(lambda: engram.status()["state"] == "stopped")
-    again = engram.start("up")
-    wait_until(lambda: engram.status()["state"] == "running", 280)
-    after = engram.status()
+    wait_until(lambda: again.status()["state"] == "stopped")
+    up = again.start("up")
+    wait_until(lambda: again.status()["state"] == "running", 280)
+    after = again.status()
     assert not {p["pid"] for p in found["processes"]} & {p["pid"] for p in after["processes"]}
     alive = [p["pid"] for p in found["processes"] if psutil.pid_exists(p["pid"])]
     assert alive == []
 
-    again.send_signal(signal.SIGINT)
-    assert again.wait(120) == 0
-    assert engram.remains() == []
-
-
-@pytest.mark.slow
-def test_down_cleans_up_after_a_killed_up(engram: Engram) -> None:
-    """The supervisor is gone, so `down` has nobody to ask."""
-    up = engram.start("up")
-    wait_until(lambda: any(p["name"] == "prefect" for p in engram.status()["processes"]))
-    up.kill()
-    up.wait()
-    assert engram.run("down").returncode == 0
-    assert engram.remains() == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["postgres", "prefect", "worker"])
-def test_sigterm_during_the_start_leaves_nothing(engram: Engram, part: str) -> None:
-    """A half-started stack is the worst of both."""
-    up = engram.start("up")
-    wait_until(lambda: any(p["name"] == part for p in engram.status()["processes"]))
-    up.terminate()
-    assert up.wait(120) == 1
-    assert engram.remains() == []
-    assert engram.status()["state"] == "stopped"
+    up.send_signal(signal.SIGINT)
+    assert up.wait(120) == 0
+    assert again.remains() == []
 
 
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
@@ -218,8 +233,11 @@ def child(tmp_path: Path, program: str, ready: Callable[[], bool] = lambda: True
     return Child("part", ["/bin/sh", "-c", program], env=dict(os.environ), log_path=tmp_path / "part.log", ready=ready)
 
 
-def test_stopping_ends_descendants_that_ignore_sigterm_and_left_the_session(tmp_path: Path) -> None:
+def test_stopping_ends_descendants_that_ignore_sigterm_and_left_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A part's own children must not outlive it, whatever they did to be missed."""
+    monkeypatch.setattr("deployments.process._SURVIVORS_SECONDS", 1.0)
     stubborn = f'{sys.executable} -c "{STUBBORN}" {tmp_path}/pid'
     part = child(tmp_path, f"setsid {stubborn} & wait", lambda: (tmp_path / "pid").exists())
     part.start()
