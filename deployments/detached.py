@@ -17,8 +17,7 @@ from pathlib import Path
 
 from deployments.leftovers import end_leftovers
 from deployments.process import POLL_SECONDS, STACK_MARK, StartFailed, last_lines, rotate
-from deployments.running import StackState, UpLock
-from deployments.stack import AlreadyUp
+from deployments.running import AlreadyUp, StackState, UpLock
 from shared.errors import Permanent
 from shared.settings import Settings
 

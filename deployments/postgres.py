@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-import psycopg
-from psycopg import sql
 
 from deployments.process import Child, StartFailed, last_lines
 from shared import durable
@@ -127,6 +125,8 @@ class EmbeddedPostgres:
 
     def accepts_connections(self) -> bool:
         """Whether a real login works now (a listening socket is not enough during recovery)."""
+        import psycopg  # only where a server is started: whoever ends one need not wait for the import
+
         try:
             psycopg.connect(self.url("postgres"), connect_timeout=2).close()
         except psycopg.OperationalError:
@@ -135,6 +135,9 @@ class EmbeddedPostgres:
 
     def create_databases(self) -> None:
         """Create what is missing of `DATABASES`; running it again changes nothing."""
+        import psycopg
+        from psycopg import sql
+
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             there = {row[0] for row in connection.execute("SELECT datname FROM pg_database")}
             for database in DATABASES.keys() - there:

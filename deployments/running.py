@@ -51,6 +51,10 @@ _SECRET = ("control_plane_url", "prefect_api_auth_string")
 _LOOK_SECONDS = 1.0
 
 
+class AlreadyUp(Permanent):
+    """Another supervisor holds the data directory."""
+
+
 @dataclass(slots=True)
 class ProcessState:
     name: str

@@ -31,9 +31,8 @@ from deployments.leftovers import end_leftovers, marked
 from deployments.parts import Parts
 from deployments.ports import PortReservations
 from deployments.process import POLL_SECONDS, Child, Interrupted, StartFailed, end_all, rotate
-from deployments.running import ProcessState, StackState, UpLock, resolved_values
+from deployments.running import AlreadyUp, ProcessState, StackState, UpLock, resolved_values
 from shared.control_plane import ControlPlane
-from shared.errors import Permanent
 from shared.log import get_logger
 from shared.settings import Settings
 
@@ -43,10 +42,6 @@ _BACKOFF_MAX_SECONDS = 30.0
 _STABLE_SECONDS = 60.0
 _HURRIED_STOP_SECONDS = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
-
-
-class AlreadyUp(Permanent):
-    """Another supervisor holds the data directory."""
 
 
 class Watched:
