@@ -14,6 +14,10 @@ import httpx
 import psycopg
 import pytest
 
+from deployments import issuer
+from shared import registry
+from shared.control_plane import ControlPlane
+from shared.settings import Settings
 from tests.environment_fixtures import bare
 
 
@@ -61,11 +65,22 @@ class Stack:
         sweep = self.prefect("GET", "deployments/name/sweep/sweep")
         self.prefect("POST", f"deployments/{sweep['id']}/pause_deployment")
 
+    @property
+    def settings(self) -> Settings:
+        """Those with which a command beside the stack makes tenants and tokens."""
+        machine_id = self.environment.get("ENGRAM_MACHINE_ID", Settings.model_fields["machine_id"].default)
+        url, issuer_url = self.status["control_plane_url"], self.status["issuer"]
+        return Settings(data_dir=self.data_dir, control_plane_url=url, jwt_issuer=issuer_url, machine_id=machine_id)
+
+    def create(self, tenant_id: str) -> None:
+        """What `engram tenant create` does (`tests/test_readme.py` runs it), without a process of its own."""
+        with ControlPlane(self.settings) as control_plane:
+            registry.create(control_plane, self.settings, tenant_id)
+
     def tenant(self, tenant_id: str) -> httpx.Client:
         """Make a tenant and return a client that carries its token."""
-        self.engram("tenant", "create", tenant_id)
-        scopes = [word for scope in ("memories:read", "memories:write", "search") for word in ("--scope", scope)]
-        token = self.json("token", tenant_id, *scopes)["token"]
+        self.create(tenant_id)
+        token, _ = issuer.mint(self.settings, tenant_id)
         return httpx.Client(
             base_url=self.status["gateway_url"],
             headers={"Authorization": f"Bearer {token}"},

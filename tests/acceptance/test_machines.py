@@ -44,7 +44,7 @@ def other(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 
 def tenant_on(machine: Stack, tenant_id: str) -> TenantPaths:
-    machine.engram("tenant", "create", tenant_id)
+    machine.create(tenant_id)
     paths = TenantPaths.of(machine.data_dir / "tenants", tenant_id)
     add_memories(paths, "before the backup")
     return paths
@@ -100,7 +100,7 @@ def test_a_run_that_starts_on_the_wrong_machine_has_its_twin_run_on_the_right_on
 def test_the_nightly_run_is_one_run_a_machine_and_is_red_when_one_of_them_is(stack: Stack, other: Stack) -> None:
     """Started once, on whichever machine; every machine's tenants are backed up by their own."""
     good, bad = tenant_on(other, "good-on-b"), tenant_on(other, "bad-on-b")
-    stack.engram("tenant", "create", "lives-on-a")
+    stack.create("lives-on-a")
     whole = bad.database.resolve().read_bytes()
     bad.database.resolve().write_bytes(b"x" * 8192)
     deployment = stack.prefect("GET", "deployments/name/backup/backup")

@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from deployments.running import status
 from tests.acceptance.conftest import Stack
 from tests.acceptance.slow_restore import ROOT, Beside, point_file
 from tests.core_fixtures import contents_of, sampled, wait_until
@@ -201,6 +202,6 @@ def test_a_run_that_was_being_cancelled_when_its_worker_died_is_marked(
 
 def _worker(stack: Stack) -> int:
     """The pid of the running worker, 0 while there is none."""
-    found = [p for p in stack.json("status")["processes"] if p["name"] == "worker" and p["state"] == "running"]
+    found = [p for p in status(stack.settings)["processes"] if p["name"] == "worker" and p["state"] == "running"]
     time.sleep(0.1)
     return int(found[0]["pid"]) if found else 0

@@ -134,7 +134,7 @@ def test_while_postgresql_is_frozen_requests_are_served_the_age_gauge_tells_and_
 
 def test_a_backfill_is_drained_once_and_the_books_agree_or_the_run_fails(stack: Stack, tmp_path: Path) -> None:
     """What a person did stays visible; what does not agree is a Failed run with a table, and exit code 1."""
-    stack.engram("tenant", "create", "backfill")
+    stack.create("backfill")
     late = {"tenant_id": "backfill", "route": "/v1/search", "status": 200}
     at = datetime.now(UTC) - timedelta(days=1)
     file = tmp_path / "late.jsonl"
