@@ -40,7 +40,10 @@ _LONG = (
     *("test_gateway_ratelimit", "test_power_loss", "test_mcp_conformance", "test_environments"),
 )
 _OWN_STACK = ("acceptance/test_alerts_live", "acceptance/test_canaries", "acceptance/test_usage_chaos")
-_RESTORES = ("test_restore_", "test_ui", "test_slo_report", "test_usage_flow", "test_point_in_time")
+_RESTORES = (
+    *("test_restore_cancel", "test_restore_under_load", "test_ui", "test_slo_report", "test_usage_flow"),
+    "test_point_in_time",
+)
 
 
 def _scope(nodeid: str) -> str:
