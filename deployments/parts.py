@@ -89,9 +89,7 @@ def plan(settings: Settings, ports: PortReservations, *, monitoring: bool = Fals
         found["control_plane_url"] = SecretStr(postgres.url("engram"))
     resolved = settings.model_copy(update=found)
     environment = child_environment(resolved)
-    if (
-        own_prefect
-    ):  # each of Prefect's many clients would ask for the version of a server that is this very installation
+    if own_prefect:  # it is this very installation, and every client would ask for its version
         environment["PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED"] = "false"
 
     return Parts(

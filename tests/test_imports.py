@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.core_fixtures import ROOT
+from tests.environment_fixtures import bare
 
 FORBIDDEN = {
     "shared": {"prefect", "litestar", "granian", "gateway", "flows", "deployments"},
@@ -65,3 +68,18 @@ def test_the_check_sees_imports_inside_functions_and_from_imports() -> None:
     """A check that only read the first lines of a file would miss the import that matters."""
     tree = ast.parse("def f():\n    from prefect.client import x\n    import gateway.app as g\n")
     assert set(imported(tree)) == {"prefect", "gateway"}
+
+
+@pytest.mark.parametrize("command", ["down", "status"])
+def test_a_command_that_only_looks_at_processes_imports_no_client_of_a_server(command: str, tmp_path: Path) -> None:
+    """Not even on its way out: each would take longer than the command."""
+    program = (
+        "import sys, atexit\n"
+        "from deployments.cli import main\n"
+        "atexit.register(lambda: print(sorted({'prefect', 'psycopg', 'httpx', 'litestar'} & sys.modules.keys())))\n"
+        f"sys.argv = ['engram', '{command}', '--json']\n"
+        "main()\n"
+    )
+    environment = bare() | {"ENGRAM_DATA_DIR": str(tmp_path / "data")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout

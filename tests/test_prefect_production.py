@@ -7,6 +7,7 @@ import asyncio
 import base64
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,15 @@ def test_the_queues_of_the_file_are_those_of_the_code() -> None:
     limited = {d["name"]: d["concurrency_limit"]["limit"] for d in DEPLOYMENTS if "concurrency_limit" in d}
     upkeep = [name for name, queue in queues.URGENT.items() if queue == queues.UPKEEP]
     assert sum(limited[name] for name in upkeep) < Settings().prefect_urgent_limit, "a place is left for a restore"
+
+
+@pytest.mark.parametrize(
+    ("url", "known"), [("http://prefect.internal:4200/api", 1), ("https://prefect.test/api", None)]
+)
+def test_only_where_no_tls_is_spoken_a_client_knows_no_real_authority(url: str, known: int | None) -> None:
+    """Reading them all is a third of what applying the deployments takes; over TLS nobody could be trusted without."""
+    file = orchestration.client_environment(Settings(prefect_api_url=url)).get("PREFECT_API_SSL_CERT_FILE")
+    assert (file and len(ssl.create_default_context(cafile=file).get_ca_certs())) == known
 
 
 class Places(NamedTuple):
