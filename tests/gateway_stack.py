@@ -36,6 +36,7 @@ from shared import registry, spool
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.usage import UsageEvent
+from tests.core_fixtures import poll_seconds
 from tests.http_fixtures import Handler, Server
 
 AUDIENCE = "engram"
@@ -53,16 +54,16 @@ def free_port() -> int:
 
 def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
     """Poll until `check` answers something true; an exception counts as no. The limit only ends a broken test."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     last: object = None
-    while time.monotonic() < deadline:
+    while time.monotonic() < began + seconds:
         try:
             last = check()
             if last:
                 return last
         except (httpx.HTTPError, AssertionError, OSError, psutil.Error) as e:
             last = e
-        time.sleep(0.05)
+        time.sleep(max(0.05, poll_seconds(began)))
     raise AssertionError(f"never came true: {last!r}")
 
 

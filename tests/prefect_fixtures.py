@@ -104,7 +104,9 @@ class Production:
 
     def call(self, method: str, path: str, body: Any = None, *, replica: int | None = None) -> Any:
         user, _, password = self.auth.partition(":")
-        answer = httpx.request(method, f"{self.api(replica)}/{path}", json=body, auth=(user, password), timeout=30)
+        url, auth = f"{self.api(replica)}/{path}", (user, password)
+        # verify: no TLS is spoken, and reading all authorities takes longer than the answer
+        answer = httpx.request(method, url, json=body, auth=auth, timeout=30, verify=False)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
