@@ -214,7 +214,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 def poll_seconds(began: float) -> float:
     """Until the next look at what has been waited for since `began`: looking takes the time of what is looked at."""
-    return min(0.2, max(0.01, (time.monotonic() - began) / 20))
+    return min(0.1, max(0.01, (time.monotonic() - began) / 20))
 
 
 def event(tenant_id: str = "acme", *, at: datetime | None = None, **fields: object) -> UsageEvent:
