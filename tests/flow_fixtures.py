@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from deployments.orchestration import NO_AUTHORITIES
 
@@ -14,6 +13,8 @@ from deployments.orchestration import NO_AUTHORITIES
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """With the setting that our own clients have too."""
+    from prefect.testing.utilities import prefect_test_harness  # imports the whole server
+
     with (
         temporary_settings({PREFECT_API_SSL_CERT_FILE: str(NO_AUTHORITIES)}),
         prefect_test_harness(server_startup_timeout=120),
