@@ -63,7 +63,7 @@ def _hurried(directory: Path) -> list[Path]:
     """The rules, all of them evaluated as often as the server says, not once a minute."""
     written = []
     for path in RULES:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.load(path.read_text(), yaml.CSafeLoader)
         for group in document["groups"]:
             group.pop("interval", None)
         written.append(directory / path.name)

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def deployments() -> dict[str, dict[str, Any]]:
-    return {d["name"]: d for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    return {d["name"]: d for d in yaml.load((ROOT / "prefect.yaml").read_text(), yaml.CSafeLoader)["deployments"]}
 
 
 def flow_steps(module: str) -> list[str]:

@@ -33,7 +33,7 @@ FILLED_IN = {  # what stands for something in a command
 
 
 def alerts() -> dict[str, dict[str, Any]]:
-    groups = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+    groups = [group for path in RULES for group in yaml.load(path.read_text(), yaml.CSafeLoader)["groups"]]
     return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
@@ -141,7 +141,8 @@ def test_every_metric_deployment_setting_and_file_of_a_runbook_exists(path: Path
     """What a runbook tells to look at is there to be looked at."""
     text = path.read_text()
     own = set(re.findall(r"^# TYPE (\w+) ", metrics.render().decode(), re.MULTILINE))
-    recorded = {r.get("record") for p in RULES for g in yaml.safe_load(p.read_text())["groups"] for r in g["rules"]}
+    groups = [group for path in RULES for group in yaml.load(path.read_text(), yaml.CSafeLoader)["groups"]]
+    recorded = {rule.get("record") for group in groups for rule in group["rules"]}
     assert set(re.findall(r"\bengram[_:][a-z0-9_:]+\b", text)) <= own | recorded
     assert set(re.findall(r"`([a-z-]+)`\s+deployment", text)) <= deployments().keys()
     assert set(re.findall(r"\bENGRAM_[A-Z0-9_]+\b", text)) <= {f"ENGRAM_{n.upper()}" for n in Settings.model_fields}
