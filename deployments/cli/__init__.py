@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+from collections.abc import Collection
 from typing import Any
 
 import typer
@@ -68,9 +70,14 @@ class Overview(TyperGroup):
         return first + [name for name in self.commands if name not in first]
 
 
+def _before_any() -> None:
+    """Nothing: with it, one command is still a command of a group."""
+
+
 app = typer.Typer(
     name="engram",
     cls=Overview,
+    callback=_before_any,
     help="Operations for a hosted memory service: gateway, backups, restores, metering.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -81,6 +88,7 @@ def main() -> None:
     """The console script `engram`."""
     for name in COMMANDS:
         importlib.import_module(f"{__name__}.{name}").register(app)
+    _keep(sys.argv[1:2])
     try:
         with exit_code():
             app(prog_name="engram")
@@ -94,6 +102,19 @@ def main() -> None:
         leave("interrupted", 130)
     except _lacking_in_schema() as e:
         leave(f"the control plane lacks what this build needs, run `engram migrate`: {str(e).splitlines()[0]}", 1)
+
+
+def _keep(words: Collection[str]) -> None:
+    """Making all hundred commands is a third of what a run takes to start, which needs the one it names; help,
+    completion and mistakes need them all."""
+    commands = [c for c in app.registered_commands if (c.name or _name_of(c.callback)) in words]
+    groups = [g for g in app.registered_groups if g.typer_instance and g.typer_instance.info.name in words]
+    if commands or groups:
+        app.registered_commands, app.registered_groups = commands, groups
+
+
+def _name_of(callback: Any) -> str:
+    return str(callback.__name__).replace("_", "-")
 
 
 def _lacking_in_schema() -> tuple[type[Exception], ...]:
