@@ -79,12 +79,10 @@ class Monitor:
     outside: Outside
 
     def query(self, expression: str) -> dict[str, str]:
-        """Values by instance."""
-        with contextlib.suppress(httpx.TransportError):
-            url = f"{self.prometheus_url}/api/v1/query"
-            found = httpx.get(url, params={"query": expression}, trust_env=False).json()["data"]["result"]
-            return {each["metric"].get("instance", ""): each["value"][1] for each in found}
-        return {}
+        """Values by instance; raises an `httpx.HTTPError` while Prometheus starts."""
+        answer = httpx.get(f"{self.prometheus_url}/api/v1/query", params={"query": expression}, trust_env=False)
+        found = answer.raise_for_status().json()["data"]["result"]
+        return {each["metric"].get("instance", ""): each["value"][1] for each in found}
 
     def parts(self) -> dict[str, psutil.Process]:
         found = psutil.Process(self.process.pid).children()
