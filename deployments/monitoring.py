@@ -43,6 +43,7 @@ _GIVEN = frozenset(
     {
         *("PATH", "HOME", "TMPDIR", "TZ", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR"),
         *("GOMAXPROCS", "GOMEMLIMIT", "GOGC", STACK_MARK),
+        *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),  # on the way to a pager
     }
 )
 _TIMES_OF_A_ROUTE = ("group_wait", "group_interval", "repeat_interval")

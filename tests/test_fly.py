@@ -205,7 +205,7 @@ def test_the_machine_that_watches_runs_its_image_on_its_volume_and_is_given_time
     assert re.search(rf" AS {target[0]}$", (DIRECTORY.parent / "Dockerfile").read_text(), re.MULTILINE)
     assert MONITORING["mounts"]["destination"] == MONITORING["env"]["ENGRAM_DATA_DIR"]
     assert "-v engram_monitoring:/data" in MONITORING_TEXT and MONITORING["mounts"]["source"] == "engram_monitoring"
-    longest = len(monitoring.PORTS) * Settings().stop_timeout_seconds
+    longest = len(monitoring.PORTS) * (Settings().stop_timeout_seconds + 2 * _HURRIED_STOP_SECONDS)
     assert longest < MONITORING["kill_timeout"] <= FLY_KILL_TIMEOUT_MOST_SECONDS
     assert MONITORING["kill_signal"] == "SIGTERM"
     assert MONITORING["restart"] == [{"policy": "always"}], "it ends with any of its parts"

@@ -128,7 +128,9 @@ def test_two_that_only_harm_together_are_found_together() -> None:
     assert unsafe(settings("prod", **forwards)) == unsafe(settings("prod", routing_timeout_seconds=19)) == []
     found = unsafe(settings("prod", **forwards, routing_timeout_seconds=19))
     assert [f.name for f in found] == ["ENGRAM_ROUTING_TIMEOUT_SECONDS"]
-    assert unsafe(settings("prod", **forwards, routing_timeout_seconds=19, gateway_kill_timeout_seconds=38)) == []
+    assert unsafe(settings("prod", **forwards, routing_timeout_seconds=19, gateway_kill_timeout_seconds=32)) == []
+    found = unsafe(settings("prod", **forwards, routing_timeout_seconds=5, gateway_kill_timeout_seconds=10))
+    assert [f.name for f in found] == ["ENGRAM_ROUTING_TIMEOUT_SECONDS"]
 
 
 def test_every_rule_was_seen_to_object() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field, SecretStr
 
 
@@ -16,7 +18,9 @@ class Monitoring(BaseModel):
     """What `engram up --monitoring` and `engram monitor` start (deployments/monitoring.py)."""
 
     alertmanager_url: str = ""
-    prometheus_host: str = "127.0.0.1"
+    prometheus_host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(
+        default="127.0.0.1", description="where Prometheus listens: here alone, or on every address"
+    )
     prometheus_port: int = Field(default=9090, ge=0, le=65535)
     alertmanager_port: int = Field(default=9093, ge=0, le=65535)
     probe_port: int = Field(default=9115, ge=0, le=65535)
