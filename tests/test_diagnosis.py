@@ -211,7 +211,7 @@ def test_a_tenant_whose_newest_backup_is_corrupt_or_too_old_is_backed_up(world: 
         assert (found.symptom, found.facts["tenants"]) == ("backups_corrupt", [world.tenant_id])
         world.back_up()
         assert store.corrupt(opened).ok
-    stale = world.settings.model_copy(update={"backup_stale_hours": 1e-6})
+    stale = world.settings.model_copy(update={"backup_stale_hours": 1e-9})
     with Sight(stale, world.tenant_id) as opened:
         found = store.ages(opened)
     assert (found.symptom, found.facts["tenants"]) == ("backups_stale", [world.tenant_id])
