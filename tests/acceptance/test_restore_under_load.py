@@ -105,7 +105,7 @@ def test_twenty_restores_under_load_lose_no_acknowledged_write(stack: Stack, bes
     """Backup and undo in turn, writes from many clients into two gateway workers: what a restore took away is in
     `engram.db.bak`, what came after it is live, and a client sees nothing but `503 maintenance`.
     """
-    busy, calm = Load(stack.tenant("busy"), 0.02), Load(stack.tenant("calm"), 0.1)
+    busy, calm = Load(stack.tenant("busy"), 0.005), Load(stack.tenant("calm"), 0.05)
     root = stack.data_dir / "tenants" / "busy"
     for content in ("first", "second", "third"):
         busy.client.post("/v1/memories", json={"content": content}).raise_for_status()
