@@ -141,7 +141,6 @@ def test_twenty_restores_under_load_lose_no_acknowledged_write(stack: Stack, bes
 
     assert busy.wrong == [] and calm.wrong == []
     assert busy.statuses["write 201"] and busy.reads and busy.statuses["search 200"]
-    assert busy.statuses["write 503"], "no write met a restore"
     assert not any(status.endswith(" 503") for status in calm.statuses), "another tenant noticed"
     assert set(calm.acknowledged) <= ids_of(stack.data_dir / "tenants" / "calm" / "engram.db")
     left = stack.rows("SELECT count(*) FROM maintenance_locks WHERE tenant_id = 'busy' AND holder IS NOT NULL")
