@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gateway.pool import TenantPool
 from shared.engine import memories
-from shared.engine.memories import NewMemory
+from shared.engine.memories import Memory, NewMemory
 from shared.errors import InMaintenance, UnknownMemory
 from shared.tenant import TenantPaths
 from tests.test_gateway_pool import blocked, with_pool
@@ -21,19 +21,27 @@ def _change_count(connection: sqlite3.Connection) -> int:
     return count
 
 
+async def _gathered(
+    pool: TenantPool, count: int
+) -> tuple[asyncio.Task[None], list[asyncio.Task[Memory]], threading.Event]:
+    """A write that runs until the event is set, and the creates `m0`, `m1`, … that wait behind it."""
+    entered, leave = threading.Event(), threading.Event()
+    first = asyncio.create_task(pool.write("t0", blocked(entered, leave)))
+    await asyncio.to_thread(entered.wait, 20)
+    waiting = [
+        asyncio.create_task(pool.write("t0", lambda c, n=n: memories.create(c, NewMemory(f"m{n}"))))
+        for n in range(count)
+    ]
+    await asyncio.sleep(0)
+    return first, waiting, leave
+
+
 def test_writes_that_wait_become_one_transaction(tmp_path: Path) -> None:
     """Another connection sees one change for all that gathered behind a running write."""
 
     async def test(pool: TenantPool) -> None:
         before = await pool.look_up("t0", _change_count)
-        entered, leave = threading.Event(), threading.Event()
-        first = asyncio.create_task(pool.write("t0", blocked(entered, leave)))
-        await asyncio.to_thread(entered.wait, 20)
-        waiting = [
-            asyncio.create_task(pool.write("t0", lambda c, n=n: memories.create(c, NewMemory(f"m{n}"))))
-            for n in range(20)
-        ]
-        await asyncio.sleep(0)
+        first, waiting, leave = await _gathered(pool, 20)
         leave.set()
         made = await asyncio.gather(first, *waiting)
         assert [m.content for m in made[1:]] == [f"m{n}" for n in range(20)]
@@ -77,14 +85,7 @@ def test_one_cancelled_write_cancels_no_other(tmp_path: Path) -> None:
     """Cancelled before its transaction began it leaves no trace; the rest of the group is stored."""
 
     async def test(pool: TenantPool) -> None:
-        entered, leave = threading.Event(), threading.Event()
-        first = asyncio.create_task(pool.write("t0", blocked(entered, leave)))
-        await asyncio.to_thread(entered.wait, 20)
-        waiting = [
-            asyncio.create_task(pool.write("t0", lambda c, n=n: memories.create(c, NewMemory(f"m{n}"))))
-            for n in range(6)
-        ]
-        await asyncio.sleep(0)
+        first, waiting, leave = await _gathered(pool, 6)
         waiting[2].cancel()
         first.cancel()
         await asyncio.sleep(0)
