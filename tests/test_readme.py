@@ -131,7 +131,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "python3 -m deployments test": "it runs this test",
     "python3 -m deployments test -m unit": "it would run itself",
-    "docker compose -f deployments/compose.yaml up --build --wait": "no container engine; tests/test_container.py",
+    "docker compose -f deployments/compose.yaml up --build --wait": "no container engine; tests/test_compose.py",
     "docker build -f deployments/Dockerfile --target sbom --output type=local,dest=. .": "no container engine",
 }
 

@@ -1,7 +1,9 @@
 """The same SQL in a plain loop, without HTTP, fence or tenant: the floor a request stands on.
 
-Runs as `python -m tests.bench.gateway.floors search|create DATABASE SECONDS < requests.json`, pinned like a server;
-prints {rate, p95_ms}. It calls the functions the gateway calls, so "the same SQL" stays true when they change.
+Runs as `python -m tests.bench.gateway.floors search|create DATABASE SECONDS [RATE] < requests.json`, pinned like a
+server; prints {seconds, latencies, cpu}. It calls the functions the gateway calls, so "the same SQL" stays true when
+they change. Without a rate one follows the other; with one they are due at fixed times, as in `load.open_loop`: what a
+checkpoint or a slow fsync delays pays for it here as there.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ from tests.bench.gateway.load import Result
 from tests.bench.gateway.world import SERVER_CORE
 
 
-def floor(kind: str, file: Path, bodies: list[dict[str, Any]], seconds: float) -> tuple[Result, float]:
-    """Measure in a process of its own on the servers' core; also the CPU µs a request."""
+def floor(
+    kind: str, file: Path, bodies: list[dict[str, Any]], seconds: float, rate: float | None = None
+) -> tuple[Result, float]:
+    """Measure in a process of its own on the servers' core; also the CPU µs a request (with a rate it spins between
+    them)."""
+    how = [kind, str(file), str(seconds), *([] if rate is None else [str(rate)])]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.gateway.floors", kind, str(file), str(seconds)],
+        [sys.executable, "-m", "tests.bench.gateway.floors", *how],
         input=json.dumps(bodies).encode(),
         stdout=subprocess.PIPE,
         check=True,
@@ -38,7 +44,7 @@ def floor(kind: str, file: Path, bodies: list[dict[str, Any]], seconds: float) -
     return Result(found["seconds"], latencies, {"200": len(latencies)}, 0.0), found["cpu"] / len(latencies) * 1e6
 
 
-def _main(kind: str, file: Path, seconds: float) -> None:
+def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
     bodies = json.load(sys.stdin)
     connection = connect(file)
 
@@ -58,12 +64,15 @@ def _main(kind: str, file: Path, seconds: float) -> None:
     cpu = time.process_time()
     began = now = time.perf_counter()
     while now - began < seconds:
+        due = now if rate is None else began + len(latencies) / rate
+        while time.perf_counter() < due:
+            pass
         once(next(following))
-        before, now = now, time.perf_counter()
-        latencies.append(now - before)
+        now = time.perf_counter()
+        latencies.append(now - due)
     took = {"seconds": now - began, "latencies": latencies, "cpu": time.process_time() - cpu}
     json.dump(took, sys.stdout)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+    _main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else None)

@@ -90,8 +90,7 @@ class Bench:
     def _saturate(self, case: Case) -> tuple[Result, float]:
         """One burst; with the server's CPU time a request, which neighbours on the core hardly change."""
         if case.server is None:
-            assert case.file is not None
-            return floor(case.name.partition(" ")[0], case.file, list(case.bodies), self._seconds)
+            return self._floor(case, None)
         server = self._server(case.server)
         first = case.name not in self._warm  # connections per thread and tenant, on the usual side, take time to open
         self._warm.add(case.name)
@@ -101,11 +100,16 @@ class Bench:
         return result, (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
 
     def _half(self, case: Case) -> Result:
-        """One burst at half of the rate the case saturates at; of a plain loop: as it runs."""
+        """One burst at half of the rate the case saturates at."""
+        rate = self.measured[case.name].rate / 2
         if case.server is None:
-            return self._saturate(case)[0]
-        rate, port = self.measured[case.name].rate / 2, self._server(case.server).port
+            return self._floor(case, rate)[0]
+        port = self._server(case.server).port
         return open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
+
+    def _floor(self, case: Case, rate: float | None) -> tuple[Result, float]:
+        assert case.file is not None
+        return floor(case.name.partition(" ")[0], case.file, list(case.bodies), self._seconds, rate)
 
     def _server(self, name: str) -> Server:
         if name not in self._servers:
