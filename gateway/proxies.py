@@ -31,7 +31,7 @@ _PROTO = b"x-forwarded-proto"
 _PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*)\s*([;,]|\Z)')
 
 
-PROXIED = "engram.proxied"  # in the scope of a request that a trusted proxy passed on
+PROXIED = "engram.proxied"  # in the scope of a request that a trusted proxy passed on; True if for a stranger
 
 
 class Proxies:
@@ -60,7 +60,7 @@ class Proxies:
                 proto = value
         address, scheme = self._read(client[0], b",".join(given), proto)
         scope["client"] = (address, 0)
-        scope[PROXIED] = True
+        scope[PROXIED] = not self._trusts(address)
         if scheme:
             scope["scheme"] = scheme
         return True
