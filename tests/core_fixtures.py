@@ -11,7 +11,6 @@ import secrets
 import socket
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -36,6 +36,7 @@ from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from shared.usage import UsageEvent
+from tests.forked import ForkedChild
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,15 +184,15 @@ def contents_of(file: Path) -> list[str]:
         return [row[0] for row in connection.execute("SELECT content FROM memories ORDER BY seq")]
 
 
-def start_child(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    """A Python child of this checkout running `code`, its stdout a pipe."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+def start_child(code: str, *arguments: object, **files: Any) -> subprocess.Popen[str]:
+    """A Python child of this checkout running `code`, its stdout a pipe; it has imported what most children do."""
+    return ForkedChild(
+        [textwrap.dedent(code), *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **options,  # type: ignore[call-overload]
+        **files,
     )
 
 
