@@ -24,7 +24,7 @@ pytest_plugins = ("tests.core_fixtures",)
 
 ALWAYS = {"rename", "renameat", "renameat2", "symlink", "symlinkat", "unlink", "unlinkat", "fsync", "fdatasync"}
 ALWAYS |= {"mkdir", "rmdir", "flock", "write", "ftruncate"}
-MOST_POINTS = 90
+MOST_POINTS = 60
 
 
 @pytest.fixture
