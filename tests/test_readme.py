@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from deployments import __main__ as bootstrap
 from shared.settings import Settings
 from tests.core_fixtures import ROOT
 from tests.environment_fixtures import bare
+from tests.forked_python import ForkedPython
 from tests.test_docs import README
 from tests.test_runbooks import FILLED_IN, commands
 from tests.test_stack import PARTS, remains
@@ -293,16 +295,18 @@ def test_up_brought_everything(newcomer: Newcomer) -> None:
 
 @pytest.fixture(scope="module")
 def answers(newcomer: Newcomer) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Everything else, a few at a time: most of it waits for Prefect."""
+    """Everything else, a few at a time: most of it waits for Prefect. "First restore" was the console script's."""
     late = {"tenant_id": "acme", "route": "/v1/search", "status": 200, "ts": datetime.now(UTC).isoformat()}
     (newcomer.checkout / "events.jsonl").write_text(json.dumps(late) + "\n")
     _encrypted_backup(newcomer)
     assert newcomer.run("engram tenant create leaver").returncode == 0
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(3) as pool, closing(ForkedPython(newcomer.environment, newcomer.checkout)) as python:
+        newcomer.variables["PATH"] = f"{python.program.parent}:{newcomer.environment['PATH']}"
         modules = [c.removeprefix("python -m ") for c in BENCHMARKS]
         helps = pool.submit(newcomer.run, shlex.join(["python", "-c", HELP, *modules]))
         ran = {c: pool.submit(newcomer.run, rule.line or filled(c)) for c, rule in RULES.items()}
         yield ran | dict.fromkeys(BENCHMARKS, helps)
+        del newcomer.variables["PATH"]
 
 
 def _encrypted_backup(newcomer: Newcomer) -> None:

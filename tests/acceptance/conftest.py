@@ -5,8 +5,8 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from shared import registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.environment_fixtures import bare
+from tests.forked_python import ForkedPython
+
+ENGRAM = (sys.executable, "-m", "deployments.cli")
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Stack:
     environment: dict[str, str]
     status: dict[str, Any]
     ca: Path | None = None
+    program: tuple[str, ...] = ENGRAM
 
     @property
     def data_dir(self) -> Path:
@@ -35,7 +39,7 @@ class Stack:
 
     def engram(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "deployments.cli", *words],
+            [*self.program, *words],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -109,6 +113,7 @@ def running(environment: dict[str, str], ca: Path | None = None) -> Iterator[Sta
     try:
         started.status = started.json("status")
         started.without_the_minutes_sweep()
-        yield started
+        with closing(ForkedPython(environment)) as python:
+            yield replace(started, program=(str(python.program),))
     finally:
         started.engram("down")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from prefect import flow
@@ -29,6 +29,9 @@ from shared import generation, previous, snapshot
 from shared import restore as core
 from shared.objects import ObjectStore
 from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Stack
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LONGEST_WAIT_SECONDS = 180.0
@@ -103,10 +106,10 @@ _FLOWS: dict[str, Any] = {"restore": restore, "undo": restore_undo, "backup": ba
 
 
 class Beside:
-    """That process beside a stack, whose `status` says where everything is. One flow at a time."""
+    """That process beside a stack. One flow at a time."""
 
-    def __init__(self, status: dict[str, Any]) -> None:
-        self._data_dir = Path(status["data_dir"])
+    def __init__(self, stack: Stack) -> None:
+        status, self._data_dir = stack.status, stack.data_dir
         known = ("data_dir", "control_plane_url", "object_store_url", "prefect_api_url")
         settings = Settings(**{name: status[name] for name in known})
         environment = child_environment(settings) | {
@@ -114,7 +117,7 @@ class Beside:
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.acceptance.slow_restore"],
+            [*stack.program, "-m", "tests.acceptance.slow_restore"],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

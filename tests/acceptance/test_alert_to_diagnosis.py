@@ -72,7 +72,7 @@ def deploy_again(stack: Stack) -> None:
     """What `engram up` does at each start; an automation made anew would have forgotten what it diagnosed."""
     code = "import asyncio; from deployments import automation; asyncio.run(automation.ensure())"
     environment = stack.environment | {"PREFECT_API_URL": stack.status["prefect_api_url"]}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    subprocess.run([*stack.program, "-c", code], env=environment, check=True, timeout=120)
 
 
 def overwrite(stack: Stack) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def layered(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     """The stack with the layer on, as a machine of its own would run the part: one more process."""
     monkeypatch.setenv("ENGRAM_POINT_IN_TIME", "litestream")
-    on = Stack(stack.environment | {"ENGRAM_POINT_IN_TIME": "litestream"}, stack.status)
+    on = replace(stack, environment=stack.environment | {"ENGRAM_POINT_IN_TIME": "litestream"})
     process = subprocess.Popen([sys.executable, "-m", "deployments.cli", "litestream"], env=on.environment)
     try:
         wait_until(lambda: litestream.answers(Settings(data_dir=stack.data_dir)), 60)
@@ -54,7 +55,7 @@ def test_an_operator_goes_back_to_the_second_before_the_damage(layered: Stack) -
     def contents() -> list[str]:
         return sorted(m["content"] for m in client.get("/v1/memories").json()["memories"])
 
-    with closing(Beside(layered.status)) as beside:
+    with closing(Beside(layered)) as beside:
         write("in the backup")
         [made] = beside.run("backup", "seconds")["result"]
         dear = write("after the backup")

@@ -26,7 +26,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 @pytest.fixture(scope="module")
 def beside(stack: Stack) -> Iterator[Beside]:
     """What comes before and after a slow run does not need a worker."""
-    with contextlib.closing(Beside(stack.status)) as made:
+    with contextlib.closing(Beside(stack)) as made:
         yield made
 
 

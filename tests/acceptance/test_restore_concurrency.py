@@ -20,14 +20,14 @@ OLD, NEW = ["kept", "live"], ["kept"]
 @pytest.fixture(scope="module")
 def one(stack: Stack) -> Iterator[Beside]:
     """A process that runs flows, and can be made to wait in them."""
-    with closing(Beside(stack.status)) as made:
+    with closing(Beside(stack)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def other(stack: Stack) -> Iterator[Beside]:
     """A second one."""
-    with closing(Beside(stack.status)) as made:
+    with closing(Beside(stack)) as made:
         yield made
 
 

@@ -1,7 +1,6 @@
 """The report of service levels as an operator meets it: a red run, and its artifact with the plot, in a browser."""
 
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def test_a_spent_budget_is_a_red_run_whose_report_shows_where_it_went(
     with prometheus(tmp_path) as url:
         evaluated(url)
         done = subprocess.run(
-            [sys.executable, "-c", RUN],
+            [*stack.program, "-c", RUN],
             env=environment | {"ENGRAM_PROMETHEUS_URL": url},
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
