@@ -38,11 +38,12 @@ STUBBORN = (
 class Engram:
     """The command line with a data directory of its own and any free ports."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **more: str) -> None:
         self.data_dir = data_dir
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
         ports = {f"ENGRAM_{part}_PORT": "0" for part in ("GATEWAY", "PREFECT", "ISSUER", "POSTGRES")}
-        self.env = kept | ports | {"ENGRAM_DATA_DIR": str(data_dir)}
+        ports["ENGRAM_GATEWAY_WORKERS"] = "1"
+        self.env = kept | ports | {"ENGRAM_DATA_DIR": str(data_dir)} | more
 
     def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -86,6 +87,31 @@ def again(old_data_dir: Path) -> Iterator[Engram]:
     yield from down_afterwards(Engram(old_data_dir))
 
 
+@pytest.fixture(scope="module")
+def whole(old_data_dir: Path) -> Iterator[Engram]:
+    """A stack that is up in that directory, the first after an `up` that was killed: it must not block the next."""
+    with contextlib.contextmanager(down_afterwards)(Engram(old_data_dir)) as found:
+        killed_with_prefect(found)
+        up = found.run("up", "--detach")
+        assert up.returncode == 0, up.stderr
+        yield found
+
+
+@pytest.fixture
+def beside(whole: Engram, tmp_path: Path) -> Iterator[Engram]:
+    """Another machine, with the Prefect server of the whole stack: to start is what takes that longest."""
+    more = {"PREFECT_API_URL": whole.status()["prefect_api_url"], "ENGRAM_MACHINE_ID": "beside"}
+    yield from down_afterwards(Engram(tmp_path / "data", **more))
+
+
+def killed_with_prefect(engram: Engram) -> None:
+    """`up` while it waits for Prefect, and SIGKILL."""
+    up = engram.start("up")
+    wait_until(lambda: any(p["name"] == "prefect" for p in engram.status()["processes"]))
+    up.kill()
+    up.wait()
+
+
 def down_afterwards(found: Engram) -> Iterator[Engram]:
     yield found
     if found.remains():
@@ -107,61 +133,59 @@ def listening(url: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["postgres", "prefect", "worker"])
-def test_sigterm_during_the_start_leaves_nothing(again: Engram, part: str) -> None:
-    """A half-started stack is the worst of both."""
-    up = again.start("up")
-    wait_until(lambda: any(p["name"] == part for p in again.status()["processes"]))
-    up.terminate()
-    assert up.wait(120) == 1
-    assert again.remains() == []
-    assert again.status()["state"] == "stopped"
-
-
-@pytest.mark.slow
 def test_down_cleans_up_after_a_killed_up(again: Engram) -> None:
     """The supervisor is gone, so `down` has nobody to ask."""
-    up = again.start("up")
-    wait_until(lambda: any(p["name"] == "prefect" for p in again.status()["processes"]))
-    up.kill()
-    up.wait()
+    killed_with_prefect(again)
     assert again.run("down").returncode == 0
     assert again.remains() == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fixture", "part"), [("again", "postgres"), ("again", "prefect"), ("beside", "worker")])
+def test_sigterm_during_the_start_leaves_nothing(request: pytest.FixtureRequest, fixture: str, part: str) -> None:
+    """A half-started stack is the worst of both."""
+    engram: Engram = request.getfixturevalue(fixture)
+    up = engram.start("up")
+    wait_until(lambda: any(p["name"] == part for p in engram.status()["processes"]))
+    up.terminate()
+    assert up.wait(120) == 1
+    assert engram.remains() == []
+    assert engram.status()["state"] == "stopped"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_part_that_dies_is_started_again_a_killed_up_does_not_block_the_next_and_ctrl_c_is_no_failure(
-    again: Engram,
+    beside: Engram,
 ) -> None:
     """SIGKILL gives nobody a chance to clean up; the next `up` must, and ends itself when it is told to."""
-    assert again.run("up", "--detach").returncode == 0
-    before = {p["name"]: p["pid"] for p in again.status()["processes"]}
+    assert beside.run("up", "--detach").returncode == 0
+    before = {p["name"]: p["pid"] for p in beside.status()["processes"]}
 
     os.kill(before["gateway"], signal.SIGKILL)
     os.kill(before["issuer"], signal.SIGKILL)
 
     def all_back() -> bool:
-        now = {p["name"]: p for p in again.status()["processes"]}
+        now = {p["name"]: p for p in beside.status()["processes"]}
         changed = all(now[name]["pid"] != before[name] for name in ("gateway", "issuer"))
         return changed and {p["state"] for p in now.values()} == {"running"}
 
     wait_until(all_back)
-    found = again.status()
+    found = beside.status()
     assert httpx.get(f"{found['gateway_url']}/ready").status_code == 200
 
     os.kill(before["up"], signal.SIGKILL)
-    wait_until(lambda: again.status()["state"] == "stopped")
-    up = again.start("up")
-    wait_until(lambda: again.status()["state"] == "running", 280)
-    after = again.status()
+    wait_until(lambda: beside.status()["state"] == "stopped")
+    up = beside.start("up")
+    wait_until(lambda: beside.status()["state"] == "running", 280)
+    after = beside.status()
     assert not {p["pid"] for p in found["processes"]} & {p["pid"] for p in after["processes"]}
     alive = [p["pid"] for p in found["processes"] if psutil.pid_exists(p["pid"])]
     assert alive == []
 
     up.send_signal(signal.SIGINT)
     assert up.wait(120) == 0
-    assert again.remains() == []
+    assert beside.remains() == []
 
 
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
