@@ -72,6 +72,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             "ENGRAM_TLS_CERTIFICATE": str(files.certificate),
             "ENGRAM_TLS_KEY": str(files.key),
             "ENGRAM_BRIDGE_PORT": str(free_ports(1)[0]),
+            "ENGRAM_GATEWAY_WORKERS": "1",
         }
         with running(environment, files.ca) as started:
             yield started
