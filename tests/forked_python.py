@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from shared.orphan import end_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """#!{python} -IS
 import json, os, socket, sys
@@ -54,7 +56,7 @@ class ForkedPython:
             listener.bind(str(address))
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forked_python", str(listener.fileno())],
+                [sys.executable, "-m", "tests.forked_python", str(listener.fileno()), str(os.getpid())],
                 env={**environment, "PYTHONPATH": str(ROOT)},
                 cwd=folder,
                 pass_fds=[listener.fileno()],
@@ -100,7 +102,6 @@ def _import_everything() -> None:
 
 def _answer(connection: socket.socket, server: int) -> None:
     """Run what is asked for, and end this process."""
-    from shared.orphan import end_with_parent
     from shared.settings import settings
 
     end_with_parent(server, signal.SIGKILL)
@@ -150,4 +151,5 @@ def _run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[2]), signal.SIGKILL)
     main(socket.socket(fileno=int(sys.argv[1])))
