@@ -51,6 +51,7 @@ from gateway.pulse import Pulse
 from gateway.silence import STOPPING, speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
+from shared.ending import ends_with
 from shared.errors import Permanent, exit_code
 from shared.limits import Watch
 from shared.log import configure, get_logger
@@ -222,3 +223,4 @@ if __name__ == "__main__":
     with exit_code():
         refuse_unsafe(settings_from_environment(), NOT_A_GATEWAYS)
         serve(settings_from_environment())
+        ends_with(0)

@@ -27,12 +27,19 @@ from granian.log import logger
 from granian.server.mp import MPServer
 
 from gateway.pulse import Pulse, new_beats
+from shared.ending import ends_with
 
 LOOK_SECONDS = 0.5
 DEATHS = 5
 DEATHS_SECONDS = 60.0
 SERVED_SECONDS = 2.0
 START_SECONDS = 40.0  # for a new worker to serve beside the old one
+
+
+def _work(target: Callable[..., None], *arguments: Any) -> None:
+    """In the worker: all of its life."""
+    target(*arguments)
+    ends_with(0)
 
 
 class Supervisor(MPServer):
@@ -73,7 +80,7 @@ class Supervisor(MPServer):
 
     def _spawn_at(self, pulse: Pulse, idx: int, target: Any, callback_loader: Any) -> Any:
         self._beats[pulse.index] = self._beats[2 * self.workers + pulse.index] = 0.0
-        return super()._spawn_worker(idx, target, partial(callback_loader, pulse))
+        return super()._spawn_worker(idx, partial(_work, target), partial(callback_loader, pulse))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         looked_at = time.monotonic()

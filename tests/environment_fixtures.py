@@ -67,6 +67,7 @@ def engram(*arguments: str, **variables: str) -> Done:
     with (
         mock.patch.dict(os.environ, bare() | variables, clear=True),
         mock.patch.object(sys, "argv", ["engram", *arguments]),
+        mock.patch.object(cli, "ends_with"),  # which is for good
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         pytest.raises(SystemExit) as left,

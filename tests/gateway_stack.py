@@ -248,6 +248,7 @@ def gateway(
         "metrics_cache_seconds": 0,
         "admin_rps": 1_000,
         "admin_burst": 1_000,
+        "mcp_at_start": False,  # most of these gateways are never asked for it
     } | settings
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
     environment |= {f"ENGRAM_{k.upper()}": str(v) for k, v in values.items()} | dict(variables or {})
@@ -323,7 +324,7 @@ def stack(request: pytest.FixtureRequest) -> Stack:
         control_plane.migrate()
         issuer = Issuer()
         closing.callback(issuer.close)
-        running = closing.enter_context(gateway(settings.data_dir, url, issuer))
+        running = closing.enter_context(gateway(settings.data_dir, url, issuer, mcp_at_start=True))
         request.config.stash[_STACK] = Stack(running, issuer, control_plane, url, settings)
     return request.config.stash[_STACK]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mcp import MCPError
 
+from gateway.mcp import route
 from gateway.mcp.arguments import BATCH
+from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
 from tests.mcp_session import Session, events_of, session, within
@@ -293,3 +296,18 @@ def test_a_broken_database_is_a_tool_error_without_a_path_and_heals(stack: Stack
         await mcp.ok("memory_create", content="back")
 
     within(stack, tenant, work)
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_the_sdk_is_loaded_with_the_worker_or_for_the_first_that_asks(at_start: bool) -> None:
+    """A third of what a worker takes to start; `tests/test_gateway_routing.py` asks one that has not loaded it."""
+    services = SimpleNamespace(settings=Settings(mcp_at_start=at_start))
+
+    async def started() -> bool:
+        app: Any = SimpleNamespace(state=SimpleNamespace(services=services))
+        async with route.lifespan(app):
+            began = app.state.mcp._starting is not None
+            assert await app.state.mcp.handle() is not None
+            return began
+
+    assert asyncio.run(started()) == at_start

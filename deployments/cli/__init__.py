@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command_name
 
+from shared.ending import ends_with
 from shared.errors import exit_code, leave
 
 # A module of this package, each with `register(app)`.
@@ -92,7 +93,9 @@ def main() -> None:
     try:
         with exit_code():
             app(prog_name="engram")
-    except SystemExit:  # the end of every command: the class of the last clause takes longer to import than most take
+    except SystemExit as e:  # the end of every command: the last clause's class takes longer to import than most take
+        if e.code is None or isinstance(e.code, int):
+            ends_with(e.code or 0)
         raise
     except ValueError as e:
         leave(_setting_error(e), 2)

@@ -8,5 +8,6 @@ written when the tool is done, before the answer begins (an event stream begins 
 session there is no server stream either: GET and DELETE are 405.
 
 The SDK is imported in a thread while the worker already serves: it takes a second of CPU (and 17 MB, 23 in use),
-which neither the readiness of a worker nor the first MCP request should have to wait for.
+which neither the readiness of a worker nor the first MCP request should have to wait for. Where nobody speaks MCP,
+`ENGRAM_MCP_AT_START=false` saves both.
 """

@@ -43,7 +43,8 @@ log = get_logger("mcp")
 
 
 class Endpoint:
-    """The SDK in one worker. It starts beside the first requests; one that comes too early waits for it."""
+    """The SDK in one worker. It starts beside the first requests or, without `mcp_at_start`, for the first one of MCP;
+    one that comes too early waits for it."""
 
     def __init__(self, services: Services) -> None:
         self.origins = Origins(services.settings)
@@ -125,7 +126,8 @@ class Origins:
 async def lifespan(app: Litestar) -> AsyncIterator[None]:
     """Inside the lifespan that makes the services."""
     endpoint = app.state.mcp = Endpoint(app.state.services)
-    endpoint.start()
+    if app.state.services.settings.mcp_at_start:
+        endpoint.start()
     try:
         yield
     finally:

@@ -36,6 +36,9 @@ class Gateway(BaseModel):
     worker_silence_seconds: float = Field(
         default=10.0, ge=0, description="a worker whose event loop stands still for so long is replaced; 0 is never"
     )
+    mcp_at_start: bool = Field(
+        default=True, description="workers load the SDK of MCP as they start; false: for the first request of MCP"
+    )
     metrics_cache_seconds: float = Field(default=0.5, ge=0, description="/metrics is not rendered more often")
     body_limit_bytes: int = Field(default=1_048_576, ge=1_024)
     answer_limit_bytes: int = Field(

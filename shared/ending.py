@@ -1,0 +1,33 @@
+"""The end of a process that has done its work: without taking itself apart first.
+
+An interpreter that ends frees a hundred thousand objects one by one, which for a gateway's worker takes a tenth of a
+second of CPU and for a short command as long as its work. The kernel does it at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+
+_code: int | None = None
+
+
+def ends_with(code: int) -> None:
+    """This process is done and ends with `code`: once its threads have ended, and what others registered with `atexit`
+    since this module was imported has run."""
+    global _code
+    _code = code
+
+
+@atexit.register
+def _end() -> None:
+    if _code is None:
+        return
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return  # nobody reads any more: the interpreter's own end says so, with a code of its own
+    os._exit(_code)
