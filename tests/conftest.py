@@ -25,6 +25,7 @@ from deployments.postgres import _CONFIGURATION as configuration
 from deployments.postgres import EmbeddedPostgres
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
+from tests.authority_fixtures import trust_one
 
 _TEMPLATE = "migrated"
 _MEMORY, _MEMORY_FREE_BYTES = Path("/dev/shm"), 1 << 30
@@ -103,6 +104,10 @@ class _ByFile(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return _scope(nodeid)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    trust_one(config)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
