@@ -48,7 +48,7 @@ def _own_data_dir(stack: Stack, name: str) -> Path:  # noqa: F811
 
 
 class Load:
-    """Clients that create memories as fast as they are answered, each over a connection that it keeps."""
+    """Clients that create memories, one 5 ms after another was answered, each over a connection that it keeps."""
 
     def __init__(self, served: Gateway, headers: dict[str, str], clients: int) -> None:
         self.acknowledged: dict[str, str] = {}  # request id → memory id
@@ -71,6 +71,7 @@ class Load:
     def _run(self, number: int) -> None:
         with httpx.Client(base_url=self._served.url, headers=self._headers, timeout=60, trust_env=False) as client:
             while not self._stop.is_set():
+                self._stop.wait(0.005)
                 try:
                     answer = client.post("/v1/memories", json={"content": "x"})
                 except httpx.HTTPError:
@@ -248,6 +249,7 @@ def test_workers_that_cannot_start_end_the_gateway_with_1(stack: Stack, tmp_path
         "ENGRAM_JWKS_URL": stack.issuer.url,
         "ENGRAM_JWT_ISSUER": "x",
         "ENGRAM_GATEWAY_PORT": str(free_port()),
+        "ENGRAM_GATEWAY_WORKERS": "1",  # which is started twice
     }
     done = subprocess.run(
         [sys.executable, "-m", "gateway.serve"], env=environment, stderr=subprocess.PIPE, check=False, timeout=120
