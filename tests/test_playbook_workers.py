@@ -66,7 +66,7 @@ def test_all_workers_are_replaced_and_no_request_is_lost(
         def load(kept: bool) -> None:
             limits = httpx.Limits(max_keepalive_connections=1 if kept else 0)
             with httpx.Client(base_url=running.url, headers=headers, trust_env=False, timeout=30, limits=limits) as c:
-                while not stop.is_set():
+                while not stop.wait(0.01):
                     try:
                         answers.append(c.post("/v1/memories", json={"content": "x"}).status_code)
                         answers.append(c.get("/v1/memories?limit=1").status_code)
