@@ -20,6 +20,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from deployments.prefect_command import uncollected
+
 NICE = 10  # a tenth of the share of a process at 0, when both want all
 _AUTOGROUP = Path("/proc/self/autogroup")
 
@@ -30,6 +32,8 @@ def main() -> None:
     if "--yielding" in sys.argv[1:]:
         sys.argv.remove("--yielding")  # Prefect takes an argument for the id of a run
         leave_the_cpu_to_others()
+    with uncollected():
+        import prefect.flow_engine  # noqa: F401
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 
 

@@ -52,7 +52,9 @@ class Child:
         ready: Callable[[], bool],
         stop_signal: signal.Signals = signal.SIGTERM,
         before_start: Callable[[], None] | None = None,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
+        """`ready` is asked every `poll_seconds`."""
         self.name = name
         self._argv = list(argv)
         self._env = dict(env)
@@ -60,6 +62,7 @@ class Child:
         self._ready = ready
         self._stop_signal = stop_signal
         self._before_start = before_start
+        self._poll_seconds = poll_seconds
         self._popen: subprocess.Popen[bytes] | None = None
         self.created_at = 0.0
 
@@ -107,7 +110,7 @@ class Child:
                 raise self.failure(f"stopped while starting ({self.exit_reason()})")
             if time.monotonic() > deadline:
                 raise self.failure(f"not ready within {timeout_seconds:g} s")
-            time.sleep(POLL_SECONDS)
+            time.sleep(self._poll_seconds)
 
     def exit_reason(self) -> str:
         code = self._popen.poll() if self._popen else None
