@@ -16,6 +16,8 @@ from pydantic import SecretStr
 from deployments import cli
 from shared.settings import Settings
 
+# Each part of a Prefect server that keeps something in Redis has a setting of its own for where that is.
+REDIS_URLS = ("PREFECT_REDIS_MESSAGING_URL", "PREFECT_SERVER_DOCKET_URL", "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL")
 SAFE: Mapping[str, str] = {
     "ENGRAM_CONTROL_PLANE_URL": "postgresql://engram:pw@ep-branch.neon.test/engram?sslmode=verify-full",
     "ENGRAM_OBJECT_STORE_URL": "s3://engram-backups/main",

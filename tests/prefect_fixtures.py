@@ -30,6 +30,7 @@ from deployments.process import Child
 from shared import queues
 from shared.settings import Settings
 from tests.core_fixtures import free_ports
+from tests.environment_fixtures import REDIS_URLS
 from tests.prefect_proxies import balancer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +137,7 @@ class Production:
     def server(self, name: str, *words: str, ready: Callable[[], bool] = lambda: True, **more: str) -> Child:
         """A process of the server, not started, with the settings that the Fly file gives."""
         told = REPLICA | orchestration.server_environment(self.settings(), self.database_url)
-        redis = {"PREFECT_REDIS_MESSAGING_URL": self.redis_url, "PREFECT_SERVER_DOCKET_URL": self.redis_url}
+        redis = dict.fromkeys(REDIS_URLS, self.redis_url)
         told |= {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "4"}  # instead of half a minute
         told |= {"PREFECT_HOME": str(self.directory / name)}  # they are machines of their own
         argv = [sys.executable, "-m", "prefect", "server", *words]

@@ -16,6 +16,7 @@ import yaml
 from deployments import orchestration
 from shared.safety import NOT_A_GATEWAYS
 from shared.settings import Settings, variable
+from tests.environment_fixtures import REDIS_URLS
 from tests.test_help import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,7 @@ def test_each_prefect_server_is_told_what_ours_is() -> None:
     for given in servers:
         assert {k: given.get(k) for k in told} == told
         assert given["PREFECT_SERVER_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
-        assert given["PREFECT_SERVER_DOCKET_URL"] == given["PREFECT_REDIS_MESSAGING_URL"]
+        assert len({given[name] for name in REDIS_URLS}) == 1
         assert given["PREFECT_SERVER_API_AUTH_STRING"] == OURS["worker"]["environment"]["PREFECT_API_AUTH_STRING"]
 
 

@@ -20,7 +20,7 @@ from gateway.proxies import Proxies
 from shared.metrics import ROUTES
 from shared.safety import NOT_WATCHERS, unsafe
 from shared.settings import Settings
-from tests.environment_fixtures import SAFE, engram
+from tests.environment_fixtures import REDIS_URLS, SAFE, engram
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "deployments" / "fly"
 MACHINE_TEXT = (DIRECTORY / "engram.toml").read_text()
@@ -163,7 +163,7 @@ def test_the_prefect_server_has_replicas_one_process_for_the_services_and_its_mi
     assert processes["services"] == ["server", "services", "start"]
     assert PREFECT["deploy"]["release_command"] == "server database upgrade --yes"
     assert PREFECT["experimental"]["entrypoint"] == ["prefect"], "all three are arguments of it"
-    assert {"PREFECT_REDIS_MESSAGING_URL", "PREFECT_SERVER_DOCKET_URL"} <= PREFECT_SECRETS
+    assert set(REDIS_URLS) <= PREFECT_SECRETS
     assert f"api={PREFECT['services'][0]['min_machines_running']} services=1" in PREFECT_TEXT
 
 

@@ -139,11 +139,17 @@ FROM moved WHERE s.id = moved.state_id
 
 def make_late(production: Production, flow: str, keep: int) -> list[str]:
     """The first `keep` runs of a schedule as they are after an outage: due long ago, an hour apart. Oldest first."""
-    found = production.runs(
-        flows={"name": {"any_": [flow]}},
-        flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}},
-        sort="EXPECTED_START_TIME_ASC",
-    )
+    found: list[dict[str, object]] = []
+
+    def scheduled_runs() -> bool:
+        found[:] = production.runs(
+            flows={"name": {"any_": [flow]}},
+            flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}},
+            sort="EXPECTED_START_TIME_ASC",
+        )
+        return sum(bool(run["auto_scheduled"]) for run in found) >= keep
+
+    wait_for(scheduled_runs)
     ids = [run["id"] for run in found if run["auto_scheduled"]][:keep]
     assert len(ids) == keep
     due = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=keep)
@@ -339,3 +345,11 @@ def counts(production: Production, run_id: str) -> dict[str, int]:
         table: production.rows(f"SELECT count(*) FROM {table} WHERE {column} = %s", run_id)[0][0]
         for table, column in where.items()
     }
+
+
+def test_everything_that_the_server_keeps_in_redis_is_in_ours(production: Production) -> None:
+    """Each part has a setting of its own for where that is; one without asks this machine, fails and says so, once as
+    it starts and then every minute."""
+    logs = {file.name: file.read_text(errors="replace") for file in production.directory.glob("*.log")}
+    assert "services.log" in logs
+    assert [name for name, text in logs.items() if "localhost:6379" in text] == []
