@@ -27,7 +27,7 @@ CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
 # A file's tests stay together in one process (`tests/conftest.py`), and there are twice as many of these as cores: much
 # of what they do is waiting for a real process to start or stop.
 PROCESSES = str(min(8, 2 * (os.cpu_count() or 1)))
-TESTS = ("pytest", "-n", PROCESSES, "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25")
+TESTS = ("pytest", "-n", PROCESSES, "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25", "-rs")
 
 
 def main() -> None:

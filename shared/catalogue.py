@@ -123,7 +123,11 @@ def list_of(control_plane: ControlPlane, tenant_id: str, *, limit: int = 100) ->
     return [Backup(**row) for row in found]
 
 
-def stale(control_plane: ControlPlane, older_than_seconds: float, *, limit: int = 100) -> list[dict[str, Any]]:
-    """Tenants, suspended ones too, whose last good backup is older than that, the worst first: {tenant_id, machine_id,
-    backup_id, good_at, age_seconds}. One that was never backed up has neither of the two; its age is its own."""
-    return control_plane.rows("backups_stale", older_than_seconds=older_than_seconds, limit=limit)
+def stale(
+    control_plane: ControlPlane, older_than_seconds: float, *, tenant_id: str | None = None, limit: int = 100
+) -> list[dict[str, Any]]:
+    """Tenants, suspended ones too, or that one, whose last good backup is older than that, the worst first: {tenant_id,
+    machine_id, backup_id, good_at, age_seconds}. One that was never backed up has neither of the two; its age is its
+    own."""
+    wanted = {"older_than_seconds": older_than_seconds, "tenant_id": tenant_id, "limit": limit}
+    return control_plane.rows("backups_stale", **wanted)

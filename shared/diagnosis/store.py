@@ -45,8 +45,7 @@ def reachable(sight: Sight) -> Finding:
 def ages(sight: Sight) -> Finding:
     hours = sight.settings.backup_stale_hours
     name, normal = "last-good-backup", f"of every tenant younger than {hours:g} h"
-    stale = catalogue.stale(sight.control_plane, hours * 3600, limit=_LISTED)
-    stale = [row for row in stale if sight.tenant_id in (None, row["tenant_id"])]
+    stale = catalogue.stale(sight.control_plane, hours * 3600, tenant_id=sight.tenant_id, limit=_LISTED)
     if not stale:
         return good(name, "none is older", normal)
     worst = stale[0]

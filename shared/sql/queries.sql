@@ -795,7 +795,7 @@ WHERE backup_id = %(backup_id)s AND status = 'available'
 RETURNING backup_id;
 
 -- name: backups_stale
--- Tenants, suspended ones too, whose last good backup is older than that, the worst first: the tenants behind `backup_age_seconds`.
+-- Tenants, suspended ones too, or one, whose last good backup is older than that, the worst first: those behind `backup_age_seconds`.
 SELECT tenant_id, machine_id, backup_id, good_at, EXTRACT(EPOCH FROM clock_timestamp() - since)::float8 AS age_seconds
 FROM (
     SELECT t.tenant_id, t.machine_id, b.backup_id, greatest(least(b.ts, b.created_at), b.current_at) AS good_at,
@@ -805,7 +805,8 @@ FROM (
         SELECT backup_id, ts, created_at, current_at FROM backups
         WHERE tenant_id = t.tenant_id AND status = 'available' AND verified_at IS NOT NULL AND kind <> 'safety'
         ORDER BY ts DESC LIMIT 1) b ON true
-    WHERE t.state IN ('active', 'suspended')) AS last_good
+    WHERE t.state IN ('active', 'suspended') AND (%(tenant_id)s::text IS NULL OR t.tenant_id = %(tenant_id)s::text)
+) AS last_good
 WHERE since < clock_timestamp() - make_interval(secs => %(older_than_seconds)s)
 ORDER BY since, tenant_id LIMIT %(limit)s;
 

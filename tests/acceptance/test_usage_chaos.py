@@ -330,4 +330,4 @@ def test_producers_drains_and_postgresql_killed_at_random_leave_a_bill_that_is_e
     print(f"\n{SECONDS:g} s: {dict(done)}\n{dict(totals)}")
     assert all(done[kind] for kind in ("drains killed", "gateway workers killed", "PostgreSQL killed"))
     assert done["COMMIT answers lost"]
-    assert totals["2xx"] > 100 * CLIENTS
+    assert totals["2xx"] > 30 * CLIENTS
