@@ -1,13 +1,15 @@
 """Which requests go to which server, in which order.
 
 Cases take turns in short bursts, `rounds` times, and the table shows medians: on a machine with neighbours a slow
-minute then hits every case alike, and the ratios stand.
+minute then hits every case alike, and the ratios stand. Whoever is not measured is suspended: several idle gateways
+with all that they look after would be a twentieth of the one core.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.bench.gateway.floors import floor
 from tests.bench.gateway.load import Requests, Result, closed_loop, open_loop, request
 from tests.bench.gateway.world import MAIN_MEMORIES, MAIN_TENANT, Server, World, fill
 
+SETTLE_SECONDS = 0.5  # what a resumed server has put off meanwhile
 MIX_TENANTS = 50
 MIX_MEMORIES = 500
 
@@ -55,6 +58,7 @@ class Bench:
         self._against = against
         self._stack = ExitStack()
         self._servers: dict[str, Server] = {}
+        self._running: str | None = None
         self._warm: set[str] = set()
         self._random = random.Random(2)
         self.measured: dict[str, Measured] = {}
@@ -85,6 +89,7 @@ class Bench:
         if not self._only or "tenants" in self._only:
             self._stack.close()
             self._servers.clear()
+            self._running = None
             self.tenants = curve(self._world, self._seconds, self._rounds, self._against)
 
     def _saturate(self, case: Case) -> tuple[Result, float]:
@@ -109,12 +114,28 @@ class Bench:
 
     def _floor(self, case: Case, rate: float | None) -> tuple[Result, float]:
         assert case.file is not None
+        self._none()
         return floor(case.name.partition(" ")[0], case.file, list(case.bodies), self._seconds, rate)
 
     def _server(self, name: str) -> Server:
-        if name not in self._servers:
+        """It, and no other server on their core."""
+        if self._running == name:
+            return self._servers[name]
+        if self._running is not None:
+            self._servers[self._running].suspend()
+        if name in self._servers:
+            self._servers[name].resume()
+            time.sleep(SETTLE_SECONDS)
+        else:
             self._servers[name] = self._stack.enter_context(self._world.server(name))
+            self._stack.callback(lambda: self._servers[name].resume())  # or it could not end in order
+        self._running = name
         return self._servers[name]
+
+    def _none(self) -> None:
+        if self._running is not None:
+            self._servers[self._running].suspend()
+            self._running = None
 
     def _cases(self) -> list[Case]:
         world, main = self._world, self._world.headers(MAIN_TENANT)
