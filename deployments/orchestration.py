@@ -13,6 +13,7 @@ import asyncio
 import base64
 import http.client
 import json
+import os
 import runpy
 import ssl
 import sys
@@ -33,6 +34,7 @@ _HEARTBEAT_SECONDS = 30
 _WORKER_QUERY_SECONDS = 2
 _HTTP_TIMEOUT_SECONDS = 5.0
 _DAY_SECONDS = 86_400
+_CSRF = "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED"
 # Prefect reads its authorities anew for each of its many clients, also where no TLS is spoken: 17 ms each, a third of
 # applying the deployments and an eighth of a flow run. This file has one, whose key was thrown away.
 NO_AUTHORITIES = Path(__file__).with_name("no_authorities.pem")
@@ -52,7 +54,8 @@ def client_environment(settings: Settings) -> dict[str, str]:
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": str(_WORKER_QUERY_SECONDS),
-        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",  # no server of ours wants the token that each would ask for
+        # No server of ours wants the token that each client would ask for; whoever's does says so.
+        _CSRF: os.environ.get(_CSRF, "false"),
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
         "PREFECT_LOGGING_COLORS": "false",

@@ -10,11 +10,11 @@ from litestar.openapi import ResponseSpec
 
 from gateway.jwks import JwksUnavailable
 from gateway.problems import MEDIA_TYPE, Problem, Refusal
-from gateway.proxies import PROXIED
+from gateway.proxies import FOR_ANOTHER
 from gateway.schemas import ProblemView
 from gateway.services import Services, services_of
 
-NOT_PASSED_ON = Problem(404, "The metrics are not for clients of the proxy.")
+NOT_PASSED_ON = Problem(404, "The metrics are not for the clients of a proxy.")
 
 
 class Status(msgspec.Struct):
@@ -61,9 +61,9 @@ async def ready(request: Request[Any, Any, Any]) -> Status:
     },
 )
 async def prometheus(request: Request[Any, Any, Any]) -> Response[bytes]:
-    """All workers of this gateway together. Prometheus asks from the private network; whoever comes to a trusted proxy
-    from outside it need not know how loaded this machine is or how old its backups are."""
-    if request.scope.get(PROXIED):
+    """All workers of this gateway together. Prometheus asks the gateway itself; a trusted proxy's clients need not know
+    how loaded this machine is or how old its backups are."""
+    if FOR_ANOTHER in request.scope:
         raise Refusal(NOT_PASSED_ON)
     text = await services_of(request).exposition.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

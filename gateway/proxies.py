@@ -27,11 +27,13 @@ from shared.settings import Settings, words
 _CACHED = 4_096
 _FORWARDED = b"forwarded"
 _PROTO = b"x-forwarded-proto"
+_ADDED = frozenset((_FORWARDED, b"x-forwarded-for", b"x-forwarded-host", b"via"))  # by a proxy, whatever it is set to
 # One `name=value` of RFC 7239, its value a token or a quoted string, and what ends it.
 _PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*)\s*([;,]|\Z)')
 
 
-PROXIED = "engram.proxied"  # in the scope of a request that a trusted proxy passed on; True if for a stranger
+PROXIED = "engram.proxied"  # in the scope of a request that came from a trusted proxy's address
+FOR_ANOTHER = "engram.for-another"  # and in that of one that somebody else had sent to the proxy
 
 
 class Proxies:
@@ -58,9 +60,12 @@ class Proxies:
                 given.append(value)
             elif name == _PROTO:
                 proto = value
+            elif name not in _ADDED:
+                continue
+            scope[FOR_ANOTHER] = True
         address, scheme = self._read(client[0], b",".join(given), proto)
         scope["client"] = (address, 0)
-        scope[PROXIED] = not self._trusts(address)
+        scope[PROXIED] = True
         if scheme:
             scope["scheme"] = scheme
         return True

@@ -3,7 +3,8 @@
 Never logged: tokens, memory content, query text, bodies, secrets. `SecretStr` settings print as stars, and
 `redact` drops fields by name as a second line of defence.
 
-structlog comes with the first line: commands that log nothing would spend a fifth of their time on it.
+structlog comes with `configure`, which every process that may have to say what failed calls as it begins: a line that
+had to import it then might fail itself. Commands that log nothing would spend a fifth of their time on it.
 """
 
 from __future__ import annotations
@@ -43,17 +44,11 @@ class Stderr:
         """Nothing is held back."""
 
 
-_wanted: tuple[str, TextIO | None] | None = None  # by `configure`, until the first line
-
-
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
-    """How this process logs. Call once, at the process edge."""
-    global _wanted
-    _wanted = level, stream
+    """Set up structlog for this process. Call once, at the process edge.
 
-
-def _set_up(level: str, stream: TextIO | None) -> None:
-    """A line leaves as one `write`: workers share a stderr, and a line whose end is written apart gets mixed up."""
+    A line leaves as one `write`: workers share a stderr, and a line whose end is written apart gets another's in it.
+    """
     import structlog
 
     structlog.configure(
@@ -72,7 +67,7 @@ def _set_up(level: str, stream: TextIO | None) -> None:
 
 
 class _Logger:
-    """structlog's, from its first line on."""
+    """structlog's, from its first line on: modules make theirs before anybody has configured anything."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -87,10 +82,6 @@ class _Logger:
     def __getattr__(self, level: str) -> Any:
         if level.startswith("_"):
             raise AttributeError(level)
-        global _wanted
-        if (wanted := _wanted) is not None:
-            _set_up(*wanted)  # twice if two threads come at once, and the same
-            _wanted = None
         return getattr(self._logger, level)
 
 

@@ -51,12 +51,14 @@ def busy(file: str) -> None:
 
 @contextmanager
 def redis_server(directory: Path) -> Iterator[str]:
-    """With a password, as production's; nothing is kept."""
+    """With a password, as production's; nothing is kept but every command, so that it can be asked who came."""
     program, port, password = shutil.which("redis-server"), free_ports(1)[0], secrets.token_hex(8)
     if program is None:
         pytest.fail("redis-server is missing: apt-get install redis-server")
     configuration = directory / "redis.conf"
-    configuration.write_text(f'bind 127.0.0.1\nport {port}\nrequirepass {password}\nsave ""\ndir {directory}\n')
+    lines = ("bind 127.0.0.1", f"port {port}", f"requirepass {password}", 'save ""', f"dir {directory}")
+    every_command = ("slowlog-log-slower-than 0", "slowlog-max-len 1000000")
+    configuration.write_text("\n".join((*lines, *every_command)) + "\n")
     server = subprocess.Popen([program, str(configuration)], stdout=subprocess.DEVNULL)
     try:
         yield f"redis://:{password}@127.0.0.1:{port}/0"

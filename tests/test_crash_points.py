@@ -2,7 +2,8 @@
 
 The points are counted, not listed: a run under strace without a fault says which calls there are, then the n-th of
 each is the last thing a fresh run gets to. ENGRAM_CRASH_POINTS=all runs every one; else those that only read or
-lock are thinned out when there are too many. `-s` prints the counts.
+lock are thinned out when there are too many, and one that puts back is killed from its swap on, before which it is a
+restore like any. `-s` prints the counts.
 """
 
 from __future__ import annotations

@@ -183,7 +183,9 @@ def test_a_flood_behind_a_proxy_is_told_apart_from_its_neighbours_and_spoofing_g
             assert served.access_line(spoofed.headers["x-request-id"])["client"] == "127.0.0.8"
             assert "strict-transport-security" not in spoofed.headers
 
-            # The metrics: for who asks here, on the proxy's machine too; not for who asks the proxy.
+            # The metrics: for who asks here, on the proxy's machine too; not for who asks the proxy, named or not.
             visitor = {"X-Forwarded-For": "198.51.100.5", "X-Forwarded-Proto": "https"}
-            assert_problem(proxy.get("/metrics", headers=visitor), 404)
+            for hidden in ({}, {"X-Forwarded-For": "unknown"}, {"X-Forwarded-For": "127.0.0.9"}):
+                assert_problem(proxy.get("/metrics", headers=visitor | hidden), 404)
+            assert_problem(proxy.get("/metrics", headers={"Forwarded": "for=_hidden"}), 404)
             assert proxy.get("/metrics").status_code == elsewhere.get("/metrics", headers=visitor).status_code == 200

@@ -1,5 +1,6 @@
-"""The image's bill of materials, made as the Dockerfile makes it but without an engine: the same tool, the same words,
-over the environment of these tests, which holds what the image does (`tests/test_container.py`) and more."""
+"""The image's bill of materials, made as the Dockerfile makes it but without an engine: the same tool, the same words
+but for the check against CycloneDX's schema, over the environment of these tests, which holds what the image does
+(`tests/test_container.py`) and more."""
 
 from __future__ import annotations
 

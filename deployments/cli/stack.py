@@ -28,9 +28,12 @@ def up(
     supervise: Annotated[bool, typer.Option(hidden=True, help="The other end of --detach.")] = False,
 ) -> None:
     """Start the whole stack on embedded defaults; Ctrl-C stops it in order."""
+    from shared import log
     from shared.safety import refuse_unsafe
+    from shared.settings import Settings
 
-    settings = _configured()
+    settings = Settings()
+    log.configure(settings.log_level)
     refuse_unsafe(settings)
     if detach:
         from deployments import detached
@@ -46,8 +49,9 @@ def up(
 def down(as_json: Json = False) -> None:
     """Stop the stack of this data directory, and whatever a killed one left behind."""
     from deployments import detached
+    from shared.settings import Settings
 
-    settings = _configured()
+    settings = Settings()
     stopped = detached.down(settings)
     if as_json:
         from deployments import running
@@ -60,8 +64,9 @@ def down(as_json: Json = False) -> None:
 def status(as_json: Json = False) -> None:
     """What runs, where, and how much memory it takes."""
     from deployments import running
+    from shared.settings import Settings
 
-    found = running.status(_configured())
+    found = running.status(Settings())
     if as_json:
         print_json(found)
         return
@@ -151,15 +156,6 @@ def token(
         print_json({"token": signed, "expires_at": expires_at})
     else:
         sys.stdout.write(signed + "\n")
-
-
-def _configured() -> Settings:
-    from shared import log
-    from shared.settings import Settings
-
-    settings = Settings()
-    log.configure(settings.log_level)
-    return settings
 
 
 def _welcome(settings: Settings, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from tests.core_fixtures import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RESTORES = 20
-THROUGH_THE_WORKER = (10,)  # the others run in a process beside the stack: the same flow, seconds faster
+THROUGH_THE_WORKER = (5, 10)  # the others run in a process beside the stack: the same flow, seconds faster
 WRITERS = 3
 
 
