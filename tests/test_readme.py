@@ -100,6 +100,9 @@ RULES = {
         " cat drain.log",
         "drain_stopped",
     ),
+    "engram export acme --out acme.jsonl --format jsonl": Rule(
+        "engram export acme --out acme.jsonl --format jsonl; head -n 1 acme.jsonl", '"content"'
+    ),
     "engram keys new": Rule(says="AGE-SECRET-KEY"),
     "engram keys rotate [TENANT]": Rule("engram keys rotate; engram keys rotate acme", "keys wrapped anew"),
     "age -d -i master.key wrapped > tenant.key": Rule(
