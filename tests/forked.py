@@ -16,12 +16,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
 _MOST_BYTES = 100_000
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
+_one_at_a_time = threading.Lock()  # an answer is for whoever asked last, and whose orphans come is the process's
 
 
 class ForkedChild(subprocess.Popen[str]):
@@ -33,7 +35,8 @@ class ForkedChild(subprocess.Popen[str]):
         """What `Popen` calls to start it."""
         chosen = zip((p2cread, c2pwrite, errwrite), range(3), strict=True)
         try:
-            self.pid = _forker().fork(args, cwd, env, [own if given == -1 else given for given, own in chosen])
+            with _one_at_a_time:
+                self.pid = _forker().fork(args, cwd, env, [own if given == -1 else given for given, own in chosen])
         finally:
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
         self._child_created = True
@@ -53,17 +56,25 @@ class _Forker:
         atexit.register(self._end)
 
     def fork(self, words: Sequence[str], directory: str, environment: Mapping[str, str], files: list[int]) -> int:
+        """Its pid. `OSError` when it does not become this process's own: `Popen` would call every end of it a 0."""
         message = json.dumps([words, os.fspath(directory), dict(environment)]).encode()
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _orphans_come_here(True)
         try:
             socket.send_fds(self._channel, [message], files)
-            return int(self._channel.recv(100))
+            pid = int(self._channel.recv(100))
         finally:
-            _prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+            _orphans_come_here(False)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # fails for what is not a child of this process
+        return pid
 
     def _end(self) -> None:
         self._channel.close()
         self._process.wait()
+
+
+def _orphans_come_here(come: bool) -> None:
+    if _prctl(_PR_SET_CHILD_SUBREAPER, int(come), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 @functools.cache
