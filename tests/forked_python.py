@@ -115,9 +115,7 @@ def _answer(connection: socket.socket, server: int) -> None:
     os.environ.update(environment)
     settings.cache_clear()
     code = _run(words)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined] # as an interpreter ends
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

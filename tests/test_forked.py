@@ -1,5 +1,6 @@
-"""What a forked child has in common with one that was started: its exit code is its own, or it is none at all."""
+"""What a forked child has in common with one that was started: how it ends."""
 
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,3 +29,29 @@ def test_a_child_that_does_not_become_this_processes_own_is_an_error(
     monkeypatch.setattr(forked, "_prctl", lambda *_: answer)
     with pytest.raises(OSError, match="prctl" if answer else "No child processes"):
         exit_code(3)
+
+
+def test_a_forked_command_ends_as_an_interpreter_does() -> None:
+    """What waits for the end of an interpreter, a pool's threads or Prefect's queue of logs, waits for this one too."""
+    command = """
+        import atexit, sys
+        from concurrent.futures import ThreadPoolExecutor
+        atexit.register(print, "then what was registered")
+        sys.kept = ThreadPoolExecutor(1)  # its thread ends when it is told to, not with its work
+        sys.kept.submit(print, "the pool's work")
+    """
+    code = """
+        import json, os, socket, sys
+        from tests import forked_python
+        asks, answers = socket.socketpair()
+        socket.send_fds(asks, [b"."], [0, 1, 2])
+        asks.sendall(json.dumps([["-c", sys.argv[1]], dict(os.environ), os.getcwd()]).encode())
+        asks.shutdown(socket.SHUT_WR)
+        forked_python._answer(answers, os.getppid())
+    """
+    with start_child(code, textwrap.dedent(command)) as child:
+        try:
+            written, _ = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert (child.returncode, written.splitlines()) == (0, ["the pool's work", "then what was registered"])
