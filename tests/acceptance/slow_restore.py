@@ -117,7 +117,7 @@ class Beside:
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         }
         self._process = subprocess.Popen(
-            [*stack.program, "-m", "tests.acceptance.slow_restore"],
+            [sys.executable, "-m", "tests.acceptance.slow_restore"],  # not `stack.program`: it is killed
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
