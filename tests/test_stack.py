@@ -88,9 +88,9 @@ def again(old_data_dir: Path) -> Iterator[Engram]:
 
 
 @pytest.fixture(scope="module")
-def whole(old_data_dir: Path) -> Iterator[Engram]:
-    """A stack that is up in that directory, the first after an `up` that was killed: it must not block the next."""
-    with contextlib.contextmanager(down_afterwards)(Engram(old_data_dir)) as found:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engram]:
+    """A stack that stays up in its own directory, after an `up` there was killed: it must not block the next."""
+    with contextlib.contextmanager(down_afterwards)(Engram(tmp_path_factory.mktemp("whole") / "data")) as found:
         killed_with_prefect(found)
         up = found.run("up", "--detach")
         assert up.returncode == 0, up.stderr
