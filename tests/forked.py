@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,9 +96,12 @@ def serve(fd: int) -> str:
             sys.exit()
         told, tell = os.pipe()
         if not os.fork():
-            if pid := os.fork():
-                os.write(tell, str(pid).encode())
+            between = os.getpid()
+            if os.fork():
                 os._exit(0)
+            while os.getppid() == between:  # or a child that asks to die with its parent dies with that one
+                time.sleep(0.0001)
+            os.write(tell, str(os.getpid()).encode())
             for at, file in enumerate(files):
                 os.dup2(file, at)
             channel.close()
@@ -108,6 +112,7 @@ def serve(fd: int) -> str:
             os.environ.update(environment)
             return str(code)
         os.wait()
+        os.close(tell)
         channel.send(os.read(told, 100))
-        for file in (told, tell, *files):
+        for file in (told, *files):
             os.close(file)

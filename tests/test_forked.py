@@ -1,5 +1,6 @@
 """What a forked child has in common with one that was started: how it ends."""
 
+import os
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,13 @@ def test_a_child_that_does_not_become_this_processes_own_is_an_error(
     monkeypatch.setattr(forked, "_prctl", lambda *_: answer)
     with pytest.raises(OSError, match="prctl" if answer else "No child processes"):
         exit_code(3)
+
+
+def test_a_child_has_the_test_as_its_parent_from_its_first_line_on() -> None:
+    """One that asks to die with its parent would die with whoever forked it, now and then."""
+    for _ in range(30):
+        with start_child("import os; print(os.getppid())") as child:
+            assert child.communicate(timeout=60)[0] == f"{os.getpid()}\n"
 
 
 def test_a_forked_command_ends_as_an_interpreter_does() -> None:
