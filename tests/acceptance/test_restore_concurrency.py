@@ -108,7 +108,10 @@ def test_restores_of_two_tenants_run_side_by_side(stack: Stack, one: Beside, oth
     one.start("restore", "left", point="after the rename")
     assert other.run("restore", "right")["result"]["outcome"] == "restored"
     assert second.post("/v1/memories", json={"content": "goes on"}).status_code == 201
-    held = first.post("/v1/memories", json={"content": "must wait"})
+    for _ in range(3):  # it waits 2 s for the fence, and 2 s at most for its turn: a slow machine may say either
+        held = first.post("/v1/memories", json={"content": "must wait"})
+        if held.json()["reason"] != "shed":
+            break
     assert (held.status_code, held.json()["reason"]) == (503, "maintenance")
     one.go_on("left")
     assert one.answer()["result"]["outcome"] == "restored"
