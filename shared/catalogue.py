@@ -129,5 +129,4 @@ def stale(
     """Tenants, suspended ones too, or that one, whose last good backup is older than that, the worst first: {tenant_id,
     machine_id, backup_id, good_at, age_seconds}. One that was never backed up has neither of the two; its age is its
     own."""
-    wanted = {"older_than_seconds": older_than_seconds, "tenant_id": tenant_id, "limit": limit}
-    return control_plane.rows("backups_stale", **wanted)
+    return control_plane.rows("backups_stale", older_than_seconds=older_than_seconds, tenant_id=tenant_id, limit=limit)

@@ -1,7 +1,8 @@
 """The end of a process that has done its work: without taking itself apart first.
 
 An interpreter that ends frees a hundred thousand objects one by one, which for a gateway's worker takes a tenth of a
-second of CPU and for a short command as long as its work. The kernel does it at once.
+second of CPU and for a short command as long as its work. The kernel does it at once. And a thread of Granian's that is
+still on its way out and asks for the interpreter meanwhile would abort the process (SIGABRT on a busy machine).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import os
 import shutil
@@ -23,6 +22,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from deployments.postgres import _CONFIGURATION as configuration
 from deployments.postgres import EmbeddedPostgres
+from deployments.prefect_command import uncollected
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.authority_fixtures import trust_one
@@ -128,12 +128,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """What is imported stays: no collection of garbage need look at it, then or later."""
-    gc.disable()
-    try:
+    with uncollected():
         return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
 
 
@@ -20,11 +17,6 @@ def bridge() -> None:
     from shared.safety import NOT_WATCHERS
 
     serve(settings_of_process("prefect_api_url", without=NOT_WATCHERS))
-    # Granian's threads may still be on their way out. One that asks for the interpreter while that is torn down aborts
-    # the process (SIGABRT on a busy machine); everything is closed and written, so nothing need be torn down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def monitor() -> None:
