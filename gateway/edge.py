@@ -8,6 +8,10 @@ bill, whatever dies afterwards. Every path ends in `_record` exactly once: at th
 there never was one (the client left, the worker is being stopped), as status 499. With `usage_durability = sync` the
 answer waits first for its event to be durable, or becomes a 503 (`gateway.durable`).
 
+A body has ended when as many bytes have come as were announced. Granian says so only when it is asked once more, which
+is a second way through its two threads and back: a twelfth of what a create costs (measured: 356 µs of CPU a create at
+2,500 a second, so 334). HTTP/2 is asked: there a stream that was not read to its end would be reset.
+
 A request that was passed on to another machine (`gateway.routing`) is that machine's request: there it is billed, timed
 and counted, here it is one access line and one count of what was passed on.
 """
@@ -26,6 +30,7 @@ from gateway.durable import GroupSync
 from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, SPOOL_FULL, Problem, log_failure
 from gateway.pulse import Pulse
+from gateway.raw_body import announced_length
 from shared import metrics, usage
 from shared.errors import SpoolUnavailable
 from shared.log import get_logger
@@ -95,9 +100,22 @@ class Edge:
         )
         scope[SCOPE_KEY] = exchange
 
+        left: int | None = None  # bytes of the body still to come
+
         async def read() -> Message:
+            nonlocal left
             message: Message = await receive()
-            exchange.whole = not message.get("more_body", False)  # also when the client has left
+            if exchange.whole and message["type"] == "http.request":  # the end that was left unread below
+                message = await receive()
+            if message.get("more_body", False):
+                if left is None:
+                    http2 = scope["http_version"].startswith("2")
+                    left = 0 if http2 else announced_length(scope) or 0
+                left -= len(message["body"])
+                exchange.whole = left == 0
+                message["more_body"] = not exchange.whole
+            else:
+                exchange.whole = True  # also when the client has left
             return message
 
         refused = b""  # the body of a problem that took the answer's place

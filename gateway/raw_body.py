@@ -24,6 +24,19 @@ async def read(receive: Any, limit: int) -> bytes:
         pieces.append(piece)
 
 
+def announced_length(scope: Any) -> int | None:
+    """Bytes of the body, as its head announces them; None when it does not. HTTP/2 need not announce a body at all."""
+    length: int | None = 0
+    if scope["http_version"].startswith("2") and scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+        length = None
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding":
+            return None
+        if name == b"content-length":
+            length = int(value[:19]) if value.isdigit() else None
+    return length
+
+
 def too_large(limit: int) -> Problem:
     return Problem(413, f"The body is larger than {limit} bytes.")
 

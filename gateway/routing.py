@@ -38,7 +38,7 @@ from gateway.limits import RateClass
 from gateway.problems import Detour, Problem, Refusal
 from gateway.proxies import PROXIED
 from gateway.ratelimit import TOO_MANY_REQUESTS, RateLimiter, too_many
-from gateway.raw_body import too_large
+from gateway.raw_body import announced_length, too_large
 from gateway.tenants import Tenants
 from shared import metrics
 from shared.log import get_logger
@@ -90,7 +90,7 @@ class Routing:
         settings, machine_id = self._settings, elsewhere.machine_id
         if settings.routing == "off" or not _MACHINE.match(machine_id):
             return self._refusal("off", Problem(421, OTHER_MACHINE, reason="other machine"), elsewhere)
-        length = _length(scope)
+        length = announced_length(scope)
         if length is not None and length > settings.body_limit_bytes:
             return self._refusal("too_large", too_large(settings.body_limit_bytes), elsewhere)
         replays = settings.routing == "fly-replay" and PROXIED in scope
@@ -120,16 +120,3 @@ def _of(named: tuple[str, dict[str, str]], machine_id: str) -> str:
     """What the setting says of this machine; empty when nothing."""
     pattern, of_one = named
     return of_one.get(machine_id) or pattern.replace("{machine_id}", machine_id)
-
-
-def _length(scope: Any) -> int | None:
-    """Bytes of the body, as its head announces them; None when it does not. HTTP/2 need not announce a body at all."""
-    length: int | None = 0
-    if scope["http_version"].startswith("2") and scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
-        length = None
-    for name, value in scope["headers"]:
-        if name == b"transfer-encoding":
-            return None
-        if name == b"content-length":
-            length = int(value[:19]) if value.isdigit() else None
-    return length

@@ -134,6 +134,44 @@ def test_however_it_ends_it_is_recorded_once(tmp_path: Any, app: App, cancel: bo
     assert (seen.error is not None) == (app in (raises_late, stuck))
 
 
+@pytest.mark.parametrize(
+    ("version", "fields", "asked"),
+    [
+        ("1.1", [(b"content-length", b"7")], [(b"{}", True), (b"extra", False)]),
+        ("1.1", [(b"transfer-encoding", b"chunked")], [(b"{}", True), (b"extra", True), (b"", False)]),
+        ("2", [(b"content-length", b"7")], [(b"{}", True), (b"extra", True), (b"", False)]),
+    ],
+)
+def test_a_body_has_ended_when_all_that_was_announced_has_come(
+    tmp_path: Any, version: str, fields: list[tuple[bytes, bytes]], asked: list[tuple[bytes, bool]]
+) -> None:
+    """To ask the server once more costs as much as the body did; who then waits for the client to leave must not be
+    told of an end that it knows, and HTTP/2 would reset a stream of which the end was not read."""
+    pieces = [(b"{}", True), (b"extra", True), (b"", False)]
+    told: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not pieces:
+            return {"type": "http.disconnect"}
+        body, more = pieces.pop(0)
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while not told or told[-1]["more_body"]:
+            told.append(await receive())
+        told.append(await receive())
+
+    async def run() -> None:
+        scope = {"type": "http", "http_version": version, "method": "POST", "path": "/", "headers": fields}
+        usage = spool.Spool(Settings(data_dir=tmp_path))
+        await Edge(app, usage, AccessLog(1))(scope, receive, None)  # type: ignore[arg-type]
+        usage.close()
+
+    asyncio.run(run())
+    assert [(message["body"], message["more_body"]) for message in told[:-1]] == asked
+    assert told[-1] == {"type": "http.disconnect"}
+
+
 def test_access_lines_leave_in_pieces_a_pipe_keeps_whole(tmp_path: Any) -> None:
     """Two workers share one stderr: a write above PIPE_BUF could be torn by the other's."""
     reading, writing = os.pipe()

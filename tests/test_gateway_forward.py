@@ -15,7 +15,7 @@ from gateway.exchange import SCOPE_KEY, Exchange
 from gateway.forward import CONNECT_SECONDS, OF_A_TENANT, Forwarder
 from gateway.patience import STOPPING_SHARE, Patience
 from gateway.proxies import Proxies
-from gateway.routing import _length
+from gateway.raw_body import announced_length
 from shared.settings import Settings
 
 
@@ -63,7 +63,7 @@ def test_a_body_that_http2_does_not_announce_has_no_known_length() -> None:
     announced = [(b"content-length", b"7")]
 
     def length(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> int | None:
-        return _length({"method": method, "http_version": version, "headers": headers})
+        return announced_length({"method": method, "http_version": version, "headers": headers})
 
     assert length("POST", "2", []) is None and length("POST", "2", announced) == 7
     assert length("GET", "2", []) == 0 and length("POST", "1.1", []) == 0
