@@ -100,8 +100,8 @@ async def _admit(services: Services, exchange: Exchange, scope: Any) -> None:
         raise forbidden("The token is not an operator's.")
     if SCOPE not in caller.scopes:
         raise forbidden(f"The token lacks the scope {SCOPE}.")
-    for name, value in scope["headers"]:
-        if name == b"x-engram-tenant" and value.decode("latin-1") != operators:
+    for named in exchange.every(b"x-engram-tenant"):
+        if named.decode("latin-1") != operators:
             raise forbidden("X-Engram-Tenant is not the token's tenant.")
     decision = services.rates.operators()
     exchange.headers.extend(decision.headers())

@@ -42,15 +42,10 @@ async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
 
     Refuses with 415, 413, 408 or 503.
     """
-    media_type, announced = b"", b"0"
-    for name, value in reversed(scope["headers"]):  # of a field that comes twice the first counts
-        if name == b"content-type":
-            media_type = value
-        elif name == b"content-length":
-            announced = value
+    settings, exchange = services.settings, exchange_of(scope)
+    media_type, announced = exchange.first(b"content-type") or b"", exchange.first(b"content-length") or b"0"
     if media_type != b"application/json" and not _is_json(media_type):
         raise Refusal(Problem(415, "The body must be application/json."))
-    settings, exchange = services.settings, exchange_of(scope)
     tenant_id = exchange.tenant_id or ""
     limit = settings.body_limit_bytes
     if announced.isdigit() and int(announced[:19]) > limit:
@@ -62,7 +57,8 @@ async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
     if not body:
         raise bad_request("The body is empty.")
     if exchange.works_as is not None:
-        exchange.leave = await services.gate.enter(tenant_id, exchange.works_as)
+        gate = services.gate
+        exchange.leave = gate.enter_now(tenant_id, exchange.works_as) or await gate.enter(tenant_id, exchange.works_as)
         exchange.works_as = None
     return body
 

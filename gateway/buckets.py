@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ PROBES = 16
 LOCK_TRIES = 8
 STOPPED_SECONDS = 1.0  # a holder that keeps the lock for longer is not running
 UNLOCKED_SECONDS = 0.002  # how long the lock is not tried again after it could not be had
+_LOCK_NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 _HEAD_BYTES = 64
 _MAX_DEBTS = 10_000
 log = get_logger("ratelimit")
@@ -86,7 +87,7 @@ class Table:
         self._unlocked_until = 0.0
         self._debts: dict[int, tuple[float, float]] = {}  # by key: seconds granted without the lock, and since when
 
-    def take(self, buckets: Iterable[Bucket], places: int = 1, *, keep: bool = True) -> Decision:
+    def take(self, buckets: Sequence[Bucket], places: int = 1, *, keep: bool = True) -> Decision:
         """So many places in every bucket, or none in any: more than a bucket holds when it is full, which then is empty
         until the last of them has come. With `keep` false it only says whether there are."""
         locked = self._lock()
@@ -94,6 +95,10 @@ class Table:
             now = time.monotonic()  # under the lock, or a later one could write an earlier time
             if locked:
                 self._locked_at = now
+                if places == 1 and keep and len(buckets) == 1 and not self._debts:
+                    decision = self._one_more(buckets[0], now)
+                    if decision is not None:
+                        return decision
             writes = locked or self._fd < 0 or now - self._locked_at > STOPPED_SECONDS
             arrivals = self._arrivals
             tightest: Decision | None = None
@@ -130,6 +135,20 @@ class Table:
             if locked:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def _one_more(self, bucket: Bucket, now: float) -> Decision | None:
+        """A place in a known bucket that has room, as nearly every request wants it; the same as below, in a third of
+        the time. None when anything is not as usual: nothing was done then."""
+        key, interval, window, _ = bucket
+        slot = key & (SLOTS - 1)
+        if self._keys[slot] != key:
+            return None
+        ahead = max(self._arrivals[slot] - now, 0.0)
+        room = (window - ahead) / interval + 1e-6
+        if room < 1:
+            return None
+        self._arrivals[slot] = now + ahead + interval
+        return Decision(True, bucket, int(room) - 1, 0.0, ahead + interval)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -139,10 +158,11 @@ class Table:
         """Whether it could be had at once: nothing here ever waits, a wait would be every request's."""
         if self._fd < 0:
             return False
-        if time.monotonic() >= self._unlocked_until:
+        if not self._unlocked_until or time.monotonic() >= self._unlocked_until:
             for _ in range(LOCK_TRIES):
                 try:
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(self._fd, _LOCK_NOW)
+                    self._unlocked_until = 0.0
                     return True
                 except BlockingIOError:
                     continue

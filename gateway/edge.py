@@ -27,7 +27,7 @@ from typing import Any
 from gateway.access_log import AccessLog
 from gateway.busiest import Busiest
 from gateway.durable import GroupSync
-from gateway.exchange import SCOPE_KEY, Exchange, client_request_id
+from gateway.exchange import SCOPE_KEY, Exchange
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, SPOOL_FULL, Problem, log_failure
 from gateway.pulse import Pulse
 from gateway.raw_body import announced_length
@@ -95,9 +95,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        exchange = Exchange(
-            method if method in _METHODS else "OTHER", client_request_id(scope["headers"]), self._begin()
-        )
+        exchange = Exchange(method if method in _METHODS else "OTHER", scope["headers"], self._begin())
         scope[SCOPE_KEY] = exchange
 
         left: int | None = None  # bytes of the body still to come

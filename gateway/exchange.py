@@ -11,7 +11,7 @@ is lost usage.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shared.ids import as_text, mint
@@ -29,6 +29,8 @@ class Exchange:
         "billed",
         "client_request_id",
         "created",
+        "fields",
+        "head",
         "headers",
         "key",
         "leave",
@@ -51,7 +53,8 @@ class Exchange:
         "works_as",
     )
 
-    def __init__(self, method: str, client_request_id: str | None, ticket: int = 0) -> None:
+    def __init__(self, method: str, head: Sequence[tuple[bytes, bytes]] = (), ticket: int = 0) -> None:
+        """`head` are the request's header fields as in the ASGI scope."""
         self.ticket = ticket  # of `shared.unfinished`, taken before the time
         now_ns = time.time_ns()
         self.key = key = mint(now_ns // 1_000_000)
@@ -59,7 +62,9 @@ class Exchange:
         self.ts_us = now_ns // 1_000
         self.started = time.perf_counter()
         self.method = method
-        self.client_request_id = client_request_id
+        self.head = head
+        self.fields = dict(head)  # of one that comes twice the last
+        self.client_request_id = _printable(self.first(b"x-request-id"))
         self.tenant_id: str | None = None
         self.reached = False  # the token was accepted and named an active tenant: this request is an event
         self.scopes: frozenset[str] = frozenset()  # the token's
@@ -78,6 +83,22 @@ class Exchange:
         self.works_as: RouteClass | None = None  # a place of this class is to be taken once the body is there
         self.leave: Callable[[], None] | None = None  # gives back the place this request took (`gateway.shed`)
 
+    def first(self, name: bytes) -> bytes | None:
+        """The value of a header field; of one that comes twice the first."""
+        value = self.fields.get(name)
+        if value is None or len(self.fields) == len(self.head):
+            return value
+        return next(value for each, value in self.head if each == name)
+
+    def every(self, name: bytes) -> list[bytes]:
+        """All values of a header field."""
+        value = self.fields.get(name)
+        if value is None:
+            return []
+        if len(self.fields) == len(self.head):
+            return [value]
+        return [value for each, value in self.head if each == name]
+
 
 def exchange_of(scope: Mapping[str, Any]) -> Exchange:
     """The exchange the edge hung on this scope."""
@@ -85,10 +106,9 @@ def exchange_of(scope: Mapping[str, Any]) -> Exchange:
     return exchange
 
 
-def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+def _printable(value: bytes | None) -> str | None:
     """The client's own `X-Request-Id`, cut and stripped of what does not print: it goes into a log line."""
-    for name, value in headers:
-        if name == b"x-request-id":
-            kept = bytes(b for b in value[:CLIENT_REQUEST_ID_CHARS] if 0x20 <= b < 0x7F)
-            return kept.decode("ascii") or None
-    return None
+    if value is None:
+        return None
+    kept = bytes(b for b in value[:CLIENT_REQUEST_ID_CHARS] if 0x20 <= b < 0x7F)
+    return kept.decode("ascii") or None

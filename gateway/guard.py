@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from litestar import Request
+from litestar.handlers import HTTPRouteHandler
 
 from gateway.auth import Caller, Unauthenticated
 from gateway.exchange import Exchange, exchange_of
@@ -42,8 +43,12 @@ async def guard(request: Request[Any, Any, Any]) -> None:
     the route handler with its 66 attributes for each request, an eighth of a lookup's time. async on purpose: a
     synchronous one would run in the thread pool.
     """
-    handler = request.route_handler
-    await admit(services_of(request), request.scope, handler.opt.get("scope"), handler.parsed_data_field is not None)
+    await admit(services_of(request), request.scope, *terms(request.route_handler))
+
+
+def terms(handler: HTTPRouteHandler) -> tuple[str | None, bool]:
+    """What the guard wants to know of a route: the scope it needs, and whether its requests have a body."""
+    return handler.opt.get("scope"), handler.parsed_data_field is not None
 
 
 async def admit(services: Services, scope: Any, needed_scope: str | None, has_body: bool) -> None:
@@ -54,11 +59,13 @@ async def admit(services: Services, scope: Any, needed_scope: str | None, has_bo
     full = not services.spool.available or (cost.rate == "write" and not services.spool.takes_writes)
     if full and not services.routing:
         raise Refusal(SPOOL_FULL)
-    headers = scope["headers"]
-    caller = await caller_of(services, exchange, scope)
-    tenant_id, scopes = caller.tenant_id, caller.scopes
-    standing = await services.tenants.standing(tenant_id)
-    if standing != "active":
+    caller = services.authenticator.known_caller(exchange.every(b"authorization"))
+    if caller is None:
+        caller = await caller_of(services, exchange, scope)
+    tenant_id, scopes, _, exchange.subject = caller
+    exchange.tenant_id, exchange.scopes = tenant_id, scopes
+    if not services.tenants.is_active(tenant_id):
+        standing = await services.tenants.standing(tenant_id)
         if isinstance(standing, Elsewhere):
             standing = await services.routing.arrived(scope, tenant_id, standing, cost.rate)
         if standing != "active":
@@ -72,8 +79,8 @@ async def admit(services: Services, scope: Any, needed_scope: str | None, has_bo
         exchange.headers.extend(decision.headers())
         if not decision.allowed:
             raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
-    for name, value in headers:
-        if name == b"x-engram-tenant" and value.decode("latin-1") != tenant_id:
+    for named in exchange.every(b"x-engram-tenant"):
+        if named.decode("latin-1") != tenant_id:
             raise forbidden("X-Engram-Tenant is not the token's tenant.")
     if needed_scope is not None and needed_scope not in scopes:
         raise forbidden(f"The token lacks the scope {needed_scope}.")
@@ -83,12 +90,13 @@ async def admit(services: Services, scope: Any, needed_scope: str | None, has_bo
     if has_body:
         exchange.works_as = cost.route_class
     else:
-        exchange.leave = await services.gate.enter(tenant_id, cost.route_class)
+        gate = services.gate
+        exchange.leave = gate.enter_now(tenant_id, cost.route_class) or await gate.enter(tenant_id, cost.route_class)
 
 
 async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Caller:
     """Whose token it is and what it may; from here on the exchange knows the tenant."""
-    headers, rates = scope["headers"], services.rates
+    rates = services.rates
 
     def known(tenant_id: str | None) -> str | None:
         if tenant_id is None or services.tenants.knows(tenant_id) or tenant_id == services.settings.operator_tenant:
@@ -101,7 +109,7 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
             raise Refusal(too_many(decision, TOO_MANY_FAILURES))
 
     try:
-        caller = await services.authenticator.caller([v for k, v in headers if k == b"authorization"], before_signature)
+        caller = await services.authenticator.caller(exchange.every(b"authorization"), before_signature)
     except Unauthenticated as e:
         exchange.auth_failure = e.reason
         decision = rates.bad_token(rates.address(scope.get("client")), known(e.tenant_id))

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gateway.edge import ASGIApp, Receive, Scope, Send
-from gateway.exchange import exchange_of
+from gateway.exchange import Exchange, exchange_of
 from gateway.problems import MEDIA_TYPE, Problem
 from gateway.proxies import Proxies, is_loopback
 from shared.settings import Settings, words
@@ -92,19 +92,9 @@ class Heads:
                 return
         else:
             exchange.headers.extend(self._over_tls[under_v1])
-        size = hosts = 0
-        host = b""
-        origin = asked = None
-        for name, value in scope["headers"]:
-            size += len(name) + len(value)
-            if name == b"host":
-                hosts += 1
-                host = value
-            elif name == b"origin":
-                origin = value
-            elif name == b"access-control-request-method":
-                asked = value
-        problem = self._problem(scope, size, hosts, host)
+        fields = exchange.fields
+        origin, asked = fields.get(b"origin"), fields.get(b"access-control-request-method")
+        problem = self._problem(scope, exchange)
         allowed = origin is not None and self._allows(origin)
         if allowed and origin is not None:
             exchange.headers.append((b"access-control-allow-origin", origin))
@@ -126,17 +116,24 @@ class Heads:
             if leave is not None:
                 leave()
 
-    def _problem(self, scope: Scope, size: int, hosts: int, host: bytes) -> Problem | None:
+    def _problem(self, scope: Scope, exchange: Exchange) -> Problem | None:
+        fields, head = exchange.fields, exchange.head
+        if len(fields) == len(head):
+            size = sum(map(len, fields)) + sum(map(len, fields.values()))
+        else:
+            size = sum(len(name) + len(value) for name, value in head)
         if "//" in scope["path"]:
             return REPEATED_SLASHES
         if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > self._url_limit:
             return Problem(414, f"The URL is longer than {self._url_limit} bytes.")
         if size > self._header_limit:
             return Problem(431, f"The header fields are larger than {self._header_limit} bytes.")
-        if len(scope["headers"]) > MAX_FIELDS:
+        if len(head) > MAX_FIELDS:
             return Problem(431, f"There are more than {MAX_FIELDS} header fields.")
         # Granian gives a request without a Host an empty one. HTTP/2 names it in :authority.
-        if hosts > 1 or (not host and scope["http_version"] == "1.1"):
+        if not fields.get(b"host") and scope["http_version"] == "1.1":
+            return NO_HOST
+        if len(fields) != len(head) and len(exchange.every(b"host")) > 1:
             return NO_HOST
         return None
 

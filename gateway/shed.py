@@ -52,10 +52,17 @@ class Gate:
 
     async def enter(self, tenant_id: str, route_class: RouteClass) -> Callable[[], None]:
         """A place; call what is returned, once, to give it back. Raises a `Refusal`."""
+        leave = self.enter_now(tenant_id, route_class)
+        if leave is not None:
+            return leave
+        await self._wait(tenant_id, route_class)
+        return partial(self._leave, tenant_id)
+
+    def enter_now(self, tenant_id: str, route_class: RouteClass) -> Callable[[], None] | None:
+        """As `enter`, if there is a place at once; else None."""
         if not self._free(tenant_id, route_class):
-            await self._wait(tenant_id, route_class)
-        else:
-            self._take(tenant_id)
+            return None
+        self._take(tenant_id)
         return partial(self._leave, tenant_id)
 
     def is_idle(self) -> bool:

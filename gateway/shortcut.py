@@ -4,10 +4,10 @@ Of the 65 µs a lookup spends in Litestar only the handler is the lookup; the re
 an exit stack, validates keyword arguments and turns a response object into another one (cProfile, GET by id).
 For these routes all of that is known beforehand, so it is done once, here.
 
-Nothing is decided twice: the token, the limits and the tenant are judged by the route's own `before_request` hook,
-the body is read by the functions the route's request class uses, the handler is the one Litestar would call, and an
-exception becomes an answer through the same function. Whatever is out of the ordinary (a query string, an odd path or
-Host, another method) goes to Litestar, before anything was done. `tests/test_gateway_shortcut.py` sends one table of
+Nothing is decided twice: the token, the limits and the tenant are judged by what the route's `before_request` hook
+calls, the body is read by the functions the route's request class uses, the handler is the one Litestar would call, and
+an exception becomes an answer through the same function. Whatever is out of the ordinary (a query string, an odd path
+or Host, another method) goes to Litestar, before anything was done. `tests/test_gateway_shortcut.py` sends one table of
 requests both ways and compares the answers, the events and the access lines.
 """
 
@@ -22,6 +22,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from gateway.body import JsonRequest, decoded, read_body
+from gateway.exchange import exchange_of
+from gateway.guard import admit, guard, terms
 from gateway.problems import answer
 from gateway.services import SCOPE_KEY, Services
 
@@ -34,17 +36,19 @@ Handle = Callable[..., Awaitable[Response[bytes]]]
 
 
 class _Route(NamedTuple):
-    """`takes` is the struct of the handler's `data`, None if it has none."""
+    """`admit` is the guard's, `terms` what it makes of this route; `takes` the struct of the handler's `data`, None if
+    it has none."""
 
     template: str
     route_handler: HTTPRouteHandler
-    before: Callable[..., Awaitable[Any]]
+    admit: Callable[..., Awaitable[None]]
+    terms: tuple[str | None, bool]
     handle: Handle
     takes: Any
 
 
 class _Request:
-    """As much of a request as the hook and the three handlers ask for; Litestar's own takes 3 µs to make."""
+    """As much of a request as the three handlers ask for; Litestar's own takes 3 µs to make."""
 
     __slots__ = ("route_handler", "scope")
 
@@ -79,7 +83,7 @@ class Shortcut:
         request = _Request(scope, route.route_handler)
         started = False
         try:
-            await route.before(request)
+            await route.admit(services, scope, *route.terms)
             if route.takes is not None:
                 data = decoded(await read_body(scope, receive, services), route.takes)
                 response = await route.handle(request=request, data=data)
@@ -103,7 +107,9 @@ class Shortcut:
 
     def _find(self, scope: Any) -> _Route | None:
         """The route, when this request is one that only has to be handled."""
-        if scope["query_string"] or scope.get("root_path") or not _has_plain_host(scope["headers"]):
+        if scope["query_string"] or scope.get("root_path"):
+            return None
+        if not _PLAIN_HOST.match(exchange_of(scope).fields.get(b"host", b"")):  # there is but one (`gateway.headers`)
             return None
         path, method = scope["path"], scope["method"]
         if method == "GET":
@@ -115,15 +121,10 @@ class Shortcut:
         return self._post.get(path) if method == "POST" else None
 
 
-def _has_plain_host(headers: list[tuple[bytes, bytes]]) -> bool:
-    return all(name != b"host" or _PLAIN_HOST.match(value) for name, value in headers)
-
-
 def _route(app: Litestar, method: str, template: str) -> _Route:
     """Refuses a route that relies on a part of Litestar that is left out here: it would be silently skipped."""
     found = [r for r in app.routes if isinstance(r, HTTPRoute) and r.path_format == template]
     handler, parameters = found[0].route_handler_map[method]  # type: ignore[index]
-    before = handler.resolve_before_request()
     left_out = {
         "guards": handler.resolve_guards(),
         "middleware": handler.resolve_middleware(),
@@ -135,7 +136,7 @@ def _route(app: Litestar, method: str, template: str) -> _Route:
         "cache": handler.cache,
     }
     relied_on = [name for name, value in left_out.items() if value]
-    if relied_on or before is None or handler.resolve_request_class() is not JsonRequest:
+    if relied_on or handler.resolve_before_request() is not guard or handler.resolve_request_class() is not JsonRequest:
         raise TypeError(f"{method} {template} cannot be taken past Litestar: {', '.join(relied_on) or 'request'}")
     data = handler.parsed_data_field
-    return _Route(template, handler, before, handler.fn, data.annotation if data is not None else None)
+    return _Route(template, handler, admit, terms(handler), handler.fn, data.annotation if data is not None else None)

@@ -47,6 +47,10 @@ class Tenants:
         """Whether there is such a tenant, as far as was read."""
         return tenant_id in self._known.standings
 
+    def is_active(self, tenant_id: str) -> bool:
+        """Whether it is active and here, as far as was read. False is no answer: ask for its `standing` then."""
+        return self._known.standings.get(tenant_id) == "active"
+
     def start(self) -> None:
         self._loop_task = asyncio.get_running_loop().create_task(self._refresh_for_ever())
 

@@ -94,12 +94,13 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, core_url: str, core_control_
             "routing_urls": f"http://127.0.0.1:{nobody}/{{machine_id}},data-2=http://127.0.0.1:{ports[1]}",
         },
     ]
+    directories = [tmp_path_factory.mktemp(machine_id) for machine_id in MACHINES]  # by one thread: pytest's rule
     with contextlib.ExitStack() as closing:
         closing.callback(issuer.close)
 
         def start(n: int) -> Machine:
             machine_id = MACHINES[n]
-            settings = settings_in(tmp_path_factory.mktemp(machine_id), core_url, machine_id=machine_id)
+            settings = settings_in(directories[n], core_url, machine_id=machine_id)
             running = gateway(
                 settings.data_dir,
                 core_url,

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway import buckets
 from gateway.buckets import Bucket, Table
@@ -52,6 +55,22 @@ def test_many_places_at_once_cost_what_they_would_one_by_one(tmp_path: Path) -> 
     assert 15_990 <= table.take([large]).retry_seconds <= 16_000
     touched = Bucket.of("touched", SLOW, 10)
     assert table.take([touched]).allowed and not table.take([touched], 25).allowed
+
+
+@given(gaps=st.lists(st.floats(0, 0.05), min_size=1, max_size=40))
+def test_a_bucket_alone_is_judged_as_beside_another(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[float]
+) -> None:
+    """Most requests have one bucket with room in it, and a shorter way through the table that must not be another."""
+    path, now = tmp_path_factory.mktemp("rates"), [1_000.0]
+    bucket, wide = Bucket.of("acme", 50, 3), Bucket.of("wide", 1e6, 1_000_000)
+    with mock.patch.object(buckets.time, "monotonic", lambda: now[0]):
+        alone, beside = Table(path / "alone.rates"), Table(path / "beside.rates")
+        for gap in gaps:
+            now[0] += gap
+            assert alone.take([bucket]) == beside.take([bucket, wide])
+    alone.close()
+    beside.close()
 
 
 _PROCESS = """

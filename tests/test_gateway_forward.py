@@ -129,7 +129,7 @@ async def _whole() -> Any:
 
 async def _asked(forwarder: Forwarder, url: str, tenant_id: str, receive: Receive = _whole) -> tuple[int, str]:
     """Status and reason of a GET that is forwarded."""
-    exchange = Exchange("GET", None)
+    exchange = Exchange("GET")
     exchange.tenant_id = tenant_id
     scope = {"method": "GET", "path": "/v1/memories", "query_string": b"", "scheme": "http", "headers": []}
     sent: list[Any] = []

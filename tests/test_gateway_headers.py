@@ -23,7 +23,7 @@ def ask(
     settings: Settings, *headers: tuple[bytes, bytes], method: str = "GET", path: str = "/v1/memories", **scope: Any
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, header fields (the exchange's too) and body of one request; 299 when it was let through."""
-    exchange = Exchange(method, None)
+    exchange = Exchange(method, scope.get("headers", [HOST, *headers]))
     sent: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

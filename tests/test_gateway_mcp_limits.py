@@ -134,7 +134,7 @@ def test_a_tool_takes_a_place_of_its_own_class() -> None:
         services = SimpleNamespace(gate=gate)
         calls = []
         for _ in range(3):
-            exchange = Exchange("POST", None)
+            exchange = Exchange("POST")
             exchange.tenant_id, exchange.leave = "acme", await gate.enter("acme", "get")
             calls.append(Call(services, exchange))  # type: ignore[arg-type]
         first, second, third = calls

@@ -147,7 +147,7 @@ class Layers:
         async def trivial(**_: Any) -> Any:
             return _Answer
 
-        shortcut._get = route._replace(before=_no_guard, handle=trivial)
+        shortcut._get = route._replace(admit=_no_guard, handle=trivial)
         await measure("GET: + short way", edge, gets, [b""])
         shortcut._get = route._replace(handle=trivial)
         await measure("GET: + guard (token, limits, quota, place)", edge, gets, [b""])
@@ -169,7 +169,7 @@ class Layers:
         services, made, edge = self._services, self._world, self._edge
         authorization = [made.headers(MAIN_TENANT)["authorization"].encode()]
         memory_id, query = made.ids[0], "kitchen garden"
-        exchange = Exchange("GET", None)
+        exchange = Exchange("GET")
         event = UsageEvent(exchange.key, MAIN_TENANT, "/v1/memories/{id}", 200, 1, 0, 0, exchange.ts_us)
         pool, gate = services.pool, services.gate
 
@@ -193,7 +193,7 @@ class Layers:
             return await services.authenticator.caller(authorization)
 
         synchronous: dict[str, Callable[[], Any]] = {
-            "request id, clocks": lambda: Exchange("GET", None),
+            "request id, clocks": lambda: Exchange("GET"),
             "rate limit (shared table under flock)": lambda: services.rates.tenant(MAIN_TENANT, "read"),
             "rate limit header fields": services.rates.tenant(MAIN_TENANT, "read").headers,
             "quota": lambda: services.quotas.check(MAIN_TENANT, ("api_calls",)),
@@ -225,8 +225,8 @@ class _Answer:
     status_code = 200
 
 
-async def _no_guard(request: Any) -> None:
-    _reached(request.scope)
+async def _no_guard(_services: Any, scope: Any, *_terms: Any) -> None:
+    _reached(scope)
 
 
 def _reached(scope: Any) -> None:
