@@ -31,6 +31,9 @@ Job = Callable[[sqlite3.Connection], Result]
 PACE_SECONDS = 0.001
 READ_SECONDS = 0.005  # for which a thread stays with one tenant's reads while others may want it
 WAL_KEEP_BYTES = 256 << 10  # of some ten creates
+CHECKPOINT_PAGES = 1_000
+CHECKPOINT_PAGES_BUSY = 2_000
+CHECKPOINT_PAGES_WITHIN_COMMIT = 4_000
 log = get_logger("pool")
 
 
@@ -50,6 +53,7 @@ class OpenTenant:
     __slots__ = (
         "began",
         "busy_timeout_seconds",
+        "checkpoint_due",
         "closing",
         "company",
         "current",
@@ -85,6 +89,7 @@ class OpenTenant:
         self.closing = False
         self.began = 0.0  # its last transaction, monotonic
         self.company = False  # that one had several members
+        self.checkpoint_due = False
 
 
 def read_and_renew(tenant: OpenTenant, job: Job[Result]) -> Result:
@@ -149,13 +154,28 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
             yield member.job
 
     try:
-        outcomes = batch.commit(_writer(tenant), waiting())
+        writer = _writer(tenant)
+        outcomes = batch.commit(writer, waiting())
         tenant.company = len(members) > 1
+        tenant.checkpoint_due = writer.checkpoint_due(CHECKPOINT_PAGES_BUSY if tenant.writes else CHECKPOINT_PAGES)
         return outcomes
     except BaseException:
         if not members:
             deque(waiting(), maxlen=0)
         raise
+
+
+def checkpoint(tenant: OpenTenant) -> None:
+    """After a transaction that found it due. No write depends on it: one that fails is tried after the next one."""
+    tenant.checkpoint_due = False
+    if tenant.worker is None or tenant.worker.readonly:
+        return
+    try:
+        tenant.worker.checkpoint()
+    except InMaintenance:
+        pass  # the file is about to be another one
+    except Exception as e:  # noqa: BLE001  nobody waits for it, and whoever writes next must not wait for ever
+        log.error("checkpoint_failed", tenant_id=tenant.paths.tenant_id, cause=str(e))
 
 
 def _writer(tenant: OpenTenant) -> TenantDatabase:
@@ -185,6 +205,7 @@ def _open(tenant: OpenTenant, *, readonly: bool) -> TenantDatabase:
             busy_timeout_seconds=tenant.busy_timeout_seconds,
             lock_wait_seconds=tenant.lock_wait_seconds,
             readonly=readonly,
+            autocheckpoint_pages=CHECKPOINT_PAGES_WITHIN_COMMIT,
         )
         try:
             with opened.read():

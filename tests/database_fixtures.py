@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,12 +21,14 @@ ENDLESS_WRITER = """
     from shared.engine import memories
     from shared.engine.database import TenantDatabase
     from shared.tenant import TenantPaths
-    tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme")), 0
+    tenant, n = TenantDatabase(TenantPaths.of(Path(sys.argv[1]), "acme"), autocheckpoint_pages=4_000), 0
     while True:
         with tenant.write() as connection:
             memories.create(connection, memories.NewMemory(str(n)))
         print(n, flush=True)
         n += 1
+        if tenant.checkpoint_due(50):
+            tenant.checkpoint()
 """
 
 
@@ -40,6 +43,13 @@ def paths(tmp_path: Path) -> TenantPaths:
 def opened(paths: TenantPaths) -> Iterator[TenantDatabase]:
     with closing(TenantDatabase(paths, lock_wait_seconds=0.05)) as made:
         yield made
+
+
+def frames(paths: TenantPaths) -> tuple[int, int]:
+    """How many frames the `-wal` has, and how many of them are in the database: mxFrame and nBackfill of the shared
+    index (https://sqlite.org/walformat.html, offsets 16 and 96)."""
+    index = Path(f"{paths.database.resolve()}-shm").read_bytes()
+    return struct.unpack_from("<I", index, 16)[0], struct.unpack_from("<I", index, 96)[0]
 
 
 def read_all(tenant: TenantDatabase) -> list[str]:

@@ -8,10 +8,14 @@ import sqlite3
 import threading
 from pathlib import Path
 
+import pytest
+
+from gateway import handles
 from gateway.pool import TenantPool
 from shared.engine import memories
+from shared.engine.database import TenantDatabase
 from shared.engine.memories import Memory, NewMemory
-from shared.errors import InMaintenance, UnknownMemory
+from shared.errors import InMaintenance, TenantDatabaseUnavailable, UnknownMemory
 from shared.tenant import TenantPaths
 from tests.test_gateway_pool import blocked, with_pool
 
@@ -19,6 +23,10 @@ from tests.test_gateway_pool import blocked, with_pool
 def _change_count(connection: sqlite3.Connection) -> int:
     count: int = connection.execute("PRAGMA data_version").fetchone()[0]
     return count
+
+
+def _contents(connection: sqlite3.Connection) -> list[Memory]:
+    return memories.page(connection, limit=10, before_seq=None, tag=None).memories
 
 
 async def _gathered(
@@ -114,3 +122,90 @@ def test_a_failing_write_fails_alone_and_a_failing_transaction_fails_all(tmp_pat
         assert (await pool.write("t0", jobs[0])).content == "x"
 
     with_pool(tmp_path, test, 1)
+
+
+def _checkpoints(monkeypatch: pytest.MonkeyPatch, pages: int = 1) -> tuple[list[int], threading.Event]:
+    """The number of each checkpoint as it begins; none ends before the event is set."""
+    begun: list[int] = []
+    go_on = threading.Event()
+    checkpoint = TenantDatabase.checkpoint
+
+    def held(database: TenantDatabase) -> None:
+        begun.append(len(begun))
+        assert go_on.wait(20)
+        checkpoint(database)
+
+    monkeypatch.setattr(TenantDatabase, "checkpoint", held)
+    monkeypatch.setattr(handles, "CHECKPOINT_PAGES", pages)
+    monkeypatch.setattr(handles, "CHECKPOINT_PAGES_BUSY", pages)
+    return begun, go_on
+
+
+def test_who_writes_is_answered_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was committed is safe without it: 2 ms, or a busy disk's 20, are not its writer's to wait. The next write
+    comes after it, and is not lost behind it."""
+    begun, go_on = _checkpoints(monkeypatch)
+
+    async def test(pool: TenantPool) -> None:
+        for _ in range(3):
+            assert await pool.look_up("t0", _contents) == []
+        await asyncio.wait_for(pool.write("t0", lambda c: memories.create(c, NewMemory("one"))), 10)
+        following = asyncio.create_task(pool.write("t0", lambda c: memories.create(c, NewMemory("two"))))
+        while not begun:
+            await asyncio.sleep(0.001)
+        assert [m.content for m in await pool.look_up("t0", _contents)] == ["one"], "who reads by id does not wait"
+        assert not following.done()
+        go_on.set()
+        assert (await asyncio.wait_for(following, 10)).content == "two"
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_a_long_wal_is_in_the_database_soon_and_not_after_every_write(tmp_path: Path) -> None:
+    """A thousand pages, as SQLite does it; the file stays as long as it became once."""
+    database = TenantPaths.of(tmp_path / "tenants", "t0").database
+
+    async def test(pool: TenantPool) -> None:
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("one")))
+        small = database.stat().st_size
+        for _ in range(25):
+            await pool.write("t0", lambda c: [memories.create(c, NewMemory("word " * 2_000)) for _ in range(20)])
+        wal = Path(f"{database.resolve()}-wal").stat().st_size
+        assert database.stat().st_size > small + (4 << 20) / 2 and wal < 8 << 20
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_a_checkpoint_that_fails_hurts_no_write_and_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rows are in the `-wal`; the next transaction tries again."""
+
+    def fails(_database: TenantDatabase) -> None:
+        raise TenantDatabaseUnavailable("the tenant database is unavailable: disk I/O error")
+
+    _checkpoints(monkeypatch)
+    monkeypatch.setattr(TenantDatabase, "checkpoint", fails)
+
+    async def test(pool: TenantPool) -> None:
+        for n in range(3):
+            await pool.write("t0", lambda c, n=n: memories.create(c, NewMemory(str(n))))
+        assert await pool.read("t0", memories.count) == 3
+
+    with_pool(tmp_path, test, 1)
+    assert sum(text.count("checkpoint_failed") for text in capfd.readouterr()) >= 2
+
+
+def test_a_pool_that_closes_waits_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's request runs any more, and a thread is still at work on the file."""
+    begun, go_on = _checkpoints(monkeypatch)
+
+    async def test(pool: TenantPool) -> None:
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("one")))
+        while not begun:
+            await asyncio.sleep(0.001)
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+
+    with_pool(tmp_path, test, 1)
+    wal = Path(f"{TenantPaths.of(tmp_path / 'tenants', 't0').database.resolve()}-wal")
+    assert not wal.exists(), "everything is in the one file"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from shared.engine.memories import NewMemory
 from shared.engine.write_lock import WriteLock
 from shared.errors import TenantDatabaseUnavailable
 from shared.tenant import TenantPaths
+from tests.database_fixtures import frames
 
 HOLD = """
 import sys, time
@@ -47,13 +47,6 @@ def handle(paths: TenantPaths) -> Iterator[TenantDatabase]:
 def write(handle: TenantDatabase) -> None:
     with handle.write() as connection:
         memories.create(connection, NewMemory("a memory"))
-
-
-def frames(paths: TenantPaths) -> tuple[int, int]:
-    """How many frames the `-wal` has, and how many of them are in the database: mxFrame and nBackfill of the shared
-    index (https://sqlite.org/walformat.html, offsets 16 and 96)."""
-    index = Path(f"{paths.database.resolve()}-shm").read_bytes()
-    return struct.unpack_from("<I", index, 16)[0], struct.unpack_from("<I", index, 96)[0]
 
 
 def test_the_lock_is_given_back_after_the_commits_checkpoint(

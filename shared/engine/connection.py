@@ -12,10 +12,16 @@ from pathlib import Path
 from shared.errors import CorruptDatabase, TenantDatabaseUnavailable
 
 CACHE_KIB = 2_048
+AUTOCHECKPOINT_PAGES = 1_000  # SQLite's own
 
 
 def connect(
-    path: Path, *, busy_timeout_seconds: float = 5.0, readonly: bool = False, cache_kib: int | None = CACHE_KIB
+    path: Path,
+    *,
+    busy_timeout_seconds: float = 5.0,
+    readonly: bool = False,
+    cache_kib: int | None = CACHE_KIB,
+    autocheckpoint_pages: int = AUTOCHECKPOINT_PAGES,
 ) -> sqlite3.Connection:
     """Open an existing database with the pragmas of this house. Never creates a file.
 
@@ -39,6 +45,8 @@ def connect(
         if not readonly:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+        if not readonly and autocheckpoint_pages != AUTOCHECKPOINT_PAGES:
+            connection.execute(f"PRAGMA wal_autocheckpoint = {autocheckpoint_pages}")
     except sqlite3.DatabaseError as e:
         connection.close()
         raise_as_ours(e)
