@@ -8,9 +8,10 @@ itself when the `-wal` has 1,000 pages, in whichever process that happens: a bus
 takes. Debian 12's SQLite is 3.40.1.
 
 Whoever writes holds this from before BEGIN until COMMIT, with its checkpoint in it, has returned, and so does who only
-checkpoints (`TenantDatabase.checkpoint`): then no two checkpoints of this product overlap, and none overlaps a commit. The checkpoint of a last connection's `close` runs
-under SQLite's own exclusive lock. Litestream knows nothing of this lock: its checkpoints are those of a mended SQLite
-(3.53 in 0.5.17), but what it writes itself may still meet one of ours.
+checkpoints (`TenantDatabase.checkpoint`): then no two checkpoints of this product overlap, and none overlaps a commit.
+The checkpoint of a last connection's `close` runs under SQLite's own exclusive lock. Litestream knows nothing of this
+lock: its checkpoints are those of a mended SQLite (3.53 in 0.5.17), but what it writes itself may still meet one of
+ours.
 
 A flock on the generation's directory: no file more, gone with the generation, given back by the kernel when a process
 dies. It costs about 1 µs a transaction.
