@@ -206,16 +206,13 @@ class TenantPool:
                         waiting.set_exception(again(failed))
             done = len(members) + tenant.writes.left + tenant.writes.overdue
             tenant.writes.left = tenant.writes.overdue = 0
-            if tenant.checkpoint_due:  # members go on meanwhile; one of their places is its own
-                for _ in range(done - 1):
-                    self._released(tenant)
-                done = 1
-                async with tenant.lock:
-                    await self._threads.run(checkpoint, tenant)
-            if not tenant.writes:
-                tenant.writing = None
             for _ in range(done):
                 self._released(tenant)
+            if tenant.checkpoint_due:
+                async with tenant.lock:
+                    await self._threads.run(checkpoint, tenant)
+        tenant.writing = None
+        self._close_if_left(tenant)
 
     async def _admit(self, tenant_id: str) -> OpenTenant:
         """The open tenant with one user more, within the bounds on what may wait."""
@@ -273,8 +270,7 @@ class TenantPool:
     def _released(self, tenant: OpenTenant) -> None:
         self._queued -= 1
         tenant.users -= 1
-        if tenant.closing and tenant.users == 0:
-            self._close_in_thread(tenant)
+        self._close_if_left(tenant)
 
     async def _make_room(self, tenant_id: str) -> OpenTenant:
         """A place for the tenant, once one is free; its first user's thread opens it. Sheds when none becomes free."""
@@ -304,16 +300,17 @@ class TenantPool:
         tenant.closing = True
         tenant.inline = False
         self._forget(tenant)
-        if tenant.users == 0:
-            self._close_in_thread(tenant)
+        self._close_if_left(tenant)
 
     def _forget(self, tenant: OpenTenant) -> None:
         if self._open.get(tenant.paths.tenant_id) is tenant:
             self._open.remove(tenant.paths.tenant_id)
 
-    def _close_in_thread(self, tenant: OpenTenant) -> None:
-        tenant.inline = False
-        self._threads.submit(close, tenant)
+    def _close_if_left(self, tenant: OpenTenant) -> None:
+        """Once its last user is gone, and what they wrote is where it belongs."""
+        if tenant.closing and tenant.users == 0 and tenant.writing is None:
+            tenant.inline = False
+            self._threads.submit(close, tenant)
 
 
 def _within_file_limit(size: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway import handles
-from gateway.pool import TenantPool
+from gateway.pool import PER_TENANT_QUEUE, TenantPool
 from shared.engine import memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import Memory, NewMemory
@@ -157,6 +157,44 @@ def test_who_writes_is_answered_before_the_checkpoint(tmp_path: Path, monkeypatc
         assert not following.done()
         go_on.set()
         assert (await asyncio.wait_for(following, 10)).content == "two"
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_as_many_may_wait_behind_a_checkpoint_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is nobody's request: a tenant with all the writes under way that it may have is told of none too many."""
+    begun, go_on = _checkpoints(monkeypatch)
+
+    async def test(pool: TenantPool) -> None:
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("one")))
+        while not begun:
+            await asyncio.sleep(0.001)
+        writes = [pool.write("t0", lambda c: memories.create(c, NewMemory("more"))) for _ in range(PER_TENANT_QUEUE)]
+        waiting = asyncio.gather(*writes)
+        await asyncio.sleep(0.05)
+        go_on.set()
+        assert len(await waiting) == PER_TENANT_QUEUE
+        assert await pool.read("t0", memories.count) == 1 + PER_TENANT_QUEUE
+
+    with_pool(tmp_path, test, 1)
+
+
+def test_a_tenant_that_is_given_up_during_a_checkpoint_is_closed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody uses it any more, but a thread does: its handles are not closed under it, and not forgotten."""
+    begun, go_on = _checkpoints(monkeypatch)
+
+    async def test(pool: TenantPool) -> None:
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("one")))
+        while not begun:
+            await asyncio.sleep(0.001)
+        is_closed = pool.restart("t0")
+        await asyncio.sleep(0.05)
+        assert not is_closed()
+        go_on.set()
+        while not is_closed():
+            await asyncio.sleep(0.001)
 
     with_pool(tmp_path, test, 1)
 
