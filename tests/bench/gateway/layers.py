@@ -136,6 +136,7 @@ class Layers:
             found[what] = await self._least(lambda: Driver(app, 32).us(*requests, count, status))
 
         edge, heads, shortcut = self._edge, self._heads, self._shortcut
+        await Driver(edge, 32).us(gets, [b""], 20_000, 200)  # until what a worker begins with has been done
         await measure("messages alone", answer_ok, gets, [b""])
         edge._app = answer_ok
         await measure("GET: edge (id, event in the spool, metrics, access line)", edge, gets, [b""])
