@@ -264,7 +264,7 @@ def _spare_the_collector() -> None:
 
 
 def _raise_file_limit() -> None:
-    """An open tenant is about seven descriptors; the usual soft limit of 1,024 would be the pool's real size."""
+    """An open tenant is four to nine descriptors; the usual soft limit of 1,024 would be the pool's real size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

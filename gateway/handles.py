@@ -31,9 +31,9 @@ Job = Callable[[sqlite3.Connection], Result]
 PACE_SECONDS = 0.001
 READ_SECONDS = 0.005  # for which a thread stays with one tenant's reads while others may want it
 WAL_KEEP_BYTES = 256 << 10  # of some ten creates
-CHECKPOINT_PAGES = 1_000
-CHECKPOINT_PAGES_BUSY = 2_000
-CHECKPOINT_PAGES_WITHIN_COMMIT = 4_000
+CHECKPOINT_PAGES = 1_000  # when nobody waits to write
+CHECKPOINT_PAGES_BUSY = 2_000  # when somebody does
+CHECKPOINT_PAGES_WITHIN_COMMIT = 4_000  # SQLite's own, when the two others did not come about
 log = get_logger("pool")
 
 
@@ -157,12 +157,19 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
         writer = _writer(tenant)
         outcomes = batch.commit(writer, waiting())
         tenant.company = len(members) > 1
-        tenant.checkpoint_due = writer.checkpoint_due(CHECKPOINT_PAGES_BUSY if tenant.writes else CHECKPOINT_PAGES)
+        tenant.checkpoint_due = _is_long(writer, CHECKPOINT_PAGES_BUSY if tenant.writes else CHECKPOINT_PAGES)
         return outcomes
     except BaseException:
         if not members:
             deque(waiting(), maxlen=0)
         raise
+
+
+def _is_long(writer: TenantDatabase, pages: int) -> bool:
+    try:
+        return writer.checkpoint_due(pages)
+    except OSError:  # what was written is committed, whatever is wrong with looking at it; the checkpoint will tell
+        return True
 
 
 def checkpoint(tenant: OpenTenant) -> None:
@@ -174,6 +181,8 @@ def checkpoint(tenant: OpenTenant) -> None:
         tenant.worker.checkpoint()
     except InMaintenance:
         pass  # the file is about to be another one
+    except TenantDatabaseUnavailable as e:  # also when another worker writes, or it was deleted
+        log.warning("checkpoint_failed", tenant_id=tenant.paths.tenant_id, cause=str(e))
     except Exception as e:  # noqa: BLE001  nobody waits for it, and whoever writes next must not wait for ever
         log.error("checkpoint_failed", tenant_id=tenant.paths.tenant_id, cause=str(e))
 

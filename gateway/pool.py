@@ -7,7 +7,8 @@ threads: search, lists, writes (they fsync), opening, closing.
 
 Writes that arrive while a tenant's last transaction is being fsynced wait together and become the next one
 (`shared.engine.batch`), and those that arrive while it still runs statements join it: the busier a tenant, the fewer
-fsyncs a write costs it. Nobody is made to wait for company, nor for the checkpoint of what is committed.
+fsyncs a write costs it. Nobody is made to wait for company, nor who has written for the checkpoint of what
+is committed.
 
 Reads that wait behind a tenant's thread are served by it one after the other, without coming back to the loop.
 
@@ -81,6 +82,7 @@ class TenantPool:
         self._queued = 0
         self._wait_seconds = settings.database_wait_seconds
         self._looking = False
+        self._writing: set[asyncio.Task[None]] = set()
         self._open: Recency[OpenTenant] = Recency(_within_file_limit(settings.tenant_pool_size))
         with closing(sqlite3.connect(":memory:")) as any_database:  # the limit is the process's
             any_database.execute(f"PRAGMA soft_heap_limit = {settings.sqlite_heap_bytes}")
@@ -117,6 +119,8 @@ class TenantPool:
         waiting = tenant.writes.put(job, time.monotonic())
         if tenant.writing is None:
             tenant.writing = asyncio.get_running_loop().create_task(self._write_waiting(tenant))
+            self._writing.add(tenant.writing)
+            tenant.writing.add_done_callback(self._writing.discard)
         result: Result = await waiting
         return result
 
@@ -137,6 +141,7 @@ class TenantPool:
 
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
+        await asyncio.gather(*self._writing)  # a checkpoint is no request
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))
         self._threads.close()
 
@@ -186,33 +191,42 @@ class TenantPool:
 
     async def _write_waiting(self, tenant: OpenTenant) -> None:
         """Write what waits, one transaction after the other, until nothing does. One such task a tenant."""
-        while tenant.writes:
-            members: list[Member] = []
-            outcomes: list[Outcome] = []
-            error: BaseException | None = None
-            await tenant.lock.acquire()
-            try:
-                outcomes = await self._threads.run(write, tenant, members, BATCH)
-            except BaseException as e:  # noqa: BLE001  it is the members' to raise
-                error = e
-                self._note(tenant, e)
-            tenant.lock.release()
-            for n, (_, waiting, _) in enumerate(members):
-                if not waiting.done():  # its caller may have been cancelled
-                    failed = error or outcomes[n].error
-                    if failed is None:
-                        waiting.set_result(outcomes[n].value)
-                    else:
-                        waiting.set_exception(again(failed))
-            done = len(members) + tenant.writes.left + tenant.writes.overdue
-            tenant.writes.left = tenant.writes.overdue = 0
-            for _ in range(done):
-                self._released(tenant)
-            if tenant.checkpoint_due:
+        try:
+            while tenant.writes:
                 async with tenant.lock:
-                    await self._threads.run(checkpoint, tenant)
-        tenant.writing = None
-        self._close_if_left(tenant)
+                    await self._write_together(tenant)
+                    if tenant.checkpoint_due:
+                        await self._threads.run(checkpoint, tenant)
+                self._release_unwritten(tenant)
+        finally:
+            tenant.writing = None
+            self._close_if_left(tenant)
+
+    async def _write_together(self, tenant: OpenTenant) -> None:
+        members: list[Member] = []
+        outcomes: list[Outcome] = []
+        error: BaseException | None = None
+        try:
+            outcomes = await self._threads.run(write, tenant, members, BATCH)
+        except BaseException as e:  # noqa: BLE001  it is the members' to raise
+            error = e
+            self._note(tenant, e)
+        for n, (_, waiting, _) in enumerate(members):
+            if not waiting.done():  # its caller may have been cancelled
+                failed = error or outcomes[n].error
+                if failed is None:
+                    waiting.set_result(outcomes[n].value)
+                else:
+                    waiting.set_exception(again(failed))
+        for _ in members:
+            self._released(tenant)
+
+    def _release_unwritten(self, tenant: OpenTenant) -> None:
+        """Give back the places of those that no transaction met."""
+        unwritten = tenant.writes.left + tenant.writes.overdue
+        tenant.writes.left = tenant.writes.overdue = 0
+        for _ in range(unwritten):
+            self._released(tenant)
 
     async def _admit(self, tenant_id: str) -> OpenTenant:
         """The open tenant with one user more, within the bounds on what may wait."""

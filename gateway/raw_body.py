@@ -33,7 +33,7 @@ def announced_length(scope: Any) -> int | None:
         if name == b"transfer-encoding":
             return None
         if name == b"content-length":
-            length = int(value[:19]) if value.isdigit() else None
+            length = int(value) if value.isdigit() and len(value) < 20 else None
     return length
 
 

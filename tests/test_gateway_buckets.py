@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import buckets
@@ -57,6 +57,7 @@ def test_many_places_at_once_cost_what_they_would_one_by_one(tmp_path: Path) -> 
     assert table.take([touched]).allowed and not table.take([touched], 25).allowed
 
 
+@settings(max_examples=20)  # each has two tables of a megabyte
 @given(gaps=st.lists(st.floats(0, 0.05), min_size=1, max_size=40))
 def test_a_bucket_alone_is_judged_as_beside_another(
     tmp_path_factory: pytest.TempPathFactory, gaps: list[float]

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.access_log import AccessLog
 from gateway.edge import Edge
-from gateway.exchange import exchange_of
+from gateway.exchange import Exchange, exchange_of
 from shared import spool
 from shared.settings import Settings
 from shared.usage import UsageEvent
@@ -134,20 +134,11 @@ def test_however_it_ends_it_is_recorded_once(tmp_path: Any, app: App, cancel: bo
     assert (seen.error is not None) == (app in (raises_late, stuck))
 
 
-@pytest.mark.parametrize(
-    ("version", "fields", "asked"),
-    [
-        ("1.1", [(b"content-length", b"7")], [(b"{}", True), (b"extra", False)]),
-        ("1.1", [(b"transfer-encoding", b"chunked")], [(b"{}", True), (b"extra", True), (b"", False)]),
-        ("2", [(b"content-length", b"7")], [(b"{}", True), (b"extra", True), (b"", False)]),
-    ],
-)
-def test_a_body_has_ended_when_all_that_was_announced_has_come(
-    tmp_path: Any, version: str, fields: list[tuple[bytes, bytes]], asked: list[tuple[bytes, bool]]
-) -> None:
-    """To ask the server once more costs as much as the body did; who then waits for the client to leave must not be
-    told of an end that it knows, and HTTP/2 would reset a stream of which the end was not read."""
-    pieces = [(b"{}", True), (b"extra", True), (b"", False)]
+def told_of(
+    tmp_path: Any, version: str, fields: list[tuple[bytes, bytes]], pieces: list[tuple[bytes, bool]]
+) -> list[Any]:
+    """What an application is told that asks until the end of the body, and once more; the server has these pieces of
+    it (bytes, more to come) before the client leaves."""
     told: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -168,8 +159,43 @@ def test_a_body_has_ended_when_all_that_was_announced_has_come(
         usage.close()
 
     asyncio.run(run())
+    return told
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "asked"),
+    [
+        ("1.1", [(b"content-length", b"7")], [(b"{}", True), (b"extra", False)]),
+        ("1.1", [(b"transfer-encoding", b"chunked")], [(b"{}", True), (b"extra", True), (b"", False)]),
+        ("2", [(b"content-length", b"7")], [(b"{}", True), (b"extra", True), (b"", False)]),
+        ("1.1", [(b"content-length", b"0" * 19 + b"7")], [(b"{}", True), (b"extra", True), (b"", False)]),
+    ],
+)
+def test_a_body_has_ended_when_all_that_was_announced_has_come(
+    tmp_path: Any, version: str, fields: list[tuple[bytes, bytes]], asked: list[tuple[bytes, bool]]
+) -> None:
+    """To ask the server once more costs as much as the body did; who then waits for the client to leave must not be
+    told of an end that it knows, and HTTP/2 would reset a stream of which the end was not read."""
+    told = told_of(tmp_path, version, fields, [(b"{}", True), (b"extra", True), (b"", False)])
     assert [(message["body"], message["more_body"]) for message in told[:-1]] == asked
     assert told[-1] == {"type": "http.disconnect"}
+
+
+def test_a_first_piece_of_nothing_ends_no_body_of_unknown_length(tmp_path: Any) -> None:
+    """HTTP/2 may begin with an empty frame; the whole of the body would be taken for nothing."""
+    told = told_of(tmp_path, "2", [], [(b"", True), (b"{}", True), (b"", False)])
+    assert [message["body"] for message in told[:-1]] == [b"", b"{}", b""]
+
+
+def test_of_a_header_field_that_comes_twice_the_first_counts_or_all_are_seen() -> None:
+    """As it was sent: a second token, tenant or type that hid the first one would be somebody else's to choose."""
+    head = [(b"x-request-id", b"one"), (b"authorization", b"a"), (b"x-request-id", b"two"), (b"authorization", b"b")]
+    exchange = Exchange("GET", head)
+    assert exchange.client_request_id == "one" and exchange.first(b"authorization") == b"a"
+    assert exchange.every(b"authorization") == [b"a", b"b"]
+    assert exchange.first(b"host") is None and exchange.every(b"host") == []
+    once = Exchange("GET", head[:2])
+    assert once.first(b"authorization") == b"a" and once.every(b"authorization") == [b"a"]
 
 
 def test_access_lines_leave_in_pieces_a_pipe_keeps_whole(tmp_path: Any) -> None:

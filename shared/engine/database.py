@@ -190,7 +190,7 @@ class TenantDatabase:
         `write`, in whose turn it is."""
         with self._alone() as connection:
             _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            if self._wal is not None:
+            if self._wal is not None and pages >= 0:  # -1: somebody else's checkpoint runs, Litestream's
                 self._wal.copied(pages)
 
     @contextmanager

@@ -1,9 +1,9 @@
 """How many pages a database's `-wal` holds, read from the file itself: Python's `sqlite3` does not say.
 
 The format (https://sqlite.org/fileformat2.html#the_write_ahead_log): 32 bytes of header, then frames of a 24-byte
-header and a page. The file never shrinks while it is in use: once all of it is in the database, the next transaction
-begins at the first frame again, with new salts in the file's header. So a frame belongs to what is there now if its
-salts are those of the file's header.
+header and a page. Once all of it is in the database, the next transaction begins at the first frame again, with new
+salts in the file's header, and what was behind stays there. So a frame belongs to what is there now if its salts are
+those of the file's header.
 
 No SQLite lock is on this file: unlike the database and the `-shm`, of which closing one descriptor gives back all
 locks of the process (https://sqlite.org/howtocorrupt.html#posix_advisory_locks_canceled), it may be opened beside it.

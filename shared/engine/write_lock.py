@@ -4,8 +4,8 @@ For the first half SQLite needs nobody. But up to 3.51.2 (mended in 3.51.3, 3.50
 rows, silently: when a checkpoint begins just after another one has finished, and a third connection commits meanwhile
 and so begins the `-wal` anew, the checkpoint marks frames of the new `-wal` as copied which were not
 (https://sqlite.org/wal.html#walresetbug; Tailscale met it several times in production). Every commit checkpoints by
-itself when the `-wal` has 1,000 pages, in whichever process that happens: a busy tenant and two workers are all it
-takes. Debian 12's SQLite is 3.40.1.
+itself when the `-wal` has 1,000 pages (the gateway's at 4,000), in whichever process that happens: a busy tenant and
+two workers are all it takes. Debian 12's SQLite is 3.40.1.
 
 Whoever writes holds this from before BEGIN until COMMIT, with its checkpoint in it, has returned, and so does who only
 checkpoints (`TenantDatabase.checkpoint`): then no two checkpoints of this product overlap, and none overlaps a commit.

@@ -19,7 +19,7 @@ from shared.tenant import TenantPaths, tenants_on_disk
 
 FREE_SHARE = 0.1
 FSYNC_MS = 100.0  # a healthy SSD or network volume takes 0.3 to 20
-WAL_BYTES = 64 << 20  # a busy writer folds at 4 to 8 MB; more is a reader that never ends, or a writer that is never let in
+WAL_BYTES = 64 << 20  # folded at 4 to 8 MB; more is a reader that never ends, or a writer that is never let in
 PROBES = 5
 _PROBE_BYTES = 4_096
 _LISTED = 10
