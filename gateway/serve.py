@@ -17,6 +17,9 @@ Granian stops accepting at as many connections as its `backpressure` says, wheth
 clients who keep their connections, and some who say nothing for `header_timeout_seconds`, shut out nobody. An idle one
 costs 2 to 10 KB (measured).
 
+The event loop is uvloop's: a request wakes it two or three times from other threads, and asyncio's own loop spends 10 µs
+of Python on each (measured, side by side: lookups +9%, the edge alone +10%, creates +5%, searches +3%).
+
 Granian shares a port by SO_REUSEPORT, so a second gateway on it would not fail but take half of the requests:
 the port is tried without it first.
 """
@@ -42,7 +45,7 @@ from typing import Any, NoReturn
 
 import granian._signals
 from granian._granian import WorkerSignal
-from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 
@@ -103,6 +106,7 @@ def serve(settings: Settings) -> None:
         address=settings.gateway_host,
         port=settings.gateway_port,
         interface=Interfaces.ASGI,
+        loop=Loops.uvloop,
         http=HTTPModes.auto if speaks_http2(settings) else HTTPModes.http1,
         workers=settings.gateway_workers,
         backlog=settings.gateway_backlog,

@@ -31,7 +31,7 @@ def main(name: str, port: int) -> None:
             "tests.bench.gateway.usual:app",
             host="127.0.0.1",
             port=port,
-            http="httptools",  # the fast parser, as `uvicorn[standard]`; both sides run asyncio's own loop
+            http="httptools",  # the fast parser, as `uvicorn[standard]`, and uvloop, which it takes by itself
             access_log=False,
             log_level="warning",
         )
@@ -43,7 +43,7 @@ def main(name: str, port: int) -> None:
 
 
 def _granian(port: int, load: Loader) -> None:
-    from granian.constants import Interfaces
+    from granian.constants import Interfaces, Loops
     from granian.server import Server
 
     server = Server(
@@ -51,6 +51,7 @@ def _granian(port: int, load: Loader) -> None:
         address="127.0.0.1",
         port=port,
         interface=Interfaces.ASGI,
+        loop=Loops.uvloop,
         workers=1,
         websockets=False,
         log_access=False,
