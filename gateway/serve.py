@@ -17,8 +17,8 @@ Granian stops accepting at as many connections as its `backpressure` says, wheth
 clients who keep their connections, and some who say nothing for `header_timeout_seconds`, shut out nobody. An idle one
 costs 2 to 10 KB (measured).
 
-The event loop is uvloop's: a request wakes it two or three times from other threads, and asyncio's own loop spends 10 µs
-of Python on each (measured, side by side: lookups +9%, the edge alone +10%, creates +5%, searches +3%).
+The event loop is uvloop's: a request wakes it two or three times from other threads, and asyncio's own loop spends
+10 µs of Python on each (measured, side by side: lookups +9%, the edge alone +10%, creates +5%, searches +3%).
 
 Granian shares a port by SO_REUSEPORT, so a second gateway on it would not fail but take half of the requests:
 the port is tried without it first.
