@@ -316,7 +316,8 @@ class TenantDatabase:
             if not self.readonly:
                 write_lock = WriteLock(file.parent)
                 if self._autocheckpoint_pages != AUTOCHECKPOINT_PAGES:
-                    wal = Wal(file)  # which the first read of a connection makes
+                    with suppress(FileNotFoundError):  # the first read makes it, if the database is in WAL mode
+                        wal = Wal(file)
         except BaseException as e:
             connection.close()
             if write_lock is not None:
