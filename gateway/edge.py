@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -58,7 +58,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-Headers = Iterable[tuple[bytes, bytes]]
 DROP_BYTES = 8_388_608
 DROP_SECONDS = 5.0
 log = get_logger("gateway")
@@ -127,7 +126,7 @@ class Edge:
                     refused = await self._bill_first(self._durable, exchange, scope, message)
                 self._record(exchange, scope, exchange.outcome or message["status"])
                 if message["status"] >= 400 and message["status"] != 408 and not exchange.whole:
-                    await _drop_body(scope["headers"], read, exchange)
+                    await _drop_body(read, exchange)
                 if self._pulse is not None and self._pulse.leaving and scope["http_version"][0] == "1":
                     # The connection would be closed soon anyhow, perhaps just when its client has asked again.
                     exchange.headers.append((b"connection", b"close"))
@@ -213,10 +212,10 @@ class Edge:
             metrics.auth_failures_total.labels(exchange.auth_failure).inc()
 
 
-async def _drop_body(headers: Headers, read: Receive, exchange: Exchange) -> None:
+async def _drop_body(read: Receive, exchange: Exchange) -> None:
     """Read a refused request to its end, within bounds: a client that is still writing when the connection
     closes gets a reset and never sees why. One that asked first (`Expect`) has not begun to write."""
-    names = {name for name, _ in headers}
+    names = exchange.fields.keys()
     if b"expect" in names or not names & {b"content-length", b"transfer-encoding"}:
         return
     size = 0

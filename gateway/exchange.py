@@ -38,6 +38,7 @@ class Exchange:
         "method",
         "outcome",
         "reached",
+        "repeats",
         "request_id",
         "routed",
         "scopes",
@@ -64,6 +65,7 @@ class Exchange:
         self.method = method
         self.head = head
         self.fields = dict(head)  # of one that comes twice the last
+        self.repeats = len(self.fields) != len(head)  # some field comes twice
         self.client_request_id = _printable(self.first(b"x-request-id"))
         self.tenant_id: str | None = None
         self.reached = False  # the token was accepted and named an active tenant: this request is an event
@@ -86,7 +88,7 @@ class Exchange:
     def first(self, name: bytes) -> bytes | None:
         """The value of a header field; of one that comes twice the first."""
         value = self.fields.get(name)
-        if value is None or len(self.fields) == len(self.head):
+        if value is None or not self.repeats:
             return value
         return next(value for each, value in self.head if each == name)
 
@@ -95,7 +97,7 @@ class Exchange:
         value = self.fields.get(name)
         if value is None:
             return []
-        if len(self.fields) == len(self.head):
+        if not self.repeats:
             return [value]
         return [value for each, value in self.head if each == name]
 

@@ -118,10 +118,10 @@ class Heads:
 
     def _problem(self, scope: Scope, exchange: Exchange) -> Problem | None:
         fields, head = exchange.fields, exchange.head
-        if len(fields) == len(head):
-            size = sum(map(len, fields)) + sum(map(len, fields.values()))
-        else:
+        if exchange.repeats:
             size = sum(len(name) + len(value) for name, value in head)
+        else:
+            size = sum(map(len, fields)) + sum(map(len, fields.values()))
         if "//" in scope["path"]:
             return REPEATED_SLASHES
         if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > self._url_limit:
@@ -133,7 +133,7 @@ class Heads:
         # Granian gives a request without a Host an empty one. HTTP/2 names it in :authority.
         if not fields.get(b"host") and scope["http_version"] == "1.1":
             return NO_HOST
-        if len(fields) != len(head) and len(exchange.every(b"host")) > 1:
+        if exchange.repeats and len(exchange.every(b"host")) > 1:
             return NO_HOST
         return None
 

@@ -73,7 +73,7 @@ class Routing:
 
     async def arrived(self, scope: Any, tenant_id: str, elsewhere: Elsewhere, rate_class: RateClass) -> Standing | None:
         """Raises what becomes of the request; returns how the tenant stands when it is not elsewhere after all."""
-        passed_on = PASSED_ON.intersection(name for name, _ in scope["headers"])
+        passed_on = PASSED_ON.intersection(exchange_of(scope).fields)
         if passed_on:
             standing = await self._tenants.look_again(tenant_id)
             if not isinstance(standing, Elsewhere):

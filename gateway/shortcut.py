@@ -36,12 +36,10 @@ Handle = Callable[..., Awaitable[Response[bytes]]]
 
 
 class _Route(NamedTuple):
-    """`admit` is the guard's, `terms` what it makes of this route; `takes` the struct of the handler's `data`, None if
-    it has none."""
+    """`terms` is what the guard makes of this route, `takes` the struct of the handler's `data`, if it has any."""
 
     template: str
     route_handler: HTTPRouteHandler
-    admit: Callable[..., Awaitable[None]]
     terms: tuple[str | None, bool]
     handle: Handle
     takes: Any
@@ -83,7 +81,7 @@ class Shortcut:
         request = _Request(scope, route.route_handler)
         started = False
         try:
-            await route.admit(services, scope, *route.terms)
+            await admit(services, scope, *route.terms)
             if route.takes is not None:
                 data = decoded(await read_body(scope, receive, services), route.takes)
                 response = await route.handle(request=request, data=data)
@@ -139,4 +137,4 @@ def _route(app: Litestar, method: str, template: str) -> _Route:
     if relied_on or handler.resolve_before_request() is not guard or handler.resolve_request_class() is not JsonRequest:
         raise TypeError(f"{method} {template} cannot be taken past Litestar: {', '.join(relied_on) or 'request'}")
     data = handler.parsed_data_field
-    return _Route(template, handler, admit, terms(handler), handler.fn, data.annotation if data is not None else None)
+    return _Route(template, handler, terms(handler), handler.fn, data.annotation if data is not None else None)

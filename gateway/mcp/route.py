@@ -137,13 +137,13 @@ async def lifespan(app: Litestar) -> AsyncIterator[None]:
 async def admit(request: Request[Any, Any, Any]) -> None:
     """The guard of every route under /v1, then Origin and Accept; all before the body is read."""
     await guard(request)
-    headers = request.scope["headers"]
-    origins = [v.decode("latin-1") for k, v in headers if k == b"origin"]
+    exchange = exchange_of(request.scope)
+    origins = [value.decode("latin-1") for value in exchange.every(b"origin")]
     if origins:
-        host = next((v.decode("latin-1") for k, v in headers if k == b"host"), "")
+        host = (exchange.first(b"host") or b"").decode("latin-1")
         if len(origins) > 1 or not request.app.state.mcp.origins.allows(origins[0], host):
             raise forbidden("Requests from this Origin are not allowed.")
-    accepted = ",".join(v.decode("latin-1") for k, v in headers if k == b"accept")
+    accepted = b",".join(exchange.every(b"accept")).decode("latin-1")
     if not _JSON_TYPES & {part.partition(";")[0].strip().lower() for part in accepted.split(",")}:
         raise Refusal(NOT_ACCEPTABLE)
 

@@ -45,8 +45,8 @@ def connect(
         if not readonly:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-        if not readonly and autocheckpoint_pages != AUTOCHECKPOINT_PAGES:
-            connection.execute(f"PRAGMA wal_autocheckpoint = {autocheckpoint_pages}")
+            if autocheckpoint_pages != AUTOCHECKPOINT_PAGES:
+                connection.execute(f"PRAGMA wal_autocheckpoint = {autocheckpoint_pages}")
     except sqlite3.DatabaseError as e:
         connection.close()
         raise_as_ours(e)
