@@ -32,6 +32,7 @@ from shared import generation
 from shared.durable import fsync_path, replace_link
 from shared.engine import schema
 from shared.engine.connection import AUTOCHECKPOINT_PAGES, connect, raise_as_ours
+from shared.engine.full_text import Merging
 from shared.engine.wal import Wal
 from shared.engine.write_lock import WriteLock
 from shared.errors import InMaintenance, TenantDatabaseUnavailable
@@ -114,6 +115,7 @@ class TenantDatabase:
         self._connection: sqlite3.Connection | None = None
         self._write_lock: WriteLock | None = None
         self._wal: Wal | None = None
+        self._merging = Merging()
         self._lock = self._open_lock()
 
     @property
@@ -175,6 +177,7 @@ class TenantDatabase:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                self._merging.step(connection)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

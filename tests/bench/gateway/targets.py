@@ -62,11 +62,13 @@ def _granian(port: int, load: Loader) -> None:
 def _load_bare(_settings: Settings, _parent_pid: int) -> Any:
     from litestar import Litestar, get
 
+    from gateway.scheduling import take_turns
+
     @get(["/bare", "/ready"])
     async def bare() -> dict[str, str]:
         return {"status": "ok"}
 
-    return Litestar([bare], openapi_config=None, logging_config=None)
+    return Litestar([bare], on_startup=[take_turns], openapi_config=None, logging_config=None)
 
 
 def _load_edge(*given: Any) -> Any:

@@ -1,0 +1,29 @@
+"""When the event loop's thread gets the core.
+
+A thread that becomes runnable usually takes the core at once from whoever runs there. Who wakes the loop, one of
+Granian's threads with a request or SQLite's with a result, does so while it holds the GIL: the loop takes the core,
+finds the GIL held, and sleeps again; two switches for nothing, for each request two or three times. A thread of
+SCHED_BATCH takes its turn instead (https://man7.org/linux/man-pages/man7/sched.7.html): who woke it goes on, and mostly
+gives up both soon.
+
+Measured, one worker on one core, in one run: reads by id 13,130 → 15,400 a second, the edge 18,370 → 21,380, creates of
+one tenant 5,700 → 7,400, and at 2,700 of these a second p95 3.0 → 2.6 ms. It costs something while somebody else wants
+all of that core at a lower priority, a backup beside a worker on a machine of one core: the loop no longer takes it
+away at once, and a read's p95 is 4 ms, not 0.4. Beside somebody of the same priority it makes no difference.
+"""
+
+from __future__ import annotations
+
+import os
+
+from shared.log import get_logger
+
+log = get_logger("scheduling")
+
+
+def take_turns() -> None:
+    """For the calling thread, and threads it starts from now on."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError as e:  # forbidden by a sandbox: it works without, and is slower
+        log.warning("scheduling_policy_kept", cause=e.strerror)
