@@ -32,6 +32,8 @@ def lines(measured: dict[str, Measured], tenants: list[Point]) -> list[Line]:
 
     rate("GET by id / bare Litestar", "get", "bare", 0.4)
     rate("edge alone / bare Litestar", "edge", "bare", 0.6)
+    rate("GET by id / bare Litestar that takes turns too", "get", "bare in turn", 0.4)
+    rate("edge alone / bare Litestar that takes turns too", "edge", "bare in turn", 0.6)
     rate("search / the same SQL in a loop", "search", "search sql", 0.6)
     rate("create, 32 clients / one transaction a request", "create", "create single", 2.5)
     rate("create, 32 clients / the same SQL in a loop", "create", "create sql", 1.0)

@@ -1,10 +1,12 @@
 """The servers under test; each is `python -m tests.bench.gateway.targets NAME PORT`, one worker.
 
-bare     a Litestar handler that answers a small JSON object: what the framework and the server cost by themselves
-edge     the gateway with a trivial handler: no SQLite, all of the rest
-gateway  `engram serve` as it is
-single   the gateway with one transaction per write: what group commit is compared with
-usual    the same interface the usual way (`usual.py`)
+bare      a Litestar handler that answers a small JSON object: what the framework and the server cost by themselves
+bareturn  the same, and its loop takes its turn on the core as the gateway's does (`gateway.scheduling`): how near the
+          gateway is to the best that a handler of this framework can do
+edge      the gateway with a trivial handler: no SQLite, all of the rest
+gateway   `engram serve` as it is
+single    the gateway with one transaction per write: what group commit is compared with
+usual     the same interface the usual way (`usual.py`)
 """
 
 from __future__ import annotations
@@ -15,15 +17,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from shared.settings import Settings
 from shared.settings import settings as settings_from_environment
 
 Loader = Callable[..., Any]
 
 
 def main(name: str, port: int) -> None:
-    if name == "bare":
-        _granian(port, _load_bare)
+    if name in ("bare", "bareturn"):
+        _granian(port, _load_bare if name == "bare" else _load_bareturn)
     elif name == "usual":
         import uvicorn
 
@@ -59,7 +60,7 @@ def _granian(port: int, load: Loader) -> None:
     server.serve(target_loader=partial(load, settings_from_environment(), os.getpid()), wrap_loader=False)
 
 
-def _load_bare(_settings: Settings, _parent_pid: int) -> Any:
+def _load_bare(*_given: Any, in_turn: bool = False) -> Any:
     from litestar import Litestar, get
 
     from gateway.scheduling import take_turns
@@ -68,7 +69,10 @@ def _load_bare(_settings: Settings, _parent_pid: int) -> Any:
     async def bare() -> dict[str, str]:
         return {"status": "ok"}
 
-    return Litestar([bare], on_startup=[take_turns], openapi_config=None, logging_config=None)
+    return Litestar([bare], on_startup=[take_turns] if in_turn else [], openapi_config=None, logging_config=None)
+
+
+_load_bareturn = partial(_load_bare, in_turn=True)
 
 
 def _load_edge(*given: Any) -> Any:
