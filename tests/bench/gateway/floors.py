@@ -20,6 +20,7 @@ from typing import Any
 
 from shared.engine import memories
 from shared.engine.connection import connect
+from shared.engine.full_text import Merging
 from shared.engine.memories import NewMemory
 from shared.engine.search import search
 from tests.bench.gateway.load import Result
@@ -46,7 +47,7 @@ def floor(
 
 def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
     bodies = json.load(sys.stdin)
-    connection = connect(file)
+    connection, merging = connect(file), Merging()
 
     def search_once(body: dict[str, Any]) -> None:
         search(connection, **body)
@@ -54,6 +55,7 @@ def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
     def create_once(body: dict[str, Any]) -> None:
         connection.execute("BEGIN IMMEDIATE")
         memories.create(connection, NewMemory(**body))
+        merging.step(connection)
         connection.execute("COMMIT")
 
     once: Callable[[dict[str, Any]], None] = {"search": search_once, "create": create_once}[kind]
