@@ -11,7 +11,7 @@ from tests.gateway_stack import Stack, stack  # noqa: F401
 
 
 def test_the_loop_of_each_worker_takes_turns(stack: Stack) -> None:  # noqa: F811
-    """Its main thread: a sixth of what a core serves. The supervisor, which has nothing to give way to, does not."""
+    """It is a fifth of what a core serves. The supervisor, which has nothing to give way to, does not."""
     workers = stack.gateway.workers()
     assert workers and {os.sched_getscheduler(worker.pid) for worker in workers} == {os.SCHED_BATCH}
     assert os.sched_getscheduler(stack.gateway.process.pid) == os.SCHED_OTHER

@@ -176,6 +176,7 @@ class TenantDatabase:
         with self._alone() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
+                self._merging.begin(connection)
                 yield connection
                 self._merging.step(connection)
                 connection.execute("COMMIT")

@@ -1,17 +1,14 @@
 """The full-text index is merged a little at a time, within the transactions that add to it.
 
-FTS5 gives each transaction a segment of the index of its own and merges segments when there are many. By its own
-settings it does so within whatever COMMIT finds it due ("automerge": every 64 pages, up to 64 for each level of the
-index): one writer in some two thousand waits for all of it, and everybody behind it.
+FTS5 writes a new segment of its index for each memory (the trigger's savepoint makes it, however many are in a
+transaction) and merges segments when there are many. By its own settings it does so within whatever statement or COMMIT
+finds it due ("automerge": every 64 pages, up to 64 for each level of the index; "crisismerge": 16 segments of a level,
+all of them): one writer in some two thousand waits for all of it, and everybody behind it.
 
-So who writes turns that off in the file and has every `TRANSACTIONS`th transaction merge `PAGES` pages: as many
-segments for a search to look through, and 4% more CPU. Some 0.4 pages a transaction have to be merged with five levels,
-0.8 with ten; what is not needed is not done. SQLite's "crisismerge" stays as it is, and bounds the segments (16 of a
-level) of a file that others write.
-
-Measured: up to 240,000 memories, three a transaction, the longest takes 3 ms of CPU instead of 25 (one in a thousand
-0.96 instead of 3.4). On a gateway's one core, 2,400 creates a second of one tenant: p95 3.3 instead of 4.8 ms, p99 7
-instead of 11.
+So who writes turns automerge off in the file and merges itself, `PAGES` pages at once and for as long as there is
+something to merge, but never for longer than writing has taken since it last did. That is in proportion whatever is
+written, many memories together or long ones. SQLite's crisismerge stays as it is: it bounds the segments of a file that
+others write.
 
 https://sqlite.org/fts5.html#the_automerge_configuration_option, …#the_merge_command
 """
@@ -20,26 +17,44 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import time
 
-TRANSACTIONS = 8
 PAGES = 8
+STEP_SECONDS = 0.0005  # of CPU, spent writing between two merges: some four transactions of one short memory
 
 
 class Merging:
-    """Of one writing connection."""
+    """Of one writing connection, in one thread at a time."""
 
-    __slots__ = ("_transactions",)
+    __slots__ = ("_began", "_changes", "_written_seconds")
 
     def __init__(self) -> None:
         # Many connections are closed after a transaction or two, and those are to merge as often as others.
-        self._transactions = random.randrange(TRANSACTIONS)
+        self._written_seconds = random.random() * STEP_SECONDS
+        self._began = 0.0
+        self._changes = 0
+
+    def begin(self, connection: sqlite3.Connection) -> None:
+        """As the first thing in a transaction."""
+        self._changes = connection.total_changes
+        self._began = time.thread_time()  # not what a neighbour on the core or the disk takes
 
     def step(self, connection: sqlite3.Connection) -> None:
-        """As the last thing in a transaction: merge if it is its turn. Raises `sqlite3.DatabaseError`."""
-        self._transactions += 1
-        if self._transactions % TRANSACTIONS:
+        """As the last thing in it: merge if that is due. Raises `sqlite3.DatabaseError`."""
+        changes = connection.total_changes
+        if changes == self._changes:
+            return  # nothing was written, and nothing shall be
+        now = time.thread_time()
+        self._written_seconds += now - self._began
+        if self._written_seconds < STEP_SECONDS:
             return
         automerge = connection.execute("SELECT v FROM memories_fts_config WHERE k = 'automerge'").fetchone()
         if automerge != (0,):
             connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('automerge', 0)")
-        connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('merge', ?)", (PAGES,))
+        until = now + self._written_seconds
+        self._written_seconds = 0.0
+        while time.thread_time() < until:
+            before = connection.total_changes
+            connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('merge', ?)", (PAGES,))
+            if connection.total_changes - before < 2:  # how SQLite says that there was nothing to do
+                return

@@ -146,7 +146,7 @@ class Bench:
         file = world.paths(MAIN_TENANT).database
         cases = [
             Case("bare", "bare", [request("GET", "/bare", main)]),
-            Case("bare in turn", "bareturn", [request("GET", "/bare", main)]),
+            Case("bare in turn", "bare-in-turn", [request("GET", "/bare", main)]),
             Case("edge", "edge", gets),
             Case("get", "gateway", gets),
             Case("get usual", "usual", gets),

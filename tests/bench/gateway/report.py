@@ -32,6 +32,7 @@ def lines(measured: dict[str, Measured], tenants: list[Point]) -> list[Line]:
 
     rate("GET by id / bare Litestar", "get", "bare", 0.4)
     rate("edge alone / bare Litestar", "edge", "bare", 0.6)
+    # The bounds, also beside a handler that nobody asked for: one with the gateway's own scheduling.
     rate("GET by id / bare Litestar that takes turns too", "get", "bare in turn", 0.4)
     rate("edge alone / bare Litestar that takes turns too", "edge", "bare in turn", 0.6)
     rate("search / the same SQL in a loop", "search", "search sql", 0.6)

@@ -1,12 +1,12 @@
 """The servers under test; each is `python -m tests.bench.gateway.targets NAME PORT`, one worker.
 
-bare      a Litestar handler that answers a small JSON object: what the framework and the server cost by themselves
-bareturn  the same, and its loop takes its turn on the core as the gateway's does (`gateway.scheduling`): how near the
-          gateway is to the best that a handler of this framework can do
-edge      the gateway with a trivial handler: no SQLite, all of the rest
-gateway   `engram serve` as it is
-single    the gateway with one transaction per write: what group commit is compared with
-usual     the same interface the usual way (`usual.py`)
+bare          a Litestar handler that answers a small JSON object: what the framework and the server cost by themselves
+bare-in-turn  the same, and its loop takes its turn on the core as the gateway's does (`gateway.scheduling`): how near
+              the gateway is to the best that a handler of this framework can do
+edge          the gateway with a trivial handler: no SQLite, all of the rest
+gateway       `engram serve` as it is
+single        the gateway with one transaction per write: what group commit is compared with
+usual         the same interface the usual way (`usual.py`)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Loader = Callable[..., Any]
 
 
 def main(name: str, port: int) -> None:
-    if name in ("bare", "bareturn"):
-        _granian(port, _load_bare if name == "bare" else _load_bareturn)
+    if name in ("bare", "bare-in-turn"):
+        _granian(port, _load_bare if name == "bare" else _load_bare_in_turn)
     elif name == "usual":
         import uvicorn
 
@@ -72,7 +72,7 @@ def _load_bare(*_given: Any, in_turn: bool = False) -> Any:
     return Litestar([bare], on_startup=[take_turns] if in_turn else [], openapi_config=None, logging_config=None)
 
 
-_load_bareturn = partial(_load_bare, in_turn=True)
+_load_bare_in_turn = partial(_load_bare, in_turn=True)
 
 
 def _load_edge(*given: Any) -> Any:
