@@ -54,6 +54,7 @@ def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
 
     def create_once(body: dict[str, Any]) -> None:
         connection.execute("BEGIN IMMEDIATE")
+        merging.begin(connection)
         memories.create(connection, NewMemory(**body))
         merging.step(connection)
         connection.execute("COMMIT")
