@@ -41,7 +41,6 @@ from gateway.pulse import BEAT_SECONDS, Pulse
 from gateway.quota import CountingSpool, Quotas
 from gateway.ratelimit import RateLimiter
 from gateway.routing import Routing
-from gateway.scheduling import take_turns
 from gateway.self_report import SelfReport
 from gateway.services import Services
 from gateway.shed import Gate
@@ -171,7 +170,6 @@ async def _running(
         cut_off_unread(settings.gateway_port, settings.answer_stall_seconds)
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())
-        take_turns()
     if pulse is not None:
         pulse.start()
         work.append(Periodic("pulse", BEAT_SECONDS, pulse.observe).start())

@@ -51,6 +51,7 @@ from granian.log import LogLevels
 
 from gateway.certificate import Certificate
 from gateway.pulse import Pulse
+from gateway.scheduling import take_turns
 from gateway.silence import STOPPING, speaks_http2
 from gateway.supervisor import Supervisor
 from shared import counters
@@ -159,6 +160,8 @@ def load(settings: Settings, parent_pid: int, pulse: Pulse) -> Any:
     """In the worker: the ASGI application. Imports late, when the environment is set."""
     end_with_parent(parent_pid, signal.SIGTERM)
     granian._signals.set_loop_signals = stop_once  # looked up by the worker after this returned
+    configure(settings.log_level)
+    take_turns()  # before there is any other thread
     from gateway.app import create_app
 
     return create_app(settings, parent_pid, pulse)

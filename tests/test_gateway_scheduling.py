@@ -10,10 +10,11 @@ from gateway import scheduling
 from tests.gateway_stack import Stack, stack  # noqa: F401
 
 
-def test_the_loop_of_each_worker_takes_turns(stack: Stack) -> None:  # noqa: F811
+def test_the_threads_of_each_worker_take_turns(stack: Stack) -> None:  # noqa: F811
     """It is a fifth of what a core serves. The supervisor, which has nothing to give way to, does not."""
     workers = stack.gateway.workers()
-    assert workers and {os.sched_getscheduler(worker.pid) for worker in workers} == {os.SCHED_BATCH}
+    policies = {os.sched_getscheduler(thread.id) for worker in workers for thread in worker.threads()}
+    assert policies == {os.SCHED_BATCH}
     assert os.sched_getscheduler(stack.gateway.process.pid) == os.SCHED_OTHER
 
 
