@@ -10,6 +10,15 @@ something to merge, but never for longer than writing has taken since it last di
 written, many memories together or long ones. SQLite's crisismerge stays as it is: it bounds the segments of a file that
 others write.
 
+CPU ms of the longest transaction, and of all in the mean (as many segments at the end, 10 to 13 in the mean, each way):
+
+| memories in a transaction | by SQLite   | so          |
+|---------------------------|-------------|-------------|
+| 1 short                   | 3.6; 0.084  | 1.3; 0.081  |
+| 4 short                   | 12.2; 0.222 | 1.3; 0.211  |
+| 32 of 60 words            | 24.7; 1.74  | 2.9; 1.76   |
+| 1 of 12,000 words         | 18.6; 4.95  | 8.1; 4.62   |
+
 https://sqlite.org/fts5.html#the_automerge_configuration_option, …#the_merge_command
 """
 
