@@ -9,7 +9,7 @@ A session of its own, as the first Python would have made: a signal to the worke
 `--yielding` is for the runs that may wait (backups, drills, verification, reports): they compress, encrypt and hash for
 minutes beside a gateway that answers within milliseconds. Measured on one core, beside a process that wants all of it,
 p95 of lookups 11.5 ms, of searches 14, of creates 13, of a mix 15 at the same priority; 0.24, 1.4, 2.8 and 1.1 with
-`NICE`; since the gateway's loop takes its turn (`gateway.scheduling`) 3.6 of lookups, the others as before. Not for
+`NICE`; since a gateway's workers take turns (`gateway.scheduling`) 3.6 of lookups, the others as before. Not for
 what holds writes back, a restore or a move: that is to be over soon.
 """
 

@@ -160,11 +160,11 @@ def load(settings: Settings, parent_pid: int, pulse: Pulse) -> Any:
     """In the worker: the ASGI application. Imports late, when the environment is set."""
     end_with_parent(parent_pid, signal.SIGTERM)
     granian._signals.set_loop_signals = stop_once  # looked up by the worker after this returned
-    configure(settings.log_level)
-    take_turns()  # before there is any other thread
     from gateway.app import create_app
 
-    return create_app(settings, parent_pid, pulse)
+    app = create_app(settings, parent_pid, pulse)
+    take_turns()  # before there is any other thread
+    return app
 
 
 def stop_once(loop: asyncio.AbstractEventLoop) -> WorkerSignal:

@@ -102,8 +102,7 @@ def test_what_is_found_is_what_is_there(paths: TenantPaths) -> None:  # noqa: F8
             if n % 50 == 0:
                 with pytest.raises(ZeroDivisionError), tenant.write() as connection:
                     memories.create(connection, NewMemory(text(chance, MANY, 3_000)))
-                    merging = Merging()
-                    merging.step(connection)
+                    Merging().step(connection)
                     raise ZeroDivisionError
         with tenant.write() as connection:
             check(connection)

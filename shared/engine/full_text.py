@@ -50,8 +50,7 @@ class Merging:
 
     def step(self, connection: sqlite3.Connection) -> None:
         """As the last thing in it: merge if that is due. Raises `sqlite3.DatabaseError`."""
-        changes = connection.total_changes
-        if changes == self._changes:
+        if connection.total_changes == self._changes:
             return  # nothing was written, and nothing shall be
         now = time.thread_time()
         self._written_seconds += now - self._began
