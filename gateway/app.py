@@ -34,7 +34,7 @@ from gateway.headers import Heads
 from gateway.jwks import Jwks
 from gateway.mcp import route as mcp
 from gateway.patience import Patience
-from gateway.periodic import Periodic
+from gateway.periodic import Periodic, stop_all
 from gateway.pool import TenantPool
 from gateway.problems import answer
 from gateway.pulse import BEAT_SECONDS, Pulse
@@ -65,6 +65,7 @@ from shared.workers import Announcement
 FLEET_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 PARENT_SECONDS = 0.5
+STOP_SECONDS = 2.0  # for what works every so often to end a turn
 GC_YOUNG_OBJECTS = 10_000  # at most: 0.2 ms of the event loop
 log = get_logger("gateway")
 
@@ -186,8 +187,7 @@ async def _running(
         await forwarder.close()
         services.usage.close()
         services.operations.close()
-        for each in work:
-            await asyncio.to_thread(each.stop, 2.0)
+        await asyncio.to_thread(stop_all, work, STOP_SECONDS)
         try:
             await asyncio.to_thread(usage_spool.close)
         except SpoolUnavailable as e:

@@ -6,7 +6,8 @@ One thread a job, so that PostgreSQL taking its connect time-out cannot delay th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 from shared.log import get_logger
 
@@ -14,7 +15,7 @@ log = get_logger("gateway")
 
 
 class Periodic:
-    """Calls `job` every `seconds` until `stop`; a failure is logged and the next turn tries again.
+    """Calls `job` every `seconds` until `stop_all`; a failure is logged and the next turn tries again.
 
     The first turn is after `seconds` too, or at once.
     """
@@ -31,11 +32,6 @@ class Periodic:
         self._thread.start()
         return self
 
-    def stop(self, timeout_seconds: float = 15.0) -> None:
-        """Let a running turn end. The job does not run after this returned (unless it hangs that long)."""
-        self._stop.set()
-        self._thread.join(timeout_seconds)
-
     def _run(self) -> None:
         failing = False
         while not self._stop.wait(0 if self._at_once else self._seconds):
@@ -47,3 +43,13 @@ class Periodic:
                 if not failing:  # once per outage, not once per turn
                     log.error("background_work_failed", work=self._name, error=type(e).__name__, cause=str(e)[:500])
                 failing = True
+
+
+def stop_all(work: Sequence[Periodic], timeout_seconds: float) -> None:
+    """Let running turns end, all within `timeout_seconds`: those that wait for the same silent server do so together.
+    No job runs after this returned (unless it hangs that long)."""
+    deadline = time.monotonic() + timeout_seconds
+    for each in work:
+        each._stop.set()
+    for each in work:
+        each._thread.join(max(0.0, deadline - time.monotonic()))

@@ -27,7 +27,7 @@ from granian.log import logger
 from granian.server.mp import MPServer
 
 from gateway.pulse import Pulse, new_beats
-from shared.ending import ends_with
+from shared.ending import end_now
 
 LOOK_SECONDS = 0.5
 DEATHS = 5
@@ -37,9 +37,9 @@ START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
 
 def _work(target: Callable[..., None], *arguments: Any) -> None:
-    """In the worker: all of its life."""
+    """In the worker: all of its life. When Granian's part returns, the application has sealed its spool."""
     target(*arguments)
-    ends_with(0)
+    end_now(0)
 
 
 class Supervisor(MPServer):

@@ -39,3 +39,11 @@ def test_whose_output_cannot_be_written_does_not_end_as_if_it_had_been() -> None
             check=False,
         )
     assert done.returncode not in (0, 3)
+
+
+def test_who_ends_now_waits_for_no_thread() -> None:
+    """One of an executor's, which waits for an answer that does not come, would keep the process for ever."""
+    work = "import concurrent.futures, time; from shared.ending import end_now; print('x')\n"
+    work += "concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 600); end_now(3)"
+    done = subprocess.run([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("x\n", 3)
