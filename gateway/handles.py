@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,20 +148,22 @@ def write(tenant: OpenTenant, members: list[Member], most: int) -> list[batch.Ou
         time.sleep(early_seconds)
     tenant.began = time.monotonic()
 
-    def waiting() -> Iterator[batch.Job]:
-        while len(members) < most and (member := tenant.writes.next()) is not None:
-            members.append(member)
-            yield member.job
+    def take() -> batch.Job | None:
+        if len(members) == most or (member := tenant.writes.next()) is None:
+            return None
+        members.append(member)
+        return member.job
 
     try:
         writer = _writer(tenant)
-        outcomes = batch.commit(writer, waiting())
+        outcomes = batch.commit(writer, take)
         tenant.company = len(members) > 1
         tenant.checkpoint_due = _is_long(writer, CHECKPOINT_PAGES_BUSY if tenant.writes else CHECKPOINT_PAGES)
         return outcomes
     except BaseException:
         if not members:
-            deque(waiting(), maxlen=0)
+            while take() is not None:
+                pass
         raise
 
 

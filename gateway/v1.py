@@ -136,7 +136,7 @@ async def create_memory(request: JsonRequest, data: CreateMemory) -> Response[by
     """Store a memory."""
     services, tenant_id = _tenancy(request)
     new = NewMemory(data.content, data.memory_type, data.tags, data.metadata, data.importance)
-    memory = await services.pool.write(tenant_id, lambda connection: memories.create(connection, new))
+    memory = await services.pool.write(tenant_id, memories.Creation(new))
     exchange_of(request.scope).created = 1
     return _answer(_encode(memory), 201)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.engine import batch, database, memories
 from shared.engine.database import TenantDatabase
-from shared.engine.memories import Changes, NewMemory
+from shared.engine.memories import Changes, Creation, Memory, NewMemory
 from shared.errors import InMaintenance, TenantDatabaseUnavailable, UnknownMemory
 from shared.tenant import TenantPaths
 
@@ -29,6 +33,11 @@ def handle(paths: TenantPaths) -> Iterator[TenantDatabase]:
     handle.close()
 
 
+def taking(jobs: Iterable[batch.Job]) -> Callable[[], batch.Job | None]:
+    waiting = iter(jobs)
+    return lambda: next(waiting, None)
+
+
 def _create(text: str) -> batch.Job:
     return lambda connection: memories.create(connection, NewMemory(text, tags=["t"]))
 
@@ -36,6 +45,16 @@ def _create(text: str) -> batch.Job:
 def _contents(handle: TenantDatabase) -> list[str]:
     with handle.read() as connection:
         return [row[0] for row in connection.execute("SELECT content FROM memories ORDER BY seq")]
+
+
+def _get(handle: TenantDatabase, memory_id: str) -> Memory:
+    with handle.read() as connection:
+        return memories.get(connection, memory_id)
+
+
+def _inserts(statements: list[str]) -> list[str]:
+    """SQLite traces one again for each row whose trigger ran."""
+    return list(dict.fromkeys(each for each in statements if each.startswith("INSERT INTO memories (")))
 
 
 def _half(connection: sqlite3.Connection) -> None:
@@ -52,7 +71,7 @@ def test_all_jobs_are_one_transaction_in_their_order(handle: TenantDatabase, pat
         seen.append(len(_contents(other)))
         return memories.count(connection)
 
-    outcomes = batch.commit(handle, [_create("a"), look, _create("b"), look])
+    outcomes = batch.commit(handle, taking([_create("a"), look, _create("b"), look]))
     assert [o.error for o in outcomes] == [None] * 4
     assert (outcomes[1].value, outcomes[3].value, seen) == (1, 2, [0, 0])
     assert outcomes[0].value.content == "a" and _contents(other) == ["a", "b"]
@@ -64,7 +83,7 @@ def test_a_failing_job_takes_only_itself_away(handle: TenantDatabase, place: int
     """What it did before it failed is undone, its neighbours are stored once, the order is kept."""
     jobs = [_create("a"), _create("b")]
     jobs.insert(place, _half)
-    outcomes = batch.commit(handle, jobs)
+    outcomes = batch.commit(handle, taking(jobs))
     assert isinstance(outcomes.pop(place).error, UnknownMemory)
     assert [o.value.content for o in outcomes] == ["a", "b"] == _contents(handle)
 
@@ -78,10 +97,10 @@ def test_a_bug_in_one_job_is_that_jobs_own(handle: TenantDatabase, error: Except
     def broken(connection: sqlite3.Connection) -> None:
         raise error
 
-    outcomes = batch.commit(handle, [broken, _create("a"), broken])
+    outcomes = batch.commit(handle, taking([broken, _create("a"), broken]))
     assert [o.error for o in outcomes] == [error, None, error]
-    assert [o.error for o in batch.commit(handle, [broken])] == [error]
-    assert [o.error for o in batch.commit(handle, [broken] * 3)] == [error] * 3
+    assert [o.error for o in batch.commit(handle, taking([broken]))] == [error]
+    assert [o.error for o in batch.commit(handle, taking([broken] * 3))] == [error] * 3
     assert _contents(handle) == ["a"]
 
 
@@ -91,19 +110,19 @@ def test_a_full_database_fails_every_job_and_stores_none(handle: TenantDatabase)
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
     with pytest.raises(TenantDatabaseUnavailable) as failed:
-        batch.commit(handle, [_create("small"), _create("x" * 60_000), _create("small")])
+        batch.commit(handle, taking([_create("small"), _create("x" * 60_000), _create("small")]))
     assert isinstance(failed.value.__cause__, sqlite3.OperationalError)
     assert _contents(handle) == []
     with handle.read() as connection:
         connection.execute("PRAGMA max_page_count = 1000000")
-    assert batch.commit(handle, [_create("a")])[0].error is None
+    assert batch.commit(handle, taking([_create("a")]))[0].error is None
 
 
 def test_a_maintenance_mark_refuses_all_before_any_runs(handle: TenantDatabase, paths: TenantPaths) -> None:
     paths.mark.touch()
     ran: list[int] = []
     with pytest.raises(InMaintenance):
-        batch.commit(handle, [lambda connection: ran.append(1)])
+        batch.commit(handle, taking([lambda connection: ran.append(1)]))
     assert ran == []
 
 
@@ -120,9 +139,94 @@ def test_jobs_may_join_while_the_transaction_runs_even_behind_one_that_fails(
     def fail(connection: sqlite3.Connection) -> None:
         raise UnknownMemory("nobody's")
 
-    outcomes = batch.commit(handle, iter((_create("a"), look, fail, _create("b"), look)))
+    outcomes = batch.commit(handle, taking((_create("a"), look, fail, _create("b"), look)))
     assert [o.error is None for o in outcomes] == [True, True, False, True, True]
     assert set(seen_outside) == {0} and _contents(other) == ["a", "b"]
-    assert [o.error is None for o in batch.commit(handle, iter((fail, _create("c"))))] == [False, True]
+    assert [o.error is None for o in batch.commit(handle, taking((fail, _create("c"))))] == [False, True]
     assert _contents(other) == ["a", "b", "c"]
     other.close()
+
+
+def test_creations_side_by_side_are_one_statement_and_one_segment_of_the_index(handle: TenantDatabase) -> None:
+    """However they came: that is what makes a busy tenant's writes cheap. In their order, each with its own tags."""
+    statements: list[str] = []
+    with handle.read() as connection:
+        connection.set_trace_callback(statements.append)
+    made = batch.commit(handle, taking([Creation(NewMemory(f"m{n}", tags=[f"t{n}", "all"])) for n in range(13)]))
+    inserts = _inserts(statements)
+    assert len(inserts) == 2, "of eight and of five"
+    with handle.read() as connection:
+        connection.set_trace_callback(None)
+        segments = connection.execute("SELECT count(DISTINCT segid) FROM memories_fts_idx").fetchone()[0]
+        tagged = list(connection.execute("SELECT content, tag FROM tags JOIN memories USING (seq) ORDER BY seq, tag"))
+    assert segments == 2
+    assert tagged == [(f"m{n}", tag) for n in range(13) for tag in ("all", f"t{n}")]
+    assert [o.value.content for o in made] == [f"m{n}" for n in range(13)] == _contents(handle)
+    assert [o.value for o in made] == [_get(handle, o.value.id) for o in made]
+
+
+def test_a_creation_that_fails_takes_only_itself_away_also_from_a_statement_for_several(handle: TenantDatabase) -> None:
+    """The others' acknowledgements say what is stored; tried again one by one they keep their order."""
+    impossible = Creation(NewMemory("x", metadata={"lone": "\ud800"}))
+    jobs = [Creation(NewMemory("a")), impossible, Creation(NewMemory("b")), Creation(NewMemory("c"))]
+    outcomes = batch.commit(handle, taking(jobs))
+    assert [o.error is None for o in outcomes] == [True, False, True, True]
+    assert [o.value.content for o in outcomes if o.error is None] == ["a", "b", "c"] == _contents(handle)
+
+
+def test_long_memories_are_inserted_one_by_one(handle: TenantDatabase) -> None:
+    """A connection keeps a copy of what was last bound to each of its statements."""
+    statements: list[str] = []
+    with handle.read() as connection:
+        connection.set_trace_callback(statements.append)
+    long, short = Creation(NewMemory("x" * 40_000)), Creation(NewMemory("y"))
+    batch.commit(handle, taking([short, long, long, short, Creation(NewMemory("z" * 100_000)), short]))
+    inserts = _inserts(statements)
+    assert [each.count("'note'") for each in inserts] == [2, 2, 1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["create", "plain", "update", "fail", "pause"]), max_size=40))
+def test_any_mix_of_jobs_does_what_they_would_do_one_after_the_other(steps: list[str]) -> None:
+    """Whoever joins when, whatever stands beside what, and also when one of them fails and all are tried again."""
+
+    def update(connection: sqlite3.Connection) -> str:
+        newest = connection.execute("SELECT id FROM memories ORDER BY seq DESC LIMIT 1").fetchone()
+        return memories.update(connection, newest[0], Changes(content="updated")).content if newest else ""
+
+    def fail(connection: sqlite3.Connection) -> None:
+        memories.create(connection, NewMemory("half of a job"))
+        raise UnknownMemory("nobody's")
+
+    jobs: list[batch.Job | None] = []
+    expected: list[str] = []
+    for n, step in enumerate(steps):
+        match step:
+            case "create":
+                jobs.append(Creation(NewMemory(str(n), tags=["t"])))
+                expected.append(str(n))
+            case "plain":
+                jobs.append(_create(str(n)))
+                expected.append(str(n))
+            case "update":
+                jobs.append(update)
+                if expected:
+                    expected[-1] = "updated"
+            case "fail":
+                jobs.append(fail)
+            case _:
+                jobs.append(None)  # nobody waits just now
+    with tempfile.TemporaryDirectory() as directory:
+        paths = TenantPaths.of(Path(directory), "acme")
+        database.create(paths)
+        handle = TenantDatabase(paths)
+        waiting = deque(jobs)
+        outcomes: list[batch.Outcome] = []
+        while waiting:
+            outcomes += batch.commit(handle, lambda: waiting.popleft() if waiting else None)
+        asked = [job for job in jobs if job is not None]
+        assert [o.error is not None for o in outcomes] == [job is fail for job in asked]
+        assert _contents(handle) == expected
+        with handle.write() as connection:
+            connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+        handle.close()

@@ -6,12 +6,11 @@ import random
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from shared.engine import batch, database, memories
+from shared.engine import database, memories
 from shared.engine.database import TenantDatabase
 from shared.engine.full_text import Merging
 from shared.engine.memories import Changes, NewMemory
@@ -57,7 +56,9 @@ def pages_of_each_transaction(root: Path, together: int, words: int, transaction
         for _ in range(transactions):
             tenant.checkpoint()  # the next transaction begins the `-wal` anew
             texts = [text(chance, MANY, words) for _ in range(together)]
-            batch.commit(tenant, iter([partial(memories.create, new=NewMemory(each)) for each in texts]))
+            with tenant.write() as connection:
+                for each in texts:  # not by one statement, which would make one segment of them
+                    memories.create(connection, NewMemory(each))
             pages.append(frames(paths)[0])
         with tenant.write() as connection:
             check(connection)

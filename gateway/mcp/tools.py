@@ -125,9 +125,9 @@ def _new(data: CreateMemory) -> NewMemory:
 
 async def _create(call: Call, data: CreateMemory) -> Result:
     new = _new(data)
-    made = await call.services.pool.write(call.tenant_id, lambda c: Result.of(memories.create(c, new)))
+    made = await call.services.pool.write(call.tenant_id, memories.Creation(new))
     call.exchange.created = 1
-    return made
+    return Result.of(made)
 
 
 async def _create_batch(call: Call, data: CreateMemories) -> Result:
@@ -135,7 +135,7 @@ async def _create_batch(call: Call, data: CreateMemories) -> Result:
     new = [_new(each) for each in data.memories]
 
     def job(connection: sqlite3.Connection) -> Result:
-        return Result.of({"memories": [memories.create(connection, each) for each in new], "count": len(new)})
+        return Result.of({"memories": memories.create_all(connection, new), "count": len(new)})
 
     made = await call.services.pool.write(call.tenant_id, job)
     call.exchange.created = len(new)

@@ -1,23 +1,27 @@
 """The full-text index is merged a little at a time, within the transactions that add to it.
 
-FTS5 writes a new segment of its index for each memory (the trigger's savepoint makes it, however many are in a
-transaction) and merges segments when there are many. By its own settings it does so within whatever statement or COMMIT
-finds it due ("automerge": every 64 pages, up to 64 for each level of the index; "crisismerge": 16 segments of a level,
-all of them): one writer in some two thousand waits for all of it, and everybody behind it.
+FTS5 writes a new segment of its index for each statement that inserts memories (the trigger's savepoint makes it,
+however many statements are in a transaction) and merges segments when there are many. By its own settings it does so
+within whatever statement or COMMIT finds it due ("automerge": every 64 pages, up to 64 for each level of the index;
+"crisismerge": 16 segments of a level, all of them): one writer in some two thousand waits for all of it, and everybody
+behind it.
 
 So who writes turns automerge off in the file and merges itself, `PAGES` pages at once and for as long as there is
 something to merge, but never for longer than writing has taken since it last did. That is in proportion whatever is
 written, many memories together or long ones. SQLite's crisismerge stays as it is: it bounds the segments of a file that
 others write.
 
-CPU ms of the longest transaction, and of all in the mean (as many segments at the end, 10 to 13 in the mean, each way):
+CPU ms of the longest transaction, and of all in the mean (about as many segments either way, 7 to 14 in the mean):
 
 | memories in a transaction | by SQLite   | so          |
 |---------------------------|-------------|-------------|
-| 1 short                   | 3.6; 0.084  | 1.3; 0.081  |
-| 4 short                   | 12.2; 0.222 | 1.3; 0.211  |
-| 32 of 60 words            | 24.7; 1.74  | 2.9; 1.76   |
-| 1 of 12,000 words         | 18.6; 4.95  | 8.1; 4.62   |
+| 1 short                   | 14.2; 0.090 | 1.5; 0.083  |
+| 4 short                   | 14.6; 0.165 | 1.3; 0.172  |
+| 32 of 60 words            | 15.3; 1.12  | 2.2; 1.27   |
+| 1 of 12,000 words         | 16.2; 4.79  | 8.1; 4.77   |
+
+Fewer pages at once, for a third of that time, would make the longest ones shorter still, and was twice the segments,
+which every search looks through, until SQLite merged sixteen long ones at once (93 ms).
 
 https://sqlite.org/fts5.html#the_automerge_configuration_option, …#the_merge_command
 """

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -21,6 +22,15 @@ from shared.ids import new_text_id
 COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
 NO_LIMIT = sys.maxsize
 _BESIDE_TEXTS_BYTES = 384  # at most, of a memory as JSON: its other fields, and what stands around it
+# How many memories one statement inserts, the most first. Each is a statement that the connection keeps, with what was
+# last bound to it: so only memories that are together no longer than this.
+_TOGETHER_CHARS = 65_536
+_ROWS = (32, 16, 8, 7, 6, 5, 4, 3, 2, 1)
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERTS = {
+    rows: f"INSERT INTO memories ({COLUMNS}) VALUES {', '.join([_ROW] * rows)} RETURNING id, seq" for rows in _ROWS
+}
+_INSERT_TAG = "INSERT INTO tags (tag, seq) VALUES (?, ?)"
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -63,11 +73,44 @@ class Page(msgspec.Struct, frozen=True):
     next_seq: int | None
 
 
+class Creation:
+    """The job that creates one memory and returns it. Several are one statement (`shared.engine.batch`)."""
+
+    __slots__ = ("_new",)
+
+    def __init__(self, new: NewMemory) -> None:
+        self._new = new
+
+    def __call__(self, connection: sqlite3.Connection) -> Memory:
+        return create(connection, self._new)
+
+    @classmethod
+    def together(cls, connection: sqlite3.Connection, jobs: Sequence[Creation]) -> list[Memory]:
+        return create_all(connection, [job._new for job in jobs])
+
+
 def create(connection: sqlite3.Connection, new: NewMemory) -> Memory:
     """Insert one memory. Inside `TenantDatabase.write()`."""
+    return create_all(connection, [new])[0]
+
+
+def create_all(connection: sqlite3.Connection, new: Sequence[NewMemory]) -> list[Memory]:
+    """Insert memories, in their order. Inside `TenantDatabase.write()`, for the last of several statements may fail."""
+    tags = [_unique(each.tags) for each in new]
+    rows = [_new_row(each, its_tags) for each, its_tags in zip(new, tags, strict=True)]
+    inserted: dict[str, int] = {}
+    while (begun := len(inserted)) < len(rows):
+        part = rows[begun : begun + _at_once(rows, begun)]
+        inserted.update(connection.execute(_INSERTS[len(part)], list(chain.from_iterable(part))).fetchall())
+    pairs = [(tag, inserted[row[0]]) for row, its_tags in zip(rows, tags, strict=True) for tag in its_tags]
+    if pairs:
+        connection.executemany(_INSERT_TAG, pairs)
+    return [memory_from_row(row) for row in rows]
+
+
+def _new_row(new: NewMemory, tags: list[str]) -> tuple[Any, ...]:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    tags = _unique(new.tags)
-    values = (
+    return (
         new_text_id(),
         new.content,
         _encode_json(tags).decode(),
@@ -78,10 +121,17 @@ def create(connection: sqlite3.Connection, new: NewMemory) -> Memory:
         now,
         1,
     )
-    cursor = connection.execute(f"INSERT INTO memories ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-    if tags:
-        _insert_tags(connection, cursor.lastrowid, tags)
-    return memory_from_row(values)
+
+
+def _at_once(rows: Sequence[tuple[Any, ...]], begun: int) -> int:
+    """How many of the rows from there on one statement inserts."""
+    size = count = 0
+    for row in rows[begun : begun + _ROWS[0]]:
+        size += len(row[1]) + len(row[3])
+        if size > _TOGETHER_CHARS:
+            break
+        count += 1
+    return next((rows for rows in _ROWS if rows <= count), 1)
 
 
 def get(connection: sqlite3.Connection, memory_id: str) -> Memory:
@@ -121,7 +171,7 @@ def update(connection: sqlite3.Connection, memory_id: str, changes: Changes) -> 
         assignments.append("tags = ?")
         values.append(_encode_json(tags).decode())
         connection.execute("DELETE FROM tags WHERE seq = ?", (seq,))
-        _insert_tags(connection, seq, tags)
+        connection.executemany(_INSERT_TAG, [(tag, seq) for tag in tags])
     connection.execute(f"UPDATE memories SET {', '.join(assignments)} WHERE seq = ?", (*values, seq))
     return get(connection, memory_id)
 
@@ -209,10 +259,6 @@ def within(found: Iterable[Sequence[Any]], limit_bytes: int) -> tuple[list[Seque
 def _json_bytes(row: Sequence[Any]) -> int:
     escaped = len(_encode_json(row[1])) + len(_encode_json(row[4]))
     return _BESIDE_TEXTS_BYTES + escaped + len(row[2].encode()) + len(row[3].encode())  # those are JSON already
-
-
-def _insert_tags(connection: sqlite3.Connection, seq: int | None, tags: Iterable[str]) -> None:
-    connection.executemany("INSERT INTO tags (tag, seq) VALUES (?, ?)", [(t, seq) for t in tags])
 
 
 def _unique(tags: Iterable[str]) -> list[str]:
