@@ -18,7 +18,7 @@ from typing import Any
 import sqlite_utils
 
 from shared import pack, snapshot
-from shared.engine import memories, schema, search
+from shared.engine import full_text, memories, schema, search
 from shared.engine.connection import connect
 from shared.engine.database import TenantDatabase
 from shared.errors import CorruptBackup, CorruptDatabase, EngramError, SchemaTooNew, UnknownMemory
@@ -123,7 +123,7 @@ def check_engine(paths: TenantPaths, manifest: dict[str, Any], taken_at: datetim
 
     def fts() -> str:
         with database.write() as connection:
-            connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+            full_text.check(connection)
         return "the full-text index agrees with the memories"
 
     def create_search_get() -> str:

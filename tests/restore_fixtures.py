@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from shared import plan as planning
 from shared import restore
 from shared.catalogue import Backup
+from shared.engine import full_text
 from shared.errors import CorruptDatabase
 from shared.plan import Plan
 from shared.restore import Hold, Released, Swapped
@@ -99,7 +100,7 @@ def check_whole(world: World) -> None:
     """The active database is sound and takes a write that search finds."""
     with closing(sqlite3.connect(world.paths.database.resolve())) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+        full_text.check(connection)
 
 
 def expire_lease(world: World, *, free: bool = False) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.engine import batch, database, memories
+from shared.engine import batch, database, full_text, memories
 from shared.engine.database import TenantDatabase
 from shared.engine.memories import Changes, Creation, Memory, NewMemory
 from shared.errors import InMaintenance, TenantDatabaseUnavailable, UnknownMemory
@@ -228,5 +228,5 @@ def test_any_mix_of_jobs_does_what_they_would_do_one_after_the_other(steps: list
         assert [o.error is not None for o in outcomes] == [job is fail for job in asked]
         assert _contents(handle) == expected
         with handle.write() as connection:
-            connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+            full_text.check(connection)
         handle.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.engine import database, memories
+from shared.engine import database, full_text, memories
 from shared.engine.database import TenantDatabase
 from shared.engine.full_text import Merging
 from shared.engine.memories import Changes, NewMemory
@@ -37,11 +37,6 @@ def segments(connection: sqlite3.Connection) -> int:
     return int(found)
 
 
-def check(connection: sqlite3.Connection) -> None:
-    """Raises unless the index is whole and says what the memories say."""
-    connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
-
-
 def never(_: Merging, connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('automerge', 0)")
 
@@ -61,7 +56,7 @@ def pages_of_each_transaction(root: Path, together: int, words: int, transaction
                     memories.create(connection, NewMemory(each))
             pages.append(frames(paths)[0])
         with tenant.write() as connection:
-            check(connection)
+            full_text.check(connection)
             assert segments(connection) <= 2 * SEGMENTS_OF_A_LEVEL
     return pages
 
@@ -106,7 +101,7 @@ def test_what_is_found_is_what_is_there(paths: TenantPaths) -> None:  # noqa: F8
                     Merging().step(connection)
                     raise ZeroDivisionError
         with tenant.write() as connection:
-            check(connection)
+            full_text.check(connection)
         with tenant.read() as connection:
             for word in chance.sample(FEW, 40):
                 found = connection.execute(
@@ -139,7 +134,7 @@ def test_an_index_is_merged_by_connections_that_write_once(paths: TenantPaths) -
                 write_one(tenant, text(chance))
         with other.write() as connection:
             assert automerge(connection) == 0
-            check(connection)
+            full_text.check(connection)
             assert segments(connection) < 2 * SEGMENTS_OF_A_LEVEL
 
 
@@ -160,6 +155,6 @@ def test_a_file_that_only_others_write_has_a_bound_too(paths: TenantPaths, monke
         for _ in range(1_500):
             write_one(tenant, text(chance))
         with tenant.write() as connection:
-            check(connection)
+            full_text.check(connection)
             assert automerge(connection) == 0
             assert segments(connection) <= 3 * SEGMENTS_OF_A_LEVEL, "of 1,550 transactions"

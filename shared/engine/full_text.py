@@ -36,6 +36,14 @@ PAGES = 8
 STEP_SECONDS = 0.0005  # of CPU, spent writing between two merges: some four transactions of one short memory
 
 
+def check(connection: sqlite3.Connection) -> None:
+    """That the index is whole and says what the memories say. SQLite wants a connection that can write.
+
+    Raises `sqlite3.DatabaseError`, which a fenced connection turns into `CorruptDatabase`.
+    """
+    connection.execute("INSERT INTO memories_fts (memories_fts, rank) VALUES ('integrity-check', 1)")
+
+
 class Merging:
     """Of one writing connection, in one thread at a time."""
 
