@@ -48,6 +48,7 @@ class Measured:
     client_busy: float
     half_p95_ms: float | None = None
     halves_p95_ms: list[float] = field(default_factory=list)
+    beside_p95_ms: list[float] = field(default_factory=list)  # at the load at which the SQL alone was measured
 
 
 class Bench:
@@ -82,9 +83,14 @@ class Bench:
         halved = [c for c in cases if not c.name.endswith((" usual", " single"))]
         for n in range(2 * self._rounds + 1):
             for case in halved if n % 2 == 0 else reversed(halved):
-                half, measured = self._half(case), self.measured[case.name]
+                measured = self.measured[case.name]
+                half = self._open(case, measured.rate / 2)
                 measured.halves_p95_ms.append(half.percentile_ms(0.95))
                 measured.bad += half.bad
+                if (alone := self.measured.get(f"{case.name} sql")) is not None:
+                    beside = self._open(case, alone.rate / 2)
+                    measured.beside_p95_ms.append(beside.percentile_ms(0.95))
+                    measured.bad += beside.bad
         for case in halved:
             self.measured[case.name].half_p95_ms = median(self.measured[case.name].halves_p95_ms)
         if not self._only or "tenants" in self._only:
@@ -105,9 +111,8 @@ class Bench:
         result = closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=self._seconds)
         return result, (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
 
-    def _half(self, case: Case) -> Result:
-        """One burst at half of the rate the case saturates at."""
-        rate = self.measured[case.name].rate / 2
+    def _open(self, case: Case, rate: float) -> Result:
+        """One burst at this rate."""
         if case.server is None:
             return self._floor(case, rate)[0]
         port = self._server(case.server).port

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -49,16 +50,19 @@ def lines(measured: dict[str, Measured], tenants: list[Point]) -> list[Line]:
     return found
 
 
+def _of_rounds(found: list[float]) -> str:
+    return f"{median(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else ""
+
+
 def show(bench: Bench) -> None:
-    console = Console(width=130)
-    cases = Table("case", "requests/s", "of rounds", "CPU µs", "p50 ms", "p95 ms", "p95 ms at half", "bad", "client")
+    console = Console(width=150)
+    columns = ("case", "requests/s", "of rounds", "CPU µs", "p50 ms", "p95 ms", "p95 ms at half", "at SQL's", "bad")
+    cases = Table(*columns, "client")
     for name, m in bench.measured.items():
-        half = ""
-        if m.half_p95_ms is not None:
-            half = f"{m.half_p95_ms:.2f} ({min(m.halves_p95_ms):.2f}–{max(m.halves_p95_ms):.2f})"
+        half, beside = _of_rounds(m.halves_p95_ms), _of_rounds(m.beside_p95_ms)
         spread = f"{min(m.rates):,.0f}–{max(m.rates):,.0f}"
         cpu = f"{m.cpu_us:.0f}"
-        row = (f"{m.rate:,.0f}", spread, cpu, f"{m.p50_ms:.2f}", f"{m.p95_ms:.2f}", half)
+        row = (f"{m.rate:,.0f}", spread, cpu, f"{m.p50_ms:.2f}", f"{m.p95_ms:.2f}", half, beside)
         cases.add_row(name, *row, str(m.bad), f"{m.client_busy:.2f}")
     ratios = Table("line", "measured", "by CPU", "bound", "holds")
     for what, value, sign, bound, by_cpu in lines(bench.measured, bench.tenants):
