@@ -33,6 +33,7 @@ from gateway.v1 import Encoded
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, Permanent, UnknownTenant
 from shared.limits import MAX_TTL_SECONDS, BadLimit
+from shared.log import get_logger
 from shared.playbook.action import MAX_REASON_CHARS, Action, BadRequest, Outcome, Request, RequestedBy
 from shared.playbook.perform import perform
 from shared.playbook.table import ACTIONS
@@ -58,6 +59,7 @@ _Reason = Annotated[
 _Ttl = Annotated[float, Meta(ge=1, le=MAX_TTL_SECONDS, description="until it is gone by itself; an hour")]
 _Token = Annotated[str, Meta(min_length=1, max_length=2 * MAX_TOKEN_BYTES, description="never shown, logged or stored")]
 _encode = msgspec.json.Encoder().encode
+log = get_logger("admin")
 
 
 class Operations:
@@ -67,23 +69,26 @@ class Operations:
         self._settings = settings
         self._control_plane = control_plane
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="admin")
-        self._queued = 0
+        self._running: set[asyncio.Future[Outcome]] = set()
 
     async def perform(self, request: Request) -> Outcome:
-        """Sheds when too many wait. An action that began ends, whether its caller waits or not."""
-        if self._queued >= _QUEUE:
+        """Sheds when too many wait. An action that began ends, whether its caller waits or not; see `close`."""
+        if len(self._running) >= _QUEUE:
             raise shed("Too many actions are waiting.")
-        self._queued += 1
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._executor, perform, self._settings, self._control_plane, request)
-        future.add_done_callback(self._finished)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
         return await asyncio.shield(future)
 
-    def close(self) -> None:
+    async def close(self, timeout_seconds: float) -> None:
+        """Let actions end that have begun, and whose callers may have left, within that time; the others never begin.
+        What is cut off then stays recorded as begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _finished(self, _: asyncio.Future[Outcome]) -> None:
-        self._queued -= 1
+        if self._running:
+            _, cut_off = await asyncio.wait(self._running, timeout=timeout_seconds)
+            if cut_off:
+                log.error("actions_cut_off", actions=len(cut_off), waited_seconds=timeout_seconds)
 
 
 async def guard(request: HttpRequest[Any, Any, Any]) -> None:

@@ -16,7 +16,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -66,6 +66,7 @@ FLEET_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 PARENT_SECONDS = 0.5
 STOP_SECONDS = 2.0  # for what works every so often to end a turn
+ACTIONS_SHARE = 2  # of the time a stopping worker has before it is killed, which its requests may have used up
 GC_YOUNG_OBJECTS = 10_000  # at most: 0.2 ms of the event loop
 log = get_logger("gateway")
 
@@ -181,22 +182,29 @@ async def _running(
     try:
         yield
     finally:
-        await services.tenants.stop()
-        await services.pool.close()
-        await jwks.close()
-        await forwarder.close()
-        services.usage.close()
-        services.operations.close()
-        await asyncio.to_thread(stop_all, work, STOP_SECONDS)
         try:
-            await asyncio.to_thread(usage_spool.close)
-        except SpoolUnavailable as e:
-            log.error("usage_events_unwritten", cause=str(e), lost=await asyncio.to_thread(usage_spool.give_up))
+            await services.tenants.stop()
+            await services.pool.close()
+            await jwks.close()
+            await forwarder.close()
+            services.usage.close()
+        finally:
+            await asyncio.to_thread(_seal, usage_spool, work)
+        await services.operations.close(settings.gateway_kill_timeout_seconds / ACTIONS_SHARE)
         await asyncio.to_thread(control_plane.close)
         services.rates.close()
         announcement.close()
         log.info("worker_stopped", pid=os.getpid())
         access_log.drain()
+
+
+def _seal(usage_spool: CountingSpool, work: Sequence[Periodic]) -> None:
+    """What must not be missing when a worker ends, whatever else went wrong before."""
+    stop_all(work, STOP_SECONDS)
+    try:
+        usage_spool.close()
+    except SpoolUnavailable as e:
+        log.error("usage_events_unwritten", cause=str(e), lost=usage_spool.give_up())
 
 
 def _appliance(services: Services, report: SelfReport) -> Callable[[Limits], None]:

@@ -37,7 +37,8 @@ START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
 
 def _work(target: Callable[..., None], *arguments: Any) -> None:
-    """In the worker: all of its life. When Granian's part returns, the application has sealed its spool."""
+    """In the worker: all of its life. When Granian's part returns, the application has done what must not be missing
+    (`gateway.app`), or has logged why not."""
     target(*arguments)
     end_now(0)
 

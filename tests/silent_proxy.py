@@ -44,11 +44,14 @@ class SilentProxy:
 
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
+            while True:
+                data = source.recv(65_536)
                 if self.silent.is_set():
                     return
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
                 sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

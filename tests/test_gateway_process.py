@@ -24,7 +24,6 @@ from gateway.supervisor import Supervisor
 from shared import spool
 from shared.limits import set_limit
 from tests.gateway_stack import Gateway, Stack, eventually, free_port, gateway, stack  # noqa: F401
-from tests.silent_proxy import silent_proxy
 
 
 def _listening(url: str) -> bool:
@@ -209,26 +208,6 @@ def test_a_client_that_never_ends_its_request_does_not_keep_a_worker_from_stoppi
         assert answer.startswith(b"HTTP/1.1 408") and b"stopped" in answer, answer
         assert any(line["event"] == "worker_stopped" for line in served.log())
         assert not list((data_dir / "spool").glob("*.open")), "every segment was sealed"
-
-
-def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker_from_stopping_in_order(stack: Stack) -> None:  # noqa: F811
-    """Behind a network that swallows packets the threads that ask PostgreSQL wait for minutes; the spool is sealed
-    by then. Restarting the gateway is what an operator does in such a case."""
-    tenant, data_dir = stack.tenant(), _own_data_dir(stack, "silent")
-    often = {"quota_refresh_seconds": 1, "tenant_refresh_seconds": 0.1, "gateway_kill_timeout_seconds": 25}
-    with (
-        silent_proxy(stack.control_plane_url) as proxy,
-        gateway(data_dir, proxy.url, stack.issuer, gateway_workers=1, **often) as served,
-    ):
-        headers = stack.headers(tenant)
-        assert served.client.post("/v1/memories", headers=headers, json={"content": "x"}).status_code == 201
-        proxy.silent.set()
-        time.sleep(1.5)  # the quotas' turn has come, too
-        assert served.client.post("/v1/memories", headers=headers, json={"content": "y"}).status_code == 201
-        assert served.stop() == 0
-        stopped = [line["event"] for line in served.log()]
-    assert "worker_stopped" in stopped and not any("refused to gracefully stop" in event for event in stopped), stopped
-    assert sum(len(spool.read(p).events) for p in spool.sealed(data_dir / "spool")) == 2
 
 
 @pytest.mark.parametrize(("told_to_stop", "code"), [(True, 0), (False, 1)])

@@ -50,9 +50,9 @@ class _JobFailed(Exception):
 def commit(database: TenantDatabase, take: Callable[[], Job | None]) -> list[Outcome]:
     """Run jobs in order in one transaction; when this returns they are committed and fsynced.
 
-    `take` gives the next job, or None when none waits, the first time when the transaction has begun; it is asked again
-    when those it gave have run, so others may join meanwhile. The outcomes are those of the jobs taken, which are all
-    that it gave unless this raises.
+    `take` gives the next job, or None when none waits, the first time when the transaction has begun. It is asked again
+    when that has run, so others may join meanwhile; before, for a job that could be done with its neighbours. The
+    outcomes are those of the jobs taken, which are all that it gave unless this raises.
 
     Raises what `TenantDatabase.write` raises, and any failure of the database itself (full, corrupt, busy):
     then nothing was stored and the error is every taken job's.
@@ -79,20 +79,22 @@ def commit(database: TenantDatabase, take: Callable[[], Job | None]) -> list[Out
 
 def _run_all(connection: sqlite3.Connection, following: Callable[[], Job | None]) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    waiting = following()
-    while waiting is not None:
-        alike: list[Any] = [waiting]
-        kind = cast(type[Alike], type(waiting)) if hasattr(waiting, "together") else None
-        while (waiting := following()) is not None and type(waiting) is kind:
-            alike.append(waiting)
+    job = following()
+    while job is not None:
+        alike: list[Any] = [job]
+        kind = cast(type[Alike], type(job)) if hasattr(job, "together") else None
+        behind = None
+        if kind is not None:
+            while type(behind := following()) is kind:
+                alike.append(behind)
         try:
-            values = [alike[0](connection)] if kind is None else kind.together(connection, alike)
+            values = [job(connection)] if kind is None else kind.together(connection, alike)
+            outcomes += [Outcome(value) for _, value in zip(alike, values, strict=True)]
         except Exception as e:
             if _is_everybodys(connection, e):
                 raise
             raise _JobFailed from e
-        outcomes += map(Outcome, values)
-        waiting = waiting or following()
+        job = behind if behind is not None else following()
     return outcomes
 
 

@@ -22,10 +22,11 @@ from shared.ids import new_text_id
 COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
 NO_LIMIT = sys.maxsize
 _BESIDE_TEXTS_BYTES = 384  # at most, of a memory as JSON: its other fields, and what stands around it
-# How many memories one statement inserts, the most first. Each is a statement that the connection keeps, with what was
-# last bound to it: so only memories that are together no longer than this.
-_TOGETHER_CHARS = 65_536
+# How many memories one statement inserts, the most first. Each is a statement that the connection keeps, with a copy of
+# what was last bound to it: so only memories that are together no longer than this.
+_TOGETHER_BYTES = 16_384
 _ROWS = (32, 16, 8, 7, 6, 5, 4, 3, 2, 1)
+_TEXTS = 5  # of the columns, the first of them, are texts of any length
 _ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERTS = {
     rows: f"INSERT INTO memories ({COLUMNS}) VALUES {', '.join([_ROW] * rows)} RETURNING id, seq" for rows in _ROWS
@@ -127,8 +128,8 @@ def _at_once(rows: Sequence[tuple[Any, ...]], begun: int) -> int:
     """How many of the rows from there on one statement inserts."""
     size = count = 0
     for row in rows[begun : begun + _ROWS[0]]:
-        size += len(row[1]) + len(row[3])
-        if size > _TOGETHER_CHARS:
+        size += sum(len(text) if text.isascii() else 4 * len(text) for text in row[:_TEXTS])
+        if size > _TOGETHER_BYTES:
             break
         count += 1
     return next((rows for rows in _ROWS if rows <= count), 1)

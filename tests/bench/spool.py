@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.durable import GroupSync
-from gateway.periodic import Periodic
+from gateway.periodic import Periodic, stop_all
 from shared import spool
 from shared.spool import Spool
 from shared.usage import UsageEvent
@@ -89,7 +89,7 @@ class Bench:
             self._list.clear()
             for path in spool.sealed(self.spool.dir):
                 path.unlink()
-        self._ticking.stop()
+        stop_all([self._ticking], 15.0)
         self.spool.close()
         return wall, cpu
 

@@ -1,0 +1,107 @@
+"""A stop in order, whatever a worker's threads wait for: what must not be missing is there, and nobody kills it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.periodic import Periodic, stop_all
+from shared import registry, spool
+from shared.settings import Settings
+from tests.gateway_stack import Stack, gateway, stack  # noqa: F401
+from tests.silent_proxy import silent_proxy
+
+REFUSED = "refused to gracefully stop"
+
+
+def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """Behind a network that swallows packets the threads that ask PostgreSQL wait for minutes; the spool is sealed
+    by then. Restarting the gateway is what an operator does in such a case."""
+    tenant, data_dir = stack.tenant(), tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    often = {"quota_refresh_seconds": 1, "tenant_refresh_seconds": 0.1, "gateway_kill_timeout_seconds": 25}
+    with (
+        silent_proxy(stack.control_plane_url) as proxy,
+        gateway(data_dir, proxy.url, stack.issuer, gateway_workers=1, **often) as served,
+    ):
+        headers = stack.headers(tenant)
+        assert served.client.post("/v1/memories", headers=headers, json={"content": "x"}).status_code == 201
+        proxy.silent.set()
+        time.sleep(1.5)  # the quotas' turn has come, too
+        assert served.client.post("/v1/memories", headers=headers, json={"content": "y"}).status_code == 201
+        assert served.stop() == 0
+        stopped = [line["event"] for line in served.log()]
+    assert "worker_stopped" in stopped and not any(REFUSED in event for event in stopped), stopped
+    assert sum(len(spool.read(p).events) for p in spool.sealed(data_dir / "spool")) == 2
+
+
+@pytest.mark.parametrize(("kill_timeout_seconds", "state"), [(60, "done"), (4, "begun")])
+def test_an_action_whose_caller_has_left_ends_before_its_worker_does(
+    stack: Stack,  # noqa: F811
+    tmp_path: Path,
+    kill_timeout_seconds: int,
+    state: str,
+) -> None:
+    """Within half of the time a worker has; one that is cut off then is not said to be done. This one waits until its
+    worker has looked at the limits, as it does every six seconds."""
+    tenant_id = f"left-after-{kill_timeout_seconds}"
+    own = Settings(data_dir=tmp_path, control_plane_url=stack.control_plane_url)  # type: ignore[arg-type]
+    registry.create(stack.control_plane, own, tenant_id)
+    slowly = {"limits_poll_seconds": 6, "gateway_kill_timeout_seconds": kill_timeout_seconds}
+    with gateway(tmp_path, stack.control_plane_url, stack.issuer, gateway_workers=1, **slowly) as served:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(
+                f"{served.url}/v1/admin/actions/restart-tenant",
+                json={"reason": "to leave it", "tenant_id": tenant_id},
+                headers=stack.headers("operators", scope="admin"),
+                trust_env=False,
+                timeout=1.5,
+            )
+        assert served.stop() == 0
+        stopped = [line["event"] for line in served.log()]
+    assert "worker_stopped" in stopped and not any(REFUSED in event for event in stopped), stopped
+    assert ("actions_cut_off" in stopped) == (state == "begun")
+    [row] = stack.control_plane.rows("action_history", tenant_id=tenant_id, action=None, limit=5)
+    assert row["state"] == state
+
+
+def test_work_that_hangs_is_waited_for_together() -> None:
+    """Five jobs that ask the same silent server would otherwise take five times as long, while a kill draws near."""
+    begun, never = threading.Barrier(6), threading.Event()
+
+    def hang() -> None:
+        begun.wait(30)
+        never.wait(30)
+
+    work = [Periodic(f"hangs-{n}", 0.01, hang).start() for n in range(5)]
+    begun.wait(30)
+    began = time.monotonic()
+    stop_all(work, 0.5)
+    took = time.monotonic() - began
+    never.set()
+    assert 0.4 < took < 5 * 0.5
+
+
+def test_work_does_not_begin_another_turn_once_it_was_stopped() -> None:
+    """What it would write to is closed after that; a turn under way ends first."""
+    turns: list[str] = []
+    began = threading.Event()
+
+    def job() -> None:
+        turns.append("began")
+        began.set()
+        time.sleep(0.2)
+        turns.append("ended")
+
+    each = Periodic("turns", 0.01, job).start()
+    assert began.wait(30)
+    stop_all([each], 30)
+    assert turns[-1] == "ended"
+    stopped = len(turns)
+    time.sleep(0.1)
+    assert len(turns) == stopped
