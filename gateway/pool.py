@@ -18,9 +18,10 @@ lock, not in the threads, so it cannot take them from the others. What may take 
 (`gateway.threads`). What no thread has begun within `database_wait_seconds` is shed, and never begun, unless
 its tenant's handles are being given up meanwhile.
 
-What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 9 with two. Page
-caches come on top, up to 2 MB a connection, until all of SQLite's memory in this process reaches `sqlite_heap_bytes`;
-then a cache that needs a page takes its own oldest (searches over 5,000 memories cost 7% more CPU with 0.5 MB each).
+What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 9 with two, and 0.1 MB
+more for one that writes many memories at a time. Page caches come on top, up to 2 MB a connection, until all of
+SQLite's memory in this process reaches `sqlite_heap_bytes`; then a cache that needs a page takes its own oldest
+(searches over 5,000 memories cost 7% more CPU with 0.5 MB each).
 The pool never grows past what the file limit allows, whatever its size is set to.
 """
 

@@ -13,7 +13,7 @@ others write.
 
 CPU ms of the longest transaction, and of all in the mean (about as many segments either way, 7 to 14 in the mean):
 
-| memories in a transaction | by SQLite   | so          |
+| memories in a statement   | by SQLite   | so          |
 |---------------------------|-------------|-------------|
 | 1 short                   | 14.2; 0.090 | 1.5; 0.083  |
 | 4 short                   | 14.6; 0.165 | 1.3; 0.172  |
