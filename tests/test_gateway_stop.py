@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,10 +15,38 @@ import pytest
 from gateway.periodic import Periodic, stop_all
 from shared import registry, spool
 from shared.settings import Settings
-from tests.gateway_stack import Stack, gateway, stack  # noqa: F401
+from tests.gateway_stack import ISSUER, Stack, gateway, stack  # noqa: F401
 from tests.silent_proxy import silent_proxy
 
 REFUSED = "refused to gracefully stop"
+LIFE = """
+import asyncio, sys
+
+import httpx
+
+from gateway.app import create
+from gateway.pool import TenantPool
+
+
+async def refuse(_: TenantPool) -> None:
+    raise OSError("a disk that is gone")
+
+
+async def live() -> None:
+    app, told, said = create(), asyncio.Queue(), asyncio.Queue()
+    life = asyncio.create_task(app({"type": "lifespan", "asgi": {}, "state": {}}, told.get, said.put))
+    await told.put({"type": "lifespan.startup"})
+    print((await said.get())["type"])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        print((await client.get("/v1/memories", headers={"Authorization": sys.argv[1]})).status_code)
+    TenantPool.close = refuse
+    await told.put({"type": "lifespan.shutdown"})
+    print((await said.get())["type"])
+    await life
+
+
+asyncio.run(live())
+"""
 
 
 def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
@@ -68,6 +99,31 @@ def test_an_action_whose_caller_has_left_ends_before_its_worker_does(
     assert ("actions_cut_off" in stopped) == (state == "begun")
     [row] = stack.control_plane.rows("action_history", tenant_id=tenant_id, action=None, limit=5)
     assert row["state"] == state
+
+
+def test_the_spool_is_sealed_whatever_else_cannot_be_closed(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """What a worker could not seal waits in its file for another to adopt it; nobody is billed for it until then."""
+    tenant = stack.tenant()
+    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
+    environment |= {
+        "ENGRAM_DATA_DIR": str(tmp_path),
+        "ENGRAM_CONTROL_PLANE_URL": stack.control_plane_url,
+        "ENGRAM_JWKS_URL": stack.issuer.url,
+        "ENGRAM_JWT_ISSUER": ISSUER,
+        "ENGRAM_USAGE_FLUSH_SECONDS": "600",
+    }
+    lived = subprocess.run(
+        [sys.executable, "-c", LIFE, stack.headers(tenant)["Authorization"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert lived.stdout.split() == ["lifespan.startup.complete", "200", "lifespan.shutdown.failed"], lived
+    assert not list((tmp_path / "spool").glob("*.open"))
+    assert [len(spool.read(path).events) for path in spool.sealed(tmp_path / "spool")] == [1]
 
 
 def test_work_that_hangs_is_waited_for_together() -> None:
