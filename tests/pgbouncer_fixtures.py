@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -24,6 +24,7 @@ from psycopg.rows import dict_row
 
 from deployments.postgres import USER, EmbeddedPostgres
 from tests.core_fixtures import free_ports, wait_until
+from tests.silent_proxy import by_way_of
 
 # 2: a detach CONCURRENTLY holds one server connection while the transaction that ordered it holds another.
 POOL_SIZE = 2
@@ -73,7 +74,7 @@ query_wait_timeout = 30
             process.wait(10)
 
     def url(self, direct: str) -> str:
-        return _by_way_of(self.port, direct)
+        return by_way_of(self.port, direct)
 
     def connections(self, direct: str) -> int:
         name = urlsplit(direct).path.strip("/")
@@ -103,11 +104,6 @@ _AS_NOBODY = (
 )
 
 
-def _by_way_of(port: int, direct: str) -> str:
-    parts = urlsplit(direct)
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}"))
-
-
 @pytest.fixture(scope="session")
 def pgbouncer(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PgBouncer]:
     with PgBouncer(postgres, tmp_path_factory.mktemp("pgbouncer")).running() as pooler:
@@ -134,7 +130,7 @@ class CommitCutter:
             self._listener.close()
 
     def url(self, direct: str) -> str:
-        return _by_way_of(self.port, direct)
+        return by_way_of(self.port, direct)
 
     def _accept(self) -> None:
         with suppress(OSError):  # closed: the end

@@ -1,13 +1,17 @@
-"""A proxy before a real server that can fall silent: connections stay open, and nothing comes back."""
+"""A proxy before a real PostgreSQL that can fall silent: connections stay open, and nothing comes back."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
+
+
+def by_way_of(port: int, direct: str) -> str:
+    """The same database's URL, through what listens on that port here."""
+    parts = urlsplit(direct)
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}"))
 
 
 class SilentProxy:
@@ -20,8 +24,7 @@ class SilentProxy:
         self._there = (there.hostname, there.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets = [self._listener]
-        user = there.netloc.rpartition("@")[0]
-        self.url = urlunsplit(there._replace(netloc=f"{user}@127.0.0.1:{self._listener.getsockname()[1]}"))
+        self.url = by_way_of(self._listener.getsockname()[1], upstream)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -52,12 +55,3 @@ class SilentProxy:
                     sink.shutdown(socket.SHUT_WR)
                     return
                 sink.sendall(data)
-
-
-@contextmanager
-def silent_proxy(upstream: str) -> Iterator[SilentProxy]:
-    proxy = SilentProxy(upstream)
-    try:
-        yield proxy
-    finally:
-        proxy.close()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ from gateway.periodic import Periodic, stop_all
 from shared import registry, spool
 from shared.settings import Settings
 from tests.gateway_stack import ISSUER, Stack, gateway, stack  # noqa: F401
-from tests.silent_proxy import silent_proxy
+from tests.silent_proxy import SilentProxy
 
 REFUSED = "refused to gracefully stop"
 LIFE = """
@@ -57,7 +58,7 @@ def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker(stack: Stac
     (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
     often = {"quota_refresh_seconds": 1, "tenant_refresh_seconds": 0.1, "gateway_kill_timeout_seconds": 25}
     with (
-        silent_proxy(stack.control_plane_url) as proxy,
+        closing(SilentProxy(stack.control_plane_url)) as proxy,
         gateway(data_dir, proxy.url, stack.issuer, gateway_workers=1, **often) as served,
     ):
         headers = stack.headers(tenant)

@@ -22,10 +22,8 @@ from shared.ids import new_text_id
 COLUMNS = "id, content, tags, metadata, memory_type, importance, created_at, updated_at, version"
 NO_LIMIT = sys.maxsize
 _BESIDE_TEXTS_BYTES = 384  # at most, of a memory as JSON: its other fields, and what stands around it
-# How many memories one statement inserts, the most first. Each is a statement that the connection keeps, with a copy of
-# what was last bound to it: so only memories that are together no longer than this.
-_TOGETHER_BYTES = 16_384
-_ROWS = (32, 16, 8, 7, 6, 5, 4, 3, 2, 1)
+_ROWS = (32, 16, 8, 7, 6, 5, 4, 3, 2, 1)  # how many memories one statement inserts, the most first
+_TOGETHER_BYTES = 16_384  # of several, at most: the connection keeps each statement, and a copy of what was last bound
 _TEXTS = 5  # of the columns, the first of them, are texts of any length
 _ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERTS = {
