@@ -2,8 +2,12 @@
 
 msgspec renders the line in the shape `shared.log` gives every other one, into memory: structlog's processors cost 7 µs
 a line here, this 1, and flushing every line three times the rendering (FACTS). A thread writes what has gathered
-every `FLUSH_SECONDS`, so a stuck stderr never blocks the event loop. A SIGKILL can lose the last fifth of a second of
-access lines; errors go through `shared.log`, which flushes at once.
+every `FLUSH_SECONDS`, so a stuck stderr never blocks the event loop. A SIGKILL can lose the access lines of that time;
+errors go through `shared.log`, which flushes at once.
+
+Little and often, because the thread shares the GIL, and mostly the core, with the event loop: at 8,500 requests a
+second what gathers in 200 ms takes 0.7 ms to write, and twice as many requests wait longer than a millisecond as when
+it is 20 ms. Idle, fifty looks a second cost 0.2% of a core.
 
 Workers share one stderr, so lines leave in pieces of at most PIPE_BUF: the kernel keeps those whole.
 """
@@ -18,7 +22,7 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec import UNSET, UnsetType
 
-FLUSH_SECONDS = 0.2
+FLUSH_SECONDS = 0.02
 _MAX_WAITING = 100_000
 _PIPE_BUF = 4_096
 _encode = msgspec.json.Encoder().encode

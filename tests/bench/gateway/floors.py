@@ -1,9 +1,9 @@
 """The same SQL in a plain loop, without HTTP, fence or tenant: the floor a request stands on.
 
 Runs as `python -m tests.bench.gateway.floors search|create DATABASE SECONDS [RATE] < requests.json`, pinned like a
-server; prints {seconds, latencies, cpu}. It calls the functions the gateway calls, so "the same SQL" stays true when
-they change. Without a rate one follows the other; with one they are due at fixed times, as in `load.open_loop`: what a
-checkpoint or a slow fsync delays pays for it here as there.
+server; prints {seconds, latencies, due, cpu}. It calls the functions the gateway calls, so "the same SQL" stays true
+when they change. Without a rate one follows the other; with one they are due at fixed times, as in `load.open_loop`:
+what a checkpoint or a slow fsync delays pays for it here as there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def floor(
     )
     found = json.loads(done.stdout)
     latencies = found["latencies"]
-    return Result(found["seconds"], latencies, {"200": len(latencies)}, 0.0), found["cpu"] / len(latencies) * 1e6
+    result = Result(found["seconds"], latencies, {"200": len(latencies)}, 0.0, due=found["due"])
+    return result, found["cpu"] / len(latencies) * 1e6
 
 
 def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
@@ -62,7 +63,7 @@ def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
     once: Callable[[dict[str, Any]], None] = {"search": search_once, "create": create_once}[kind]
     for body in bodies[:100]:
         once(body)
-    latencies = []
+    latencies, dues = [], []
     following = itertools.cycle(bodies)
     cpu = time.process_time()
     began = now = time.perf_counter()
@@ -73,7 +74,8 @@ def _main(kind: str, file: Path, seconds: float, rate: float | None) -> None:
         once(next(following))
         now = time.perf_counter()
         latencies.append(now - due)
-    took = {"seconds": now - began, "latencies": latencies, "cpu": time.process_time() - cpu}
+        dues.append(due - began)
+    took = {"seconds": now - began, "latencies": latencies, "due": dues, "cpu": time.process_time() - cpu}
     json.dump(took, sys.stdout)
 
 

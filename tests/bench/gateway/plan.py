@@ -1,9 +1,9 @@
 """Which requests go to which server, in which order.
 
 Cases take turns in short bursts, `rounds` times, and the table shows medians: on a machine with neighbours a slow
-minute then hits every case alike, and the ratios stand. At half load it is more rounds: a single stop of a few
-milliseconds, the machine's own, moves the p95 of a burst. Whoever is not measured is suspended: several idle gateways
-with all that they look after would be a twentieth of the one core.
+minute then hits every case alike, and the ratios stand. At half load it is more rounds, and the p95 is the median of
+quarter seconds (`load`). Whoever is not measured is suspended: several idle gateways with all that they look after
+would be a twentieth of the one core. What ran last is warm, so each burst begins with a short one that does not count.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.bench.gateway.load import Requests, Result, closed_loop, open_loop, r
 from tests.bench.gateway.world import MAIN_MEMORIES, MAIN_TENANT, Server, World, fill
 
 SETTLE_SECONDS = 0.5  # what a resumed server has put off meanwhile
+WARM_SECONDS = 0.3
 MIX_TENANTS = 50
 MIX_MEMORIES = 500
 
@@ -38,6 +39,22 @@ class Case:
 
 
 @dataclass
+class Tail:
+    """p95s in ms at one rate, of each window and of each burst."""
+
+    windows: list[float] = field(default_factory=list)
+    bursts: list[float] = field(default_factory=list)
+
+    @property
+    def p95_ms(self) -> float:
+        return median(self.windows) if self.windows else float("nan")
+
+    def add(self, result: Result) -> None:
+        self.windows += result.windows_ms(0.95)
+        self.bursts.append(result.percentile_ms(0.95))
+
+
+@dataclass
 class Measured:
     rate: float
     rates: list[float]
@@ -46,9 +63,8 @@ class Measured:
     p95_ms: float
     bad: int  # at half load too
     client_busy: float
-    half_p95_ms: float | None = None
-    halves_p95_ms: list[float] = field(default_factory=list)
-    beside_p95_ms: list[float] = field(default_factory=list)  # at the load at which the SQL alone was measured
+    half: Tail = field(default_factory=Tail)
+    beside: Tail = field(default_factory=Tail)  # at the load at which the SQL alone was measured
 
 
 class Bench:
@@ -84,15 +100,9 @@ class Bench:
         for n in range(2 * self._rounds + 1):
             for case in halved if n % 2 == 0 else reversed(halved):
                 measured = self.measured[case.name]
-                half = self._open(case, measured.rate / 2)
-                measured.halves_p95_ms.append(half.percentile_ms(0.95))
-                measured.bad += half.bad
+                self._tail(case, measured.rate / 2, measured.half)
                 if (alone := self.measured.get(f"{case.name} sql")) is not None:
-                    beside = self._open(case, alone.rate / 2)
-                    measured.beside_p95_ms.append(beside.percentile_ms(0.95))
-                    measured.bad += beside.bad
-        for case in halved:
-            self.measured[case.name].half_p95_ms = median(self.measured[case.name].halves_p95_ms)
+                    self._tail(case, alone.rate / 2, measured.beside)
         if not self._only or "tenants" in self._only:
             self._stack.close()
             self._servers.clear()
@@ -106,17 +116,22 @@ class Bench:
         server = self._server(case.server)
         first = case.name not in self._warm  # connections per thread and tenant, on the usual side, take time to open
         self._warm.add(case.name)
-        closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=self._seconds if first else 0.3)
+        warm_seconds = self._seconds if first else WARM_SECONDS
+        closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=warm_seconds)
         before = server.cpu_seconds()
         result = closed_loop(server.port, case.requests, connections=CONNECTIONS, seconds=self._seconds)
         return result, (server.cpu_seconds() - before) / max(1, len(result.latencies)) * 1e6
 
-    def _open(self, case: Case, rate: float) -> Result:
+    def _tail(self, case: Case, rate: float, tail: Tail) -> None:
         """One burst at this rate."""
         if case.server is None:
-            return self._floor(case, rate)[0]
+            tail.add(self._floor(case, rate)[0])
+            return
         port = self._server(case.server).port
-        return open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
+        closed_loop(port, case.requests, connections=CONNECTIONS, seconds=WARM_SECONDS)
+        result = open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
+        tail.add(result)
+        self.measured[case.name].bad += result.bad
 
     def _floor(self, case: Case, rate: float | None) -> tuple[Result, float]:
         assert case.file is not None

@@ -192,12 +192,36 @@ def fill(paths: TenantPaths, corpus: Corpus, count: int) -> list[str]:
 
 
 @contextlib.contextmanager
+def _ahead_of_neighbours() -> Iterator[None]:
+    """Where the machine lets us, client and servers go before whoever else wants their cores, and before the control
+    plane on the client's: somebody else's work of milliseconds, twice a second, is the p95 of a handler that needs
+    0.1 ms. It is the same for every case.
+
+    A niceness counts within a session; between sessions it is their autogroup's (sched(7)).
+    """
+    autogroup = Path("/proc/self/autogroup")
+    try:
+        before = autogroup.read_text().rsplit(" ", 1)[1].strip()
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # and whoever is started from here
+        autogroup.write_text("-20")
+    except OSError as e:
+        print(f"measured at the priority of everybody else ({e.strerror})", file=sys.stderr)
+        yield
+        return
+    try:
+        yield
+    finally:
+        autogroup.write_text(before)
+
+
+@contextlib.contextmanager
 def world() -> Iterator[World]:
     os.sched_setaffinity(0, set(os.sched_getaffinity(0)) - {SERVER_CORE} or {SERVER_CORE})
     with contextlib.ExitStack() as closing:
         temporary = tempfile.TemporaryDirectory(prefix="engram-bench-", ignore_cleanup_errors=True)
         directory = Path(closing.enter_context(temporary))
         url = closing.enter_context(control_plane_url(directory / "control-plane"))
+        closing.enter_context(_ahead_of_neighbours())
         issuer = Issuer()
         closing.callback(issuer.close)
         made = World(directory, url, issuer)
