@@ -298,6 +298,13 @@ class Stack:
         """One tenant for all tests that leave nothing behind in its database."""
         return self.tenant()
 
+    def lend_tenants(self, data_dir: Path) -> Path:
+        """Make it a data directory with the stack's tenants, and with a spool and limits of its own, for another
+        gateway beside the stack's."""
+        data_dir.mkdir(exist_ok=True)
+        (data_dir / "tenants").symlink_to(self.settings.tenants_dir)
+        return data_dir
+
     def headers(self, tenant_id: str, /, **claims: Any) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.issuer.token(tenant_id, **claims)}"}
 

@@ -109,7 +109,7 @@ def places(
             # Not in /tmp, where staging and prod refuse to keep tenants.
             directory = tempfile.TemporaryDirectory(prefix=f"engram-{env}-", dir="/var/tmp")
             data_dir = Path(closing.enter_context(directory))
-            (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+            stack.lend_tenants(data_dir)
             values = {
                 "env": env,
                 "gateway_workers": 1,

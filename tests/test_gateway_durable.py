@@ -185,7 +185,7 @@ def test_a_client_that_leaves_while_it_waits_disturbs_nobody(tmp_path: Path, dis
 @pytest.fixture
 def limited(stack: Stack, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway in sync mode with room for 25 segments, and for a hundred more."""
-    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    stack.lend_tenants(tmp_path)
     with gateway(
         tmp_path,
         stack.control_plane_url,

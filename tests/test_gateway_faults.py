@@ -178,9 +178,7 @@ def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_
     """A request was answered and its event waits in memory: when the gateway ends nobody can be told, so the next one
     tells, and the alert sees the counter rise."""
     tenant = stack.tenant()
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    data_dir = stack.lend_tenants(tmp_path / "data")
     (data_dir / "spool").symlink_to(small_disks[1])
     port = free_port()
 

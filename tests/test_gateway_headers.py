@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -150,13 +151,9 @@ def test_a_request_names_exactly_one_host() -> None:
 
 
 @pytest.fixture
-def cut(stack: Stack) -> Any:  # noqa: F811
-    data_dir = stack.settings.data_dir.parent / "cut"
-    data_dir.mkdir(exist_ok=True)
-    if not (data_dir / "tenants").exists():
-        (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+def cut(stack: Stack, tmp_path: Path) -> Any:  # noqa: F811
     with gateway(
-        data_dir,
+        stack.lend_tenants(tmp_path),
         stack.control_plane_url,
         stack.issuer,
         module="tests.gateway_unchecked",

@@ -112,7 +112,7 @@ def test_bodies_that_hang_make_way_for_those_of_others() -> None:
 def test_a_body_that_does_not_come_takes_no_place_from_anybody(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """More hang than may be at work, of REST and of MCP: their own tenant and another are served all the same."""
     slow, other = stack.tenant(), stack.tenant()
-    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    stack.lend_tenants(tmp_path)
     places = {"inflight_requests": 2, "inflight_tenant_requests": 2, "inflight_wait_seconds": 0.2}
     with gateway(tmp_path, stack.control_plane_url, stack.issuer, gateway_workers=1, **places) as served:
         served.client.headers.update(stack.headers(other))

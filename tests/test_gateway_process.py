@@ -39,14 +39,6 @@ def _alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def _own_data_dir(stack: Stack, name: str) -> Path:  # noqa: F811
-    """A data directory with the stack's tenants and a spool and limits of its own."""
-    data_dir = stack.settings.data_dir.parent / name
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
-    return data_dir
-
-
 class Load:
     """Clients that create memories, one 5 ms after another was answered, each over a connection that it keeps."""
 
@@ -102,10 +94,10 @@ def _kill(served: Gateway, victim: psutil.Process) -> psutil.Process:
     return found
 
 
-def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack) -> None:  # noqa: F811
+def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """One is killed, and its successor as soon as it serves: the other goes on serving, each client loses at most
     the request it had in flight, no acknowledged write or event is lost, the rate limit holds."""
-    tenant, limited, data_dir = stack.tenant(), stack.tenant(), _own_data_dir(stack, "killed")
+    tenant, limited, data_dir = stack.tenant(), stack.tenant(), stack.lend_tenants(tmp_path)
     kills, clients = 2, 4
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         settings = stack.settings.model_copy(update={"data_dir": data_dir})
@@ -144,9 +136,9 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack) -> None:  
         assert {str(UUID(bytes=e.request_id)) for e in sealed} == events and len(sealed) == len(events)
 
 
-def test_a_frozen_worker_is_replaced(stack: Stack) -> None:  # noqa: F811
+def test_a_frozen_worker_is_replaced(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """A stopped process keeps its share of the connections: it is killed once its heartbeat stands still."""
-    data_dir = _own_data_dir(stack, "frozen")
+    data_dir = stack.lend_tenants(tmp_path)
     with gateway(data_dir, stack.control_plane_url, stack.issuer, worker_silence_seconds=1.5) as served:
         assert served.metric("engram_worker_oldest_beat_seconds") < 60
         frozen, other = served.workers()
@@ -157,11 +149,11 @@ def test_a_frozen_worker_is_replaced(stack: Stack) -> None:  # noqa: F811
         assert any("silent" in line["event"] for line in served.log())
 
 
-def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack) -> None:  # noqa: F811
+def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """SIGTERM under load, to the workers too, as a terminal or a process group's owner sends it (one that got two used
     to hang): no new connections, a request that is still being sent is answered, the process ends with 0, and every
     acknowledged write and every event is on disk, in sealed segments."""
-    tenant, data_dir = stack.tenant(), _own_data_dir(stack, "graceful")
+    tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path)
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         where = urlsplit(served.url)
         body = b'{"content": "slow"}'
@@ -192,9 +184,9 @@ def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack) 
         )
 
 
-def test_a_client_that_never_ends_its_request_does_not_keep_a_worker_from_stopping_in_order(stack: Stack) -> None:  # noqa: F811
+def test_a_client_that_never_ends_its_request_does_not_hold_up_the_stop(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """A body may take longer than whoever stops the gateway waits: a worker that is killed for it seals nothing."""
-    tenant, data_dir = stack.tenant(), _own_data_dir(stack, "stalled")
+    tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path)
     slow_limits = {"body_timeout_seconds": 300, "gateway_kill_timeout_seconds": 8, "gateway_workers": 1}
     with gateway(data_dir, stack.control_plane_url, stack.issuer, **slow_limits) as served:
         where = urlsplit(served.url)
@@ -222,9 +214,9 @@ def test_a_worker_that_died_as_the_gateway_is_stopped_is_no_failure_of_the_stop(
         supervisor.shutdown()
 
 
-def test_after_a_sigkilled_supervisor_the_next_one_starts_at_once(stack: Stack) -> None:  # noqa: F811
+def test_after_a_sigkilled_supervisor_the_next_one_starts_at_once(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """The workers go with it, seal their spools and free the port, which the next gateway takes."""
-    tenant, data_dir = stack.tenant(), _own_data_dir(stack, "orphans")
+    tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path)
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         with httpx.Client(base_url=served.url, headers=stack.headers(tenant), trust_env=False) as client:
             assert client.post("/v1/memories", json={"content": "x"}).status_code == 201

@@ -142,9 +142,7 @@ def test_a_hard_quota_is_402_with_its_numbers_and_a_soft_one_a_header(stack: Sta
     """Only what draws on that counter is refused; a plan changed in the control plane works within seconds."""
     tenant, other = stack.tenant(), stack.tenant()
     plan(stack.control_plane, "three", tenant, memories_created_soft=1, memories_created_hard=3)
-    data_dir = stack.settings.data_dir.parent / "quotas"
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "quotas")
     with gateway(
         data_dir, stack.control_plane_url, stack.issuer, gateway_workers=1, quota_refresh_seconds=0.2
     ) as served:
@@ -183,9 +181,7 @@ def test_in_shadow_a_hard_quota_warns_counts_and_refuses_nobody(stack: Stack) ->
     """As staging runs, to see whom prod would refuse: REST and MCP go on, each request over the limit is counted."""
     tenant = stack.tenant()
     plan(stack.control_plane, "shadowed", tenant, memories_created_hard=0)
-    data_dir = stack.settings.data_dir.parent / "shadowed-quotas"
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "shadowed-quotas")
     settings = {"gateway_workers": 1, "quota_refresh_seconds": 0.2, "quota_mode": "shadow"}
     with gateway(data_dir, stack.control_plane_url, stack.issuer, **settings) as served:
 

@@ -102,9 +102,7 @@ def test_without_room_for_the_table_each_worker_limits_alone(tmp_path: Path) -> 
 
 def limited(stack: Stack, name: str, **settings: Any) -> Any:  # noqa: F811
     """A gateway of two workers with these limits, for tenants of the stack."""
-    data_dir = stack.settings.data_dir.parent / name
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / name)
     return gateway(data_dir, stack.control_plane_url, stack.issuer, limits_poll_seconds=0.05, **settings)
 
 

@@ -153,9 +153,7 @@ def test_a_job_past_its_limit_never_interrupts_the_next_one_on_its_connection() 
 def test_an_operator_changes_what_all_workers_do_without_a_restart(stack: Stack) -> None:  # noqa: F811
     """Searches shed for a while, and the issuer's keys fetched again by each worker, once."""
     tenant, rotated = stack.tenant(), new_key("ES256")
-    data_dir = stack.settings.data_dir.parent / "operated"
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "operated")
     operator = Settings(data_dir=data_dir)
     with gateway(
         data_dir, stack.control_plane_url, stack.issuer, limits_poll_seconds=0.05, jwks_cooldown_seconds=300

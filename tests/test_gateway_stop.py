@@ -53,9 +53,7 @@ asyncio.run(live())
 def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """Behind a network that swallows packets the threads that ask PostgreSQL wait for minutes; the spool is sealed
     by then. Restarting the gateway is what an operator does in such a case."""
-    tenant, data_dir = stack.tenant(), tmp_path / "data"
-    data_dir.mkdir()
-    (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+    tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path / "data")
     often = {"quota_refresh_seconds": 1, "tenant_refresh_seconds": 0.1, "gateway_kill_timeout_seconds": 25}
     with (
         closing(SilentProxy(stack.control_plane_url)) as proxy,
@@ -105,7 +103,7 @@ def test_an_action_whose_caller_has_left_ends_before_its_worker_does(
 def test_the_spool_is_sealed_whatever_else_cannot_be_closed(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """What a worker could not seal waits in its file for another to adopt it; nobody is billed for it until then."""
     tenant = stack.tenant()
-    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    stack.lend_tenants(tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PROMETHEUS_"))}
     environment |= {
         "ENGRAM_DATA_DIR": str(tmp_path),

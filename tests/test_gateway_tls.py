@@ -52,9 +52,7 @@ def stopped_at_the_end(running: dict[str, Any]) -> Iterator[None]:
 def served(stack: Stack, files: Pair, running: dict[str, Any]) -> Gateway:  # noqa: F811
     """One gateway for the module, impatient."""
     if "gateway" not in running:
-        data_dir = stack.settings.data_dir.parent / "tls"
-        data_dir.mkdir()
-        (data_dir / "tenants").symlink_to(stack.settings.tenants_dir)
+        data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "tls")
         running["context"] = gateway(
             data_dir,
             stack.control_plane_url,

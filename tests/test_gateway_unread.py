@@ -37,7 +37,7 @@ class _SlowReader(threading.Thread):
 def test_who_does_not_read_is_cut_off_and_who_reads_slowly_is_not(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """Nothing read for longer than the limit ends the connection; a little now and then, for longer, does not."""
     tenant = stack.tenant()
-    (tmp_path / "tenants").symlink_to(stack.settings.tenants_dir)
+    stack.lend_tenants(tmp_path)
     with gateway(
         tmp_path, stack.control_plane_url, stack.issuer, gateway_workers=1, answer_stall_seconds=STALL_SECONDS
     ) as served:
