@@ -6,8 +6,9 @@ DUE, so a stall is charged to every request it delayed.
 
 A machine with neighbours stops for milliseconds some times a second, whatever is measured on it: that alone delays one
 request in forty, and one in twenty is the p95. `windows_ms` therefore has a percentile for each quarter second: most
-of these have no such stop in them, while what a server does every so often is in all. Its median says what the
-software does, the percentile of the whole what its clients met on that machine; the bench shows both.
+have no such stop in them, while what a server does ten times a second is in all. Their median says what the software
+does (but for what it does once a second), the percentile of the whole what its clients met there; the bench shows
+both.
 
 Measured on one core against Granian's bare ASGI on the other: the client needs about 12 µs a request, less than
 any server here; `busy` in the result says how much of its core it took (near 1 in a closed loop: the client was

@@ -45,9 +45,10 @@ class Tail:
     windows: list[float] = field(default_factory=list)
     bursts: list[float] = field(default_factory=list)
 
-    @property
-    def p95_ms(self) -> float:
-        return median(self.windows) if self.windows else float("nan")
+    def p95_ms(self, *, whole: bool = False) -> float:
+        """The median of windows, or of whole bursts."""
+        found = self.bursts if whole else self.windows
+        return median(found) if found else float("nan")
 
     def add(self, result: Result) -> None:
         self.windows += result.windows_ms(0.95)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -26,13 +25,17 @@ def lines(measured: dict[str, Measured], tenants: list[Point]) -> list[Line]:
             found.append((what, measured[over].rate / measured[under].rate, ">=", bound, by_cpu))
 
     def p95(what: str, case: str, sql: str | None) -> None:
-        if {case, "bare"} <= measured.keys() and (sql is None or sql in measured):
-            bare = measured["bare"].half.p95_ms
-            bound = 3 * bare if sql is None else bare + 3 * measured[sql].half.p95_ms
-            found.append((what, measured[case].half.p95_ms, "<=", bound, None))
+        if not {case, "bare", sql or case} <= measured.keys():
+            return
+        for whole, of in ((False, ""), (True, ", whole bursts")):
+            bare = measured["bare"].half.p95_ms(whole=whole)
+            bound = 3 * bare if sql is None else bare + 3 * measured[sql].half.p95_ms(whole=whole)
+            found.append(
+                (f"{what} p95 ms at half load{of}", measured[case].half.p95_ms(whole=whole), "<=", bound, None)
+            )
             if sql is not None:
-                beside = measured[case].beside.p95_ms
-                found.append((f"{case} p95 ms at the load of the SQL alone", beside, "<=", bound, None))
+                beside = measured[case].beside.p95_ms(whole=whole)
+                found.append((f"{what} p95 ms at the SQL's half load{of}", beside, "<=", bound, None))
 
     rate("GET by id / bare Litestar", "get", "bare", 0.4)
     rate("edge alone / bare Litestar", "edge", "bare", 0.6)
@@ -44,9 +47,11 @@ def lines(measured: dict[str, Measured], tenants: list[Point]) -> list[Line]:
     rate("create, 32 clients / the same SQL in a loop", "create", "create sql", 1.0)
     for case in ("mix", "get", "search", "create"):
         rate(f"{case} / the usual way", case, f"{case} usual", 3.0)
-    p95("GET p95 ms at half load (3 × bare)", "get", None)
-    p95("search p95 ms at half load (bare + 3 × SQL)", "search", "search sql")
-    p95("create p95 ms at half load (bare + 3 × SQL)", "create", "create sql")
+    # Bounds: 3 × bare; bare + 3 × the SQL alone. Creates share transactions, so half of what they can do is more than
+    # all that the SQL alone can: they are also held against the load at which that was measured.
+    p95("GET", "get", None)
+    p95("search", "search", "search sql")
+    p95("create", "create", "create sql")
     for t in tenants:
         if t.tenants == 1_000 and t.code == "here":
             found.append(("mix over 1,000 tenants, p95 ms at half load", t.half_p95_ms, "<=", 250.0, None))
@@ -57,8 +62,8 @@ def _tail(tail: Tail) -> tuple[str, str]:
     """Of windows, of whole bursts."""
     if not tail.windows:
         return "", ""
-    bursts = f"{median(tail.bursts):.2f} ({min(tail.bursts):.2f}–{max(tail.bursts):.2f})"
-    return f"{tail.p95_ms:.2f}", bursts
+    bursts = f"{tail.p95_ms(whole=True):.2f} ({min(tail.bursts):.2f}–{max(tail.bursts):.2f})"
+    return f"{tail.p95_ms():.2f}", bursts
 
 
 def show(bench: Bench) -> None:
