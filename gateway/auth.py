@@ -73,10 +73,9 @@ class Authenticator:
 
     async def _verify(self, token: bytes, before_signature: Callable[[str | None], None]) -> Caller:
         parts = take_apart(self._rules, token)
-        asked_at = time.monotonic()
-        key = await self._jwks.find(parts.kid)
+        key = self._jwks.known(parts.kid)
         if key is None:
-            key = await self._find_later(parts, asked_at, before_signature)
+            key = await self._find_key(parts, before_signature)
         if key.algorithm != parts.algorithm:
             raise Unauthenticated("algorithm")
         caller, refusal = self._judged(parts.payload)
@@ -88,18 +87,16 @@ class Authenticator:
             raise refusal
         return caller
 
-    async def _find_later(
-        self, parts: Parts, asked_at: float, before_signature: Callable[[str | None], None]
-    ) -> VerificationKey:
-        """The key of a token that may be signed with one we have not heard of: only if the rest of it is good."""
-        caller, _ = self._judged(parts.payload)
-        tenant_id = caller.tenant_id if caller is not None else None
-        key = None
-        if tenant_id is not None and parts.kid is not None:
-            before_signature(tenant_id)
-            key = await self._jwks.find_later(parts.kid, asked_at)
+    async def _find_key(self, parts: Parts, before_signature: Callable[[str | None], None]) -> VerificationKey:
+        """The key of a token that may be signed with one we have not heard of: only if the rest of it is good. Nobody
+        waits for the issuer, nor has us ask it, with a token that no key could mend."""
+        caller, refusal = self._judged(parts.payload)
+        if caller is None:
+            raise Unauthenticated("unknown_kid") if self._jwks.usable() else refusal
+        before_signature(caller.tenant_id)
+        key = await self._jwks.find(parts.kid)
         if key is None:
-            raise Unauthenticated("unknown_kid", tenant_id)
+            raise Unauthenticated("unknown_kid", caller.tenant_id)
         return key
 
     def _judged(self, payload: bytes) -> tuple[Caller | None, Unauthenticated]:

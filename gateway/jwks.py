@@ -7,19 +7,19 @@
     `jwks_stale_max_seconds` later,     wait for a fetch; none to be had → `JwksUnavailable`
     or never loaded
     unknown `kid`                       one fetch, then a cool-down: a rotated key works at once, a flood of
-                                        invented kids costs one fetch per cool-down, for which tokens that are good
-                                        otherwise wait (`find_later`)
+                                        invented kids costs one fetch per cool-down, and who is there in between
+                                        waits for the next (`find`); only tokens that are good otherwise ask
     forced (`refresh`)                  fetch now, and again when a fetch was already under way: it may have
                                         been answered before the keys changed
 
 There is one fetch at a time, it ends within `jwks_timeout_seconds` however slowly the issuer drips, and everybody
-waits for the same one; more than `MAX_WAITING` do not wait but are told that we cannot judge, so that requests
-waiting for a hanging issuer never fill the server. After a failure nothing is fetched for
-`jwks_cooldown_seconds`. An empty key set is a failure: it is what a broken issuer publishes.
+waits for the same one; more than `MAX_WAITING` do not wait, so that requests waiting for a hanging issuer never fill
+the server. Without any keys they are told that we cannot judge; with keys, that theirs is none of them. After a failure
+nothing is fetched for `jwks_cooldown_seconds`. An empty key set is a failure: it is what a broken issuer publishes.
 
-So a new key is accepted from its first token on, if somebody's invented kid had used up the fetch of that cool-down
-then within `LATER_SECONDS`: unless `MAX_LATER` others wait too. An issuer that publishes a key one cool-down (at the
-most one TTL) before it signs is never refused.
+So a new key is accepted from its first token on, if somebody's invented kid had used up the fetch of that cool-down,
+or it failed, then within `LATER_SECONDS`: unless `MAX_LATER` others wait too. An issuer that publishes a key one
+cool-down (at the most one TTL) before it signs is never refused.
 
 `generation` counts changes of the key set and forced refreshes: whoever caches what a key said watches it.
 """
@@ -96,50 +96,43 @@ class Jwks:
             if not self.usable():
                 raise JwksUnavailable(f"no keys from {redact_url(self._url)}")
 
+    def known(self, kid: str | None) -> VerificationKey | None:
+        """The key of that id, or without an id the only key there is, if it is at hand."""
+        return self._find(kid) if self.usable() else None
+
     async def find(self, kid: str | None) -> VerificationKey | None:
-        """The key of that id; without an id, the only key there is. Raises `JwksUnavailable`."""
+        """As `known`, after asking the issuer, by the next fetch that the cool-down allows if that is soon. Raises
+        `JwksUnavailable` when there are no keys at all."""
+        asked_at = time.monotonic()
         await self.load()
         key = self._find(kid)
-        if key is not None or kid is None:
-            return key
-        if self._fetching is not None:
-            await self._wait(self._fetching)
-            key = self._find(kid)
-        if key is None:  # the fetch we joined may have been answered before this key was published
-            now = time.monotonic()
-            if self._fetching is None and now >= max(self._unknown_quiet_until, self._quiet_until):
-                self._unknown_quiet_until = now + self._cooldown
-                self._fetch_once()
-            if self._fetching is not None:
-                await self._wait(self._fetching)
-                key = self._find(kid)
+        if key is None and kid is not None and self._later < MAX_LATER:
+            self._later += 1
+            try:
+                key = await self._find_later(kid, asked_at)
+            finally:
+                self._later -= 1
         return key
 
-    async def find_later(self, kid: str, asked_at: float) -> VerificationKey | None:
-        """The key that `find` did not know, asked at `asked_at` of the monotonic clock: by the next fetch that the
-        cool-down allows, if there was none since and it is soon."""
-        if self._later >= MAX_LATER:
-            return None
-        self._later += 1
-        try:
-            while self._answered_at < asked_at:
-                now = time.monotonic()
-                quiet_until = max(self._unknown_quiet_until, self._quiet_until)
-                if self._fetching is not None:
-                    await asyncio.shield(self._fetching)
-                elif now < quiet_until <= asked_at + LATER_SECONDS:
-                    await asyncio.sleep(quiet_until - now)
-                    continue
-                elif now < quiet_until:
-                    break
-                else:
-                    self._unknown_quiet_until = now + self._cooldown
-                    await asyncio.shield(self._fetch_once())
-                if self.failed:
-                    break
-            return self._keys.get(kid)
-        finally:
-            self._later -= 1
+    async def _find_later(self, kid: str, asked_at: float) -> VerificationKey | None:
+        """By a fetch that was sent after `asked_at`: one that was under way may have been answered before this key was
+        published."""
+        until = asked_at + LATER_SECONDS
+        while (key := self._keys.get(kid)) is None and self._answered_at < asked_at:
+            now = time.monotonic()
+            quiet_until = max(self._unknown_quiet_until, self._quiet_until)
+            if now >= until:
+                break
+            if self._fetching is not None:
+                await asyncio.shield(self._fetching)
+            elif now >= quiet_until:
+                self._unknown_quiet_until = now + self._cooldown
+                await asyncio.shield(self._fetch_once())
+            elif quiet_until <= until:
+                await asyncio.sleep(quiet_until - now)
+            else:
+                break
+        return key
 
     def refresh(self) -> None:
         """Fetch now, whatever the TTL and the cool-down say: an operator knows that the keys changed."""
@@ -181,7 +174,7 @@ class Jwks:
                 raise ValueError("the issuer published no usable key")
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, RecursionError) as e:
             metrics.jwks_fetch_total.labels("error").inc()
-            self._quiet_until = time.monotonic() + self._cooldown
+            self._quiet_until = time.monotonic() + wait_seconds
             cause = redact_url(str(e))[:300]
             self.failed = f"{type(e).__name__}: {cause}"
             log.error("jwks_fetch_failed", error=type(e).__name__, cause=cause, keys=len(self._keys))

@@ -109,6 +109,36 @@ def test_a_token_of_a_new_key_waits_out_somebody_elses_invented_one_and_a_bad_on
     asyncio.run(run())
 
 
+def test_only_a_token_that_is_good_otherwise_has_the_issuer_asked_and_within_what_its_address_may() -> None:
+    """Strangers who invent ids by the thousand would have us answer 503 while the issuer is slow, whoever they are."""
+
+    async def run() -> None:
+        issuer, forger = Issuer(), new_key("ES256")
+        configured = Settings(jwks_url=issuer.url, jwt_issuer=ISSUER, jwt_audience=AUDIENCE)
+        jwks = Jwks(configured, httpx.AsyncClient(trust_env=False))
+        authenticator = Authenticator(configured, jwks)
+
+        def too_many(_: str | None) -> None:
+            raise InterruptedError
+
+        try:
+            bad, plausible = (f"Bearer {issuer.token('acme', key=forger, **claims)}" for claims in ({"exp": 1}, {}))
+            with pytest.raises(Unauthenticated, match="expired"):  # whatever the keys are: none were ever asked for
+                await authenticator.caller([bad.encode()])
+            assert issuer.fetches == 0
+            await jwks.load()
+            with pytest.raises(Unauthenticated, match="unknown_kid"):
+                await authenticator.caller([bad.encode()])
+            with pytest.raises(InterruptedError):
+                await authenticator.caller([plausible.encode()], too_many)
+            assert issuer.fetches == 1
+        finally:
+            await jwks.close()
+            issuer.close()
+
+    asyncio.run(run())
+
+
 def test_every_token_of_the_table_is_refused_for_its_own_reason(issuer: Issuer) -> None:
     """RFC 8725 case by case: never accepted, never an exception, and no key is fetched from where a token says."""
     attacker = Issuer()

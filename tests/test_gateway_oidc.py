@@ -97,10 +97,10 @@ def world(stack: Stack, provider: Provider, tmp_path: Path, request: pytest.Fixt
     provider.break_down("")
 
 
-def invented(number: int) -> list[str]:
-    """Well-formed tokens whose key ids nobody ever published."""
-    key, now = new_key("ES256"), time.time()
-    return [sign(key, {"exp": now + 600}, {"kid": f"invented-{n}"}) for n in range(number)]
+def invented(world: World, number: int) -> list[str]:
+    """Tokens that are good but for their key ids, which nobody ever published."""
+    key, good = new_key("ES256"), jwt.decode(world.token("es"), options={"verify_signature": False})
+    return [sign(key, good, {"kid": f"invented-{n}"}) for n in range(number)]
 
 
 # A time to live and a cool-down that never end within a test: a fetch has another cause.
@@ -117,7 +117,7 @@ def test_a_crowd_of_first_requests_and_a_flood_of_invented_kids_cost_one_fetch_a
     assert set(world.statuses(*(tokens * 67)[:200])) == {ACCEPTED}
     assert world.provider.fetches == before + WORKERS
     world.provider.break_down("")
-    for flood in (invented(150), invented(150)):
+    for flood in (invented(world, 150), invented(world, 150)):
         assert set(world.statuses(*flood)) == {401}
         assert world.provider.fetches == before + 2 * WORKERS
     for token in tokens:
@@ -156,7 +156,7 @@ def test_a_hanging_issuer_delays_only_those_who_need_it(world: World) -> None:
     world.provider.break_down("hang")
     before = world.provider.fetches
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(world.statuses, *invented(40))
+        waiting = pool.submit(world.statuses, *invented(world, 40))
         eventually(lambda: world.provider.fetches == before + WORKERS)
         assert world.everywhere(known) == {ACCEPTED}
         assert not waiting.done()
@@ -238,7 +238,7 @@ def test_past_the_hard_maximum_the_answer_is_503_until_the_issuer_is_back(world:
         time.sleep(0.05)
     document = assert_problem(world.gateway.client.get(ROUTE, headers=bearer(known)), 503)
     assert document["reason"] == "jwks unavailable"
-    assert world.everywhere(invented(1)[0]) == {503}
+    assert world.everywhere(invented(world, 1)[0]) == {503}
     world.provider.break_down("")
     world.everywhere_eventually(known, ACCEPTED)
     assert {worker.pid for worker in world.gateway.workers()} == pids

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.jwks import MAX_LATER, MAX_WAITING, Jwks, JwksUnavailable
+from gateway.jwks import LATER_SECONDS, MAX_LATER, MAX_WAITING, MIN_RETRY_SECONDS, Jwks, JwksUnavailable
 from shared.jwk import verification_key
 from shared.settings import Settings
 from tests.gateway_stack import Issuer, new_key
@@ -67,13 +66,28 @@ def test_a_new_key_is_found_by_the_next_fetch_when_somebody_elses_invention_used
     """Whoever can reach the gateway can invent ids; its clients must not be refused for it. All wait for one fetch."""
 
     async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
         assert await jwks.find("invented") is None and issuer.fetches == 2
         rotated = new_key("ES256")
         issuer.keys.append(rotated)
-        asked_at = time.monotonic()
-        assert await jwks.find(rotated.kid) is None
-        found = await asyncio.gather(*(jwks.find_later(str(rotated.kid), asked_at) for _ in range(50)))
+        found = await asyncio.gather(*(jwks.find(rotated.kid) for _ in range(50)))
         assert all(found) and issuer.fetches == 3
+
+    with_jwks(test, jwks_cooldown_seconds=0.5)
+
+
+def test_a_new_key_is_found_although_the_first_fetch_for_it_fails() -> None:
+    """An issuer that rotates may be restarting. The token is good: its client must not be told to throw it away."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        rotated = new_key("ES256")
+        issuer.keys.append(rotated)
+        issuer.failing = True
+        waiting = asyncio.create_task(jwks.find(rotated.kid))
+        await until(lambda: issuer.fetches == 2 and jwks.failed != "")
+        issuer.failing = False
+        assert await waiting and issuer.fetches == 3
 
     with_jwks(test, jwks_cooldown_seconds=0.5)
 
@@ -82,25 +96,36 @@ def test_nobody_waits_for_an_id_that_was_just_looked_for_nor_for_long_nor_in_a_c
     """Invented ids must not pile up in the gateway."""
 
     async def test(jwks: Jwks, issuer: Issuer) -> None:
-        before = time.monotonic()
-        assert await jwks.find("invented") is None
-        async with asyncio.timeout(0.5):
-            assert await jwks.find_later("invented", before) is None
-        assert issuer.fetches == 2
-        crowd = [asyncio.create_task(jwks.find_later(f"invented-{n}", time.monotonic())) for n in range(MAX_LATER + 20)]
+        async with asyncio.timeout(1):  # the fetch that gave the first keys was for this id too
+            assert await jwks.find("invented") is None
+        assert issuer.fetches == 1
+        assert await jwks.find("another") is None and issuer.fetches == 2
+        crowd = [asyncio.create_task(jwks.find(f"invented-{n}")) for n in range(MAX_LATER + 20)]
         await until(lambda: sum(t.done() for t in crowd) == 20)
-        issuer.failing = True
         assert not any(await asyncio.gather(*crowd))
         assert issuer.fetches == 3
 
     with_jwks(test, jwks_cooldown_seconds=2)
 
     async def far(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
         assert await jwks.find("invented") is None
         async with asyncio.timeout(0.5):
-            assert await jwks.find_later("other", time.monotonic()) is None
+            assert await jwks.find("other") is None
 
     with_jwks(far)
+
+
+def test_an_issuer_that_goes_on_failing_keeps_nobody_for_long_and_is_not_asked_all_the_time() -> None:
+    """Without any cool-down either."""
+
+    async def test(jwks: Jwks, issuer: Issuer) -> None:
+        await jwks.load()
+        issuer.failing = True
+        assert await jwks.find("invented") is None
+        assert 2 < issuer.fetches <= 2 + LATER_SECONDS / MIN_RETRY_SECONDS
+
+    with_jwks(test, jwks_cooldown_seconds=0)
 
 
 def test_a_key_published_after_a_fetch_was_answered_is_still_found() -> None:
