@@ -65,6 +65,7 @@ from shared.workers import Announcement
 FLEET_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 PARENT_SECONDS = 0.5
+READY_POLL_SECONDS = 0.05
 STOP_SECONDS = 2.0  # for what works every so often to end a turn
 ACTIONS_SHARE = 2  # of the time a stopping worker has before it is killed, which its requests may have used up
 GC_YOUNG_OBJECTS = 10_000  # at most: 0.2 ms of the event loop
@@ -155,6 +156,9 @@ async def _running(
         report.publish()
 
     services.tenants.start()
+    if pulse is not None:
+        pulse.start()
+        await _wait_while_others_serve(services, pulse)
     tick_seconds = min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
@@ -173,7 +177,7 @@ async def _running(
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)
         work.append(Periodic("parent", PARENT_SECONDS, orphaned).start())
     if pulse is not None:
-        pulse.start()
+        pulse.serve()
         work.append(Periodic("pulse", BEAT_SECONDS, pulse.observe).start())
         if pulse.steers_to >= 0:
             steer_here(settings.gateway_port, pulse.steers_to)
@@ -196,6 +200,20 @@ async def _running(
         announcement.close()
         log.info("worker_stopped", pid=os.getpid())
         access_log.drain()
+
+
+async def _wait_while_others_serve(services: Services, pulse: Pulse) -> None:
+    """A worker that takes a dead or a leaving one's place listens once it can judge who calls. While PostgreSQL or the
+    issuer is silent the others go on with what they know, and it would refuse its share of their connections."""
+    said = False
+    while (pulse.respawned or pulse.steers_to >= 0) and pulse.others_serve():
+        failing = await health.failing_checks(services)
+        if not failing:
+            return
+        if not said:
+            log.warning("worker_waits", failing=failing)
+            said = True
+        await asyncio.sleep(READY_POLL_SECONDS)
 
 
 def _seal(usage_spool: CountingSpool, work: Sequence[Periodic]) -> None:

@@ -37,7 +37,7 @@ async def health() -> Status:
 )
 async def ready(request: Request[Any, Any, Any]) -> Status:
     """May take traffic: tenants were read, keys are at hand, usage can be recorded."""
-    failing = await _failing(services_of(request))
+    failing = await failing_checks(services_of(request))
     if failing:
         raise Refusal(
             Problem(
@@ -69,7 +69,8 @@ async def prometheus(request: Request[Any, Any, Any]) -> Response[bytes]:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _failing(services: Services) -> list[str]:
+async def failing_checks(services: Services) -> list[str]:
+    """What this worker lacks to take traffic."""
     failing = []
     if not services.tenants.loaded:
         failing.append("tenants")

@@ -3,6 +3,9 @@
 A worker's event loop writes the time into its own place, so a worker that is stopped (SIGSTOP, a debugger) or whose
 loop is stuck goes silent while its listening socket still takes its share of the connections. The supervisor kills
 it (`gateway.supervisor`); how silent the most silent one is can be read from any worker's metrics.
+
+One that takes a dead or a leaving one's place tells by the sign whether it serves yet: without the control plane or
+the issuer it could only refuse its share of the connections, so it waits while others serve (`gateway.app`).
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from typing import Any
 from shared import metrics
 
 BEAT_SECONDS = 0.5
+FRESH_SECONDS = 4 * BEAT_SECONDS
 
 
 @dataclass(slots=True)
 class Pulse:
-    """One worker's place among the `beats`: monotonic seconds of each worker's last one, 0 until it serves.
+    """One worker's place among the `beats`: monotonic seconds of each worker's last one, 0 before the first and negated
+    until it serves.
 
     The second half of them is the supervisor's: not 0 for a worker that will soon be told to go. Then `leaving` is set
     within a beat, and the worker says so to the clients that keep connections (`gateway.edge`).
@@ -30,6 +35,7 @@ class Pulse:
     index: int
     respawned: bool
     leaving: bool = False
+    serving: bool = False
     steers_to: int = -1  # this worker's place among the listening ones, if it takes the place of one that still serves
 
     def start(self) -> None:
@@ -38,14 +44,25 @@ class Pulse:
             metrics.worker_restarts_total.inc()
         self._beat(asyncio.get_running_loop())
 
+    def serve(self) -> None:
+        """Say at once that this worker serves."""
+        self.serving = True
+        self.beats[self.index] = time.monotonic()
+
+    def others_serve(self) -> bool:
+        """Whether another worker does, whose place among the connections would be this one's too."""
+        since = time.monotonic() - FRESH_SECONDS
+        beats = self.beats[: len(self.beats) // 2]
+        return any(beat > since for place, beat in enumerate(beats) if place != self.index)
+
     def observe(self) -> None:
-        """Publish how long ago the most silent serving worker's last beat was."""
-        beats = [beat for beat in self.beats[: len(self.beats) // 2] if beat]
+        """Publish how long ago the most silent worker's last beat was."""
+        beats = [abs(beat) for beat in self.beats[: len(self.beats) // 2] if beat]
         if beats:
             metrics.worker_oldest_beat_seconds.set(max(0.0, time.monotonic() - min(beats)))
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.beats[self.index] = time.monotonic()
+        self.beats[self.index] = time.monotonic() if self.serving else -time.monotonic()
         self.leaving = self.beats[len(self.beats) // 2 + self.index] != 0.0
         loop.call_later(BEAT_SECONDS, self._beat, loop)
 

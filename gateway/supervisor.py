@@ -9,7 +9,8 @@
   machine that slept kills nobody.
 - Workers are replaced when somebody asks for it (`shared.limits`, `restart_workers`), one after the other: a new one
   starts beside the old one, and once it serves the old one is told to finish what it has and go. One that cannot
-  start ends that: those that serve are kept. Granian's own way stops the old one whether or not the new one serves.
+  start, or knows no tenants or keys because nobody answers it, ends that: those that serve are kept. Granian's own way
+  stops the old one whether or not the new one serves.
 - Workers die with their supervisor (`shared.orphan`), in order: SIGTERM, drain, seal.
 - SIGHUP stops in order, like SIGTERM: Granian's reload leaves old and new workers side by side (FACTS), and there is
   nothing to read again.
@@ -38,9 +39,13 @@ START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
 def _work(target: Callable[..., None], *arguments: Any) -> None:
     """In the worker: all of its life. When Granian's part returns, the application has done what must not be missing
-    (`gateway.app`), or has logged why not."""
-    target(*arguments)
-    end_now(0)
+    (`gateway.app`), or has logged why not; or it never came to serve."""
+    code = 0
+    try:
+        target(*arguments)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    end_now(code)
 
 
 class Supervisor(MPServer):
@@ -121,7 +126,7 @@ class Supervisor(MPServer):
         for worker in self.wrks:
             idx, beat = worker.idx, self._beats[self._places[worker.idx]]
             if beat != self._seen[idx] or beat == 0.0:
-                self._served = self._served or beat != 0.0
+                self._served = self._served or beat > 0.0
                 self._seen[idx], self._silent_seconds[idx] = beat, 0.0
                 continue
             self._silent_seconds[idx] += elapsed_seconds
@@ -168,7 +173,7 @@ class Supervisor(MPServer):
     def _serves(self, place: int, old_place: int, now: float) -> bool:
         """And has for long enough: the first beat is from before it listens, and the old worker needs time to read what
         it accepted before new connections went to the new one (`gateway.steering`), and to tell its clients."""
-        if self._first_beat == 0.0 and self._beats[place] != 0.0:
+        if self._first_beat == 0.0 and self._beats[place] > 0.0:
             self._first_beat = now
             self._beats[2 * self.workers + old_place] = now
         return self._first_beat != 0.0 and now - self._first_beat >= SERVED_SECONDS
