@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from litestar import Request
+from litestar import Request, Router
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
@@ -61,6 +61,10 @@ class Document(JsonRenderPlugin):
     def __init__(self) -> None:
         super().__init__()
         self._rendered: bytes | None = None
+
+    def receive_router(self, router: Router) -> None:
+        """Litestar's own handler for unknown paths beside the document answers HTML: without it they are 404 as all."""
+        router.routes = [route for route in router.routes if not route.path_parameters]
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         if self._rendered is None:

@@ -49,7 +49,6 @@ ROUTE_OF_TEMPLATE = {
     "/metrics": "/metrics",
     "/schema": "/schema",
     "/schema/openapi.json": "/schema",
-    "/schema/{path}": "/schema",
     **{f"/v1/admin/actions/{name}": "/admin/actions" for name in ACTIONS},
 }
 _METHODS = frozenset({"GET", "POST", "PATCH", "PUT", "DELETE", "HEAD", "OPTIONS"})

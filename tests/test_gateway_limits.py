@@ -119,6 +119,11 @@ def test_unknown_paths_and_methods_are_problems_too(api: httpx.Client) -> None:
     """404 and 405 come from the router, before any handler, and look like every other error."""
     for path in ("/", "/v1", "/v1/nothing", "/v1/memories/a/b", "/v2/memories", "/v1//memories/x/", "/%00"):
         assert_problem(api.get(path), 404)
+    for path in ("/schema/x", "/schema/swagger", "/schema/redoc", "/schema/x.json", "/schema/a/b"):
+        for method in ("GET", "POST", "OPTIONS"):
+            assert_problem(api.request(method, path), 404)
+    for path in ("/schema", "/schema/openapi.json"):
+        assert api.get(path).json()["openapi"]
     for method, path in (("PUT", "/v1/memories"), ("DELETE", "/v1/search"), ("POST", "/health"), ("BREW", "/ready")):
         assert_problem(api.request(method, path), 405)
     assert_problem(api.get("/v1/memories", headers={"Host": "a b"}), 400)
