@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
@@ -99,6 +100,21 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(api: httpx.Client) -> 
     for _ in range(10):
         response = api.post("/v1/memories", content=b"x" * 3_000_000, headers={"Authorization": "Bearer x"})
         assert_problem(response, 401)
+
+
+@pytest.mark.parametrize("path", ["/v1/memories", "/v1/search", "/v1/mcp"])
+def test_a_body_with_a_content_encoding_is_415_whatever_is_in_it(api: httpx.Client, path: str) -> None:
+    """Nothing here decodes: JSON labelled gzip was taken for JSON, gzip for broken JSON. `identity` is no coding."""
+    for content in (_memory(), gzip.compress(_memory())):
+        for coding in ("gzip", "GZIP", "identity, br", "zstd", "x"):
+            refused = api.post(path, content=content, headers=JSON | {"Content-Encoding": coding})
+            assert "Content-Encoding" in assert_problem(refused, 415)["detail"]
+            assert refused.headers["accept-encoding"] == "identity"
+    twice = [*JSON.items(), ("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
+    assert_problem(api.post(path, content=_memory(), headers=twice), 415)
+    for coding in ("identity", "Identity ,identity", ""):
+        answer = api.post(path, content=b"{", headers=JSON | {"Content-Encoding": coding})
+        assert "truncated" in assert_problem(answer, 400)["detail"], "it was read"
 
 
 @pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "json"])
