@@ -194,7 +194,7 @@ _PROBLEMS = {
     408: "The body did not arrive in time.",
     409: "Refused for safety, by a cap, or in a state in which it makes no sense; `detail` says why.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not JSON, or has a `Content-Encoding`.",
     429: "Too many actions, or too many bad tokens came from this address.",
     500: "The request failed.",
     503: "The control plane, the issuer or the gateway's workers did not answer; too many actions wait.",

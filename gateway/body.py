@@ -2,6 +2,8 @@
 
 A body is awaited before its request takes a place to work (`gateway.shed`): a slow one keeps nobody out.
 
+A body has no `Content-Encoding`: what is labelled gzip is refused, not taken for the JSON it may be nevertheless.
+
 Litestar decodes first and converts afterwards, leniently ("0.5" passes for a number), takes any content type
 for JSON and answers 500 to 100,000 nested brackets. This request class decodes in one strict step and hands
 Litestar the finished struct; the handler's `data: T` still documents it.
@@ -20,6 +22,9 @@ from gateway.problems import Problem, Refusal, bad_request
 from gateway.raw_body import read, too_large, too_late
 from gateway.services import Services, services_of
 
+ENCODED = Problem(
+    415, "The body must be sent as it is, without a Content-Encoding.", headers={"Accept-Encoding": "identity"}
+)
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
@@ -46,6 +51,8 @@ async def read_body(scope: Any, receive: Any, services: Services) -> bytes:
     media_type, announced = exchange.first(b"content-type") or b"", exchange.first(b"content-length") or b"0"
     if media_type != b"application/json" and not _is_json(media_type):
         raise Refusal(Problem(415, "The body must be application/json."))
+    if b"content-encoding" in exchange.fields and _is_encoded(exchange.every(b"content-encoding")):
+        raise Refusal(ENCODED)
     tenant_id = exchange.tenant_id or ""
     limit = settings.body_limit_bytes
     if announced.isdigit() and int(announced[:19]) > limit:
@@ -81,3 +88,8 @@ def decoded(body: bytes, wanted: Any) -> Any:
 def _is_json(content_type: bytes) -> bool:
     media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+
+
+def _is_encoded(codings: list[bytes]) -> bool:
+    """Whether one of the fields names a coding; `identity` is none."""
+    return any(coding.strip().lower() not in (b"", b"identity") for value in codings for coding in value.split(b","))

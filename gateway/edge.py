@@ -1,4 +1,7 @@
-"""The edge: a raw ASGI layer around everything, so that nothing is answered without being counted.
+"""The edge: a raw ASGI layer around everything, so that nothing that reaches us is answered without being counted.
+
+What is not HTTP, or far beyond our own limits (`gateway.headers`), does not: Granian answers it itself, with a 400, 414
+or 431 that has no body and no id. Who sent it is not known, and nothing was done that could be billed.
 
 It is not Litestar middleware because Litestar answers some errors outside of its middleware (and counts those
 as 200). Per request it mints the id, times, counts, writes one access line, and appends one usage event.
@@ -49,7 +52,6 @@ ROUTE_OF_TEMPLATE = {
     "/metrics": "/metrics",
     "/schema": "/schema",
     "/schema/openapi.json": "/schema",
-    "/schema/{path}": "/schema",
     **{f"/v1/admin/actions/{name}": "/admin/actions" for name in ACTIONS},
 }
 _METHODS = frozenset({"GET", "POST", "PATCH", "PUT", "DELETE", "HEAD", "OPTIONS"})

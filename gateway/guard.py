@@ -106,6 +106,7 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
     def before_signature(tenant_id: str | None) -> None:
         decision = rates.may_verify(rates.address(scope.get("client")), known(tenant_id))
         if decision is not None:
+            exchange.headers.extend(decision.headers())
             raise Refusal(too_many(decision, TOO_MANY_FAILURES))
 
     try:
@@ -114,6 +115,7 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
         exchange.auth_failure = e.reason
         decision = rates.bad_token(rates.address(scope.get("client")), known(e.tenant_id))
         if decision is not None:
+            exchange.headers.extend(decision.headers())
             raise Refusal(too_many(decision, TOO_MANY_FAILURES)) from None
         raise Refusal(UNAUTHENTICATED) from None
     except JwksUnavailable as e:

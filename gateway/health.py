@@ -14,6 +14,7 @@ from gateway.proxies import FOR_ANOTHER
 from gateway.schemas import ProblemView
 from gateway.services import Services, services_of
 
+EXPOSITION = "text/plain; version=0.0.4"  # to text Litestar adds `; charset=utf-8` when it answers
 NOT_PASSED_ON = Problem(404, "The metrics are not for the clients of a proxy.")
 
 
@@ -53,7 +54,7 @@ async def ready(request: Request[Any, Any, Any]) -> Status:
 
 @get(
     "/metrics",
-    media_type="text/plain; version=0.0.4; charset=utf-8",
+    media_type=f"{EXPOSITION}; charset=utf-8",
     responses={
         404: ResponseSpec(
             ProblemView, media_type=MEDIA_TYPE, generate_examples=False, description="Asked through a trusted proxy."
@@ -66,7 +67,7 @@ async def prometheus(request: Request[Any, Any, Any]) -> Response[bytes]:
     if FOR_ANOTHER in request.scope:
         raise Refusal(NOT_PASSED_ON)
     text = await services_of(request).exposition.text()
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(text, media_type=EXPOSITION)
 
 
 async def failing_checks(services: Services) -> list[str]:

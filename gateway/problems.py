@@ -1,8 +1,8 @@
 """Errors as RFC 9457 problem documents: one table from every error of the core to a status.
 
 A client gets `type, title, status, detail, request_id`, on 429/503 also `retry_after` (and the `Retry-After`
-header), on a 503 a `reason` a program can branch on. Details say what the caller can do; causes (paths,
-SQLite messages, stack traces) go to the log under the same request id.
+header), and a `reason` where a program may want to branch (`gateway.schemas.ProblemView` says where that is). Details
+say what the caller can do; causes (paths, SQLite messages, stack traces) go to the log under the same request id.
 """
 
 from __future__ import annotations

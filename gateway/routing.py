@@ -80,6 +80,7 @@ class Routing:
                 return standing
             decision = self._rates.tenant(tenant_id, rate_class)  # what is passed on costs its rate where it is served
             if decision is not None and not decision.allowed:
+                exchange_of(scope).headers.extend(decision.headers())
                 raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
             if _REPLAY_FAILED in passed_on:
                 raise self._refusal("unreachable", UNREACHABLE, elsewhere)

@@ -140,7 +140,9 @@ class UsageView(msgspec.Struct, rename={"from_": "from"}):
 
 
 class ProblemView(msgspec.Struct):
-    """RFC 9457. `reason` and `retry_after` come with a 429 and a 503, `metric`, `current` and `limit` with a 402."""
+    """RFC 9457. `reason` is for a program to branch on: it comes with every 402, 409, 411, 421, 429, 502 and 503, and
+    with the 403 that asks for HTTPS. `retry_after` comes with a 429 and a 503, `metric`, `current` and `limit` with a
+    402, `failing` (which of its checks) with the 503 of `/ready`."""
 
     type: str
     title: str
@@ -152,6 +154,7 @@ class ProblemView(msgspec.Struct):
     metric: str | UnsetType = UNSET
     current: int | UnsetType = UNSET
     limit: int | UnsetType = UNSET
+    failing: list[Literal["tenants", "spool", "jwks"]] | UnsetType = UNSET
 
 
 def _no_nul(*texts: str) -> None:

@@ -47,13 +47,12 @@ _encode = msgspec.json.Encoder().encode
 _PROBLEMS = {
     400: "The request is not valid.",
     401: "No valid token; the body is the same whatever the cause.",
-    402: "A hard quota of the plan is used up: `metric`, `current`, `limit`.",
     403: "The token lacks the scope, or its tenant is suspended, unknown, or not the one in X-Engram-Tenant.",
     404: "There is no such memory.",
     408: "The body did not arrive in time.",
     411: "The tenant's data is on another machine, and a body of unknown length cannot be passed on to it.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not JSON, or has a `Content-Encoding`.",
     421: "The tenant's data is on another machine, to which this one passes nothing on.",
     429: "The tenant's rate limit is reached, or too many bad tokens came from this address.",
     500: "The request failed.",
@@ -64,12 +63,13 @@ _PROBLEMS = {
 
 
 def _answers(status: int, view: type[msgspec.Struct] | None, *problems: int) -> dict[int, ResponseSpec]:
-    """What a route answers, for the OpenAPI document: one success and the problems it shares with all."""
+    """What a route answers, for the OpenAPI document: one success and the problems it shares with all. Which answer 402
+    the document knows from what they cost."""
     specs: dict[int, ResponseSpec] = {}
     if view is not None:
         specs[status] = ResponseSpec(view, generate_examples=False, description="Success.")
     problems += (411,) if 413 in problems else ()
-    for problem in sorted({400, 401, 402, 403, 421, 429, 500, 502, 503, *problems}):
+    for problem in sorted({400, 401, 403, 421, 429, 500, 502, 503, *problems}):
         specs[problem] = ResponseSpec(
             ProblemView, media_type=MEDIA_TYPE, generate_examples=False, description=_PROBLEMS[problem]
         )

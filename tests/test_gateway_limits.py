@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
@@ -101,6 +102,21 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(api: httpx.Client) -> 
         assert_problem(response, 401)
 
 
+@pytest.mark.parametrize("path", ["/v1/memories", "/v1/search", "/v1/mcp"])
+def test_a_body_with_a_content_encoding_is_415_whatever_is_in_it(api: httpx.Client, path: str) -> None:
+    """Nothing here decodes: JSON labelled gzip was taken for JSON, gzip for broken JSON. `identity` is no coding."""
+    for content in (_memory(), gzip.compress(_memory())):
+        for coding in ("gzip", "GZIP", "identity, br", "zstd", "x"):
+            refused = api.post(path, content=content, headers=JSON | {"Content-Encoding": coding})
+            assert "Content-Encoding" in assert_problem(refused, 415)["detail"]
+            assert refused.headers["accept-encoding"] == "identity"
+    twice = [*JSON.items(), ("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
+    assert_problem(api.post(path, content=_memory(), headers=twice), 415)
+    for coding in ("identity", "Identity ,identity", ""):
+        answer = api.post(path, content=b"{", headers=JSON | {"Content-Encoding": coding})
+        assert "truncated" in assert_problem(answer, 400)["detail"], "it was read"
+
+
 @pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "json"])
 def test_a_body_that_is_not_said_to_be_json_is_415(api: httpx.Client, content_type: str | None) -> None:
     """Also without any content type: guessing is how forms become JSON."""
@@ -119,6 +135,11 @@ def test_unknown_paths_and_methods_are_problems_too(api: httpx.Client) -> None:
     """404 and 405 come from the router, before any handler, and look like every other error."""
     for path in ("/", "/v1", "/v1/nothing", "/v1/memories/a/b", "/v2/memories", "/v1//memories/x/", "/%00"):
         assert_problem(api.get(path), 404)
+    for path in ("/schema/x", "/schema/swagger", "/schema/redoc", "/schema/x.json", "/schema/a/b"):
+        for method in ("GET", "POST", "OPTIONS"):
+            assert_problem(api.request(method, path), 404)
+    for path in ("/schema", "/schema/openapi.json"):
+        assert api.get(path).json()["openapi"]
     for method, path in (("PUT", "/v1/memories"), ("DELETE", "/v1/search"), ("POST", "/health"), ("BREW", "/ready")):
         assert_problem(api.request(method, path), 405)
     assert_problem(api.get("/v1/memories", headers={"Host": "a b"}), 400)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -228,6 +229,37 @@ def test_what_is_no_mcp_request_is_a_problem_document(stack: Stack) -> None:  # 
             assert api.post("/v1/mcp", json=PING, headers={"Accept": accepted}).json()["result"] == {}
         unknown = api.post("/v1/mcp", json={**PING, "method": "memories/drop"})
         assert unknown.json()["error"]["code"] == -32601
+
+
+NOT_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("null", {"id": None, "method": "tools/call", "params": {"name": "memory_create", "arguments": {"content": "x"}}}),
+    ("null", {"id": None, "method": "ping"}),
+    ("method", {"id": 1}),
+    ("method", {"id": "sesame", "params": {}}),
+    ("id", {"result": {}}),
+    ("id", {"id": None, "result": {}}),
+    ("id", {"error": {"code": 1, "message": "m"}}),
+    ("result", {"id": 1, "result": "sesame"}),
+    ("code", {"id": 1, "error": {"message": "sesame"}}),
+)
+
+
+@pytest.mark.parametrize("revision", [None, "2025-11-25", "2026-07-28"])
+def test_what_is_neither_request_nor_answer_is_refused_here_and_nothing_of_it_is_done(
+    stack: Stack,  # noqa: F811
+    revision: str | None,
+) -> None:
+    """The SDK took a null id for a notification's (202, and the tool was not called), and showed its library's text."""
+    headers = {} if revision is None else {"Mcp-Protocol-Version": revision}
+    with stack.client(stack.idle_tenant) as api:
+        for named, message in NOT_REQUESTS:
+            refused = api.post("/v1/mcp", json={"jsonrpc": "2.0", **message}, headers=headers)
+            detail = assert_problem(refused, 400)["detail"]
+            assert named in detail and "pydantic" not in refused.text and "sesame" not in refused.text
+        assert api.get("/v1/memories").json()["memories"] == []
+        for answer in ({"id": 1, "result": {}}, {"id": None, "error": {"code": 1, "message": "m", "data": 2}}):
+            if revision != "2026-07-28":  # which has clients answer nothing
+                assert api.post("/v1/mcp", json={"jsonrpc": "2.0", **answer}, headers=headers).status_code == 202
 
 
 def test_a_list_of_long_memories_comes_in_short_pages_and_a_search_finds_fewer(stack: Stack) -> None:  # noqa: F811

@@ -26,6 +26,16 @@ def test_a_created_memory_reads_back_as_it_was_answered(api) -> None:
     assert created.headers["x-request-id"] != got.headers["x-request-id"]
 
 
+def test_a_negative_zero_is_zero_in_every_answer(api) -> None:
+    """SQLite keeps no -0.0: an answer that said it would not be what the next one says."""
+    body, headers = b'{"content":"x","importance":-0.0}', {"Content-Type": "application/json"}
+    made = api.post("/v1/memories", content=body, headers=headers)
+    path = f"/v1/memories/{made.json()['id']}"
+    assert b'"importance":0.0,' in made.content and api.get(path).content == made.content
+    changed = api.patch(path, content=body, headers=headers)
+    assert b'"importance":0.0,' in changed.content and api.get(path).content == changed.content
+
+
 def test_an_update_changes_the_given_fields_and_counts_the_version(api) -> None:
     """PATCH leaves absent fields alone, also on the very next read by id (which may use another connection)."""
     memory = api.post("/v1/memories", json={"content": "one", "tags": ["t"], "memory_type": "fact"}).json()

@@ -163,7 +163,12 @@ def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(st
         assert all(r.status_code == 200 for r in ask(served, stack.headers(fresh), 8))
         answers = ask(served, forged, 40)
         assert [r.status_code for r in answers].count(401) in (10, 11), "two workers may verify the last one at once"
-        assert_problem(next(r for r in answers if r.status_code == 429), 429)
+        refused = next(r for r in answers if r.status_code == 429)
+        assert_problem(refused, 429)
+        assert (refused.headers["ratelimit-limit"], refused.headers["ratelimit-remaining"]) == ("10", "0")
+        anonymous = served.client.get("/v1/memories")
+        assert_problem(anonymous, 429)
+        assert int(anonymous.headers["ratelimit-reset"]) >= int(anonymous.headers["retry-after"])
         assert all(r.status_code == 200 for r in ask(served, stack.headers(other), 8))
         assert all(r.status_code == 200 for r in ask(served, known, 8)), "verified before"
         assert served.metric("engram_rate_limited_total", scope="unauthenticated") >= 50

@@ -246,7 +246,10 @@ def test_fields_a_client_invents_choose_no_machine_and_open_nothing(fleet: Fleet
             fleet.one.settings, f"rate_limit:{other}", {"rps": 0.01, "burst": 1}, ttl_seconds=60, reason="t"
         )
         try:
-            eventually(lambda: api.get("/v1/memories", headers={marks[0]: "x"}).status_code == 429)
+            refused = eventually(
+                lambda: (r := api.get("/v1/memories", headers={marks[0]: "x"})).status_code == 429 and r
+            )
+            assert refused.headers["ratelimit-limit"] == "1"
             assert api.get("/v1/memories").status_code == 200, "its rate is the other machine's"
         finally:
             limits.clear(fleet.one.settings, f"rate_limit:{other}")

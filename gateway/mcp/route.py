@@ -148,13 +148,35 @@ async def admit(request: Request[Any, Any, Any]) -> None:
         raise Refusal(NOT_ACCEPTABLE)
 
 
+class Fault(msgspec.Struct):
+    """`error` of an answer."""
+
+    code: int
+    message: str
+
+
 class Message(msgspec.Struct):
-    """As much of a JSON-RPC message as decides between the gateway's 400 and the SDK's answer."""
+    """As much of a JSON-RPC message as decides between the gateway's 400 and the SDK's answer.
+
+    A request whose id is null the SDK would take for a notification: 202, and nothing done. What is neither a request,
+    a notification nor an answer it would refuse in the words of its library, with what was sent in them.
+    """
 
     jsonrpc: Literal["2.0"]
     method: str | UnsetType = UNSET
     id: str | int | UnsetType | None = UNSET
     params: dict[str, Any] | UnsetType = UNSET
+    result: dict[str, Any] | UnsetType = UNSET
+    error: Fault | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.method is not UNSET:
+            if self.id is None:
+                raise ValueError("the `id` of a request must not be null")
+        elif self.result is UNSET and self.error is UNSET:
+            raise ValueError("it has no `method`")
+        elif self.id is UNSET or (self.id is None and self.error is UNSET):
+            raise ValueError("the `id` of an answer is missing")
 
 
 @post("/", include_in_schema=False)  # the tools describe themselves: `tools/list`

@@ -115,7 +115,7 @@ def _new_row(new: NewMemory, tags: list[str]) -> tuple[Any, ...]:
         _encode_json(tags).decode(),
         _encode_json(new.metadata).decode(),
         new.memory_type,
-        float(new.importance),
+        float(new.importance) + 0.0,  # -0.0 is 0.0, as SQLite keeps it
         now,
         now,
         1,
