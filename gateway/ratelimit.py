@@ -1,7 +1,9 @@
 """How often a tenant, and a client without a good token, may ask: exact over all workers of a machine.
 
 A tenant has one bucket (`gateway.buckets`), and one more for reads, writes or searches where a rate is set for them;
-a request needs a place in all of its buckets or takes none. What a request is refused for costs no place.
+a request needs a place in all of its buckets or takes none. What a request is refused for costs no place. A batch
+needs one for each of its parts. With more than the tenant's bucket ever holds it is refused for good; a class's, which
+may hold very few, must be full for it, and is empty afterwards for as long as the parts would have taken.
 
 Tokens that fail are limited by the client's address (IPv6: its /64) in two steps, so that a flood costs no
 signatures and does not shut out those who share the address (NAT, a proxy):
@@ -59,11 +61,17 @@ class RateLimiter:
         return self._judged(self._tenants.take(buckets), "tenant", tenant_id)
 
     def within(self, tenant_id: str, rate_class: RateClass, places: int) -> Decision | None:
-        """As `tenant`, inside a request that has the tenant's own place already: of the class's bucket alone, as many
-        places as it does things at once."""
+        """As `tenant`, inside a request that has a place of the tenant's bucket already and does so many things at
+        once: that place is one of them, and is given back when they are refused."""
         own = self._buckets(tenant_id, "")
-        buckets = [b for b in self._buckets(tenant_id, rate_class) if b not in own]
-        return self._judged(self._tenants.take(buckets, places), "tenant", tenant_id) if buckets else None
+        buckets = self._buckets(tenant_id, rate_class)
+        if not buckets or (buckets == own and places == 1):
+            return None
+        held = buckets[0] if own else None
+        decision = self._judged(self._tenants.take(buckets, places, held=held), "tenant", tenant_id)
+        if held is not None and decision is not None and not decision.allowed:
+            self._tenants.give_back(held)
+        return decision
 
     def operators(self) -> Decision:
         """Of the admin API: all operators of this machine together, whatever the mode."""
