@@ -5,14 +5,16 @@ a request needs a place in all of its buckets or takes none. What a request is r
 needs one for each of its parts. With more than the tenant's bucket ever holds it is refused for good; a class's, which
 may hold very few, must be full for it, and is empty afterwards for as long as the parts would have taken.
 
-Tokens that fail are limited by the client's address (IPv6: its /64) in two steps, so that a flood costs no
-signatures and does not shut out those who share the address (NAT, a proxy):
+Tokens that fail are limited by the client's address (IPv6: its /64) in two steps, so that a flood costs few
+signatures and does not, unless it forges for many tenants at once, shut out those who share the address (NAT, a proxy):
   - a missing token, or one that is bad whatever its signature says, takes a place of the address; without a place
     the answer is 429 instead of 401. Good tokens never see that bucket.
   - a token that is good but for its signature takes a place of that address and that tenant; without a place the
     tokens of that tenant from that address are answered 429 before their signature is verified. Tokens that this
-    worker has verified before, and other tenants behind the same address, go on. The tenant is what the forger wrote:
-    all that nobody knows are one, and of those somebody knows an address gets `FORGED_TENANTS` buckets' worth at most.
+    worker has verified before go on, and so do other tenants behind the same address. But the tenant is what the forger
+    wrote: all that nobody knows are one, and an address has `FORGED_TENANTS` buckets' worth in all. Who forges for
+    that many tenants at once and goes on uses it up, and then every token from that address that this worker has not
+    verified before is answered 429, of whatever tenant it is: the price of a bound on the signatures.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(st
 
 def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -> None:  # noqa: F811
     """The tenant of a token that nobody signed is whatever its sender wrote: invented ones share a bucket, and those
-    that exist are together bounded for each address."""
+    that exist are together bounded for each address. The price: a good token seen for the first time is refused too."""
     forger = new_key("ES256", stack.issuer.keys[0].kid)
 
     def told_401(served: Gateway, tenants: list[str]) -> int:
@@ -246,13 +246,15 @@ def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -
         return statuses.count(401)
 
     known = [stack.tenant() for _ in range(FORGED_TENANTS + 4)]
-    own, burst = stack.headers(stack.tenant()), 5
+    tenant, burst = stack.tenant(), 5
+    own = stack.headers(tenant)
     flood = {"unauthenticated_rps": SLOW, "unauthenticated_burst": burst, "gateway_workers": 1}
     with limited(stack, "rotating", **flood) as served:
         assert told_401(served, [f"invented-{n}" for n in range(100)]) == burst
         assert served.client.get("/v1/memories", headers=own).status_code == 200, "verified, for the first time"
         assert told_401(served, known * burst) == (FORGED_TENANTS - 1) * burst
         assert served.client.get("/v1/memories", headers=own).status_code == 200
+        assert served.client.get("/v1/memories", headers=stack.headers(tenant, jti="new")).status_code == 429
 
 
 def test_whose_failures_they_are() -> None:
