@@ -52,9 +52,15 @@ class Bucket(NamedTuple):
         policy = b"%d;w=%d" % (size, math.ceil(size / rps))
         return cls(key, 1 / rps, size / rps, ((b"ratelimit-limit", b"%d" % size), (b"ratelimit-policy", policy)))
 
+    @property
+    def size(self) -> int:
+        """How many may come at once."""
+        return round(self.window_seconds / self.interval_seconds)
+
 
 class Decision(NamedTuple):
-    """Of the bucket with the least room. Seconds until one more is allowed, and until the bucket is full again."""
+    """Of the bucket with the least room; of those that refuse, of the one that does so for longest. Seconds until the
+    same is allowed (for ever: infinite), and until the bucket is full again."""
 
     allowed: bool
     bucket: Bucket
@@ -71,7 +77,13 @@ class Decision(NamedTuple):
         ]
 
     @property
+    def never(self) -> bool:
+        """Whether it is refused however long one waits."""
+        return math.isinf(self.retry_seconds)
+
+    @property
     def retry_after(self) -> int:
+        """Not of what is allowed never."""
         return max(1, math.ceil(self.retry_seconds))
 
 
@@ -87,9 +99,12 @@ class Table:
         self._unlocked_until = 0.0
         self._debts: dict[int, tuple[float, float]] = {}  # by key: seconds granted without the lock, and since when
 
-    def take(self, buckets: Sequence[Bucket], places: int = 1, *, keep: bool = True) -> Decision:
+    def take(
+        self, buckets: Sequence[Bucket], places: int = 1, *, held: Bucket | None = None, keep: bool = True
+    ) -> Decision:
         """So many places in every bucket, or none in any: more than a bucket holds when it is full, which then is empty
-        until the last of them has come. With `keep` false it only says whether there are."""
+        until the last of them has come. Of the bucket `held` the caller has one of them already, and that one never
+        gives more than it holds. With `keep` false it only says whether there are."""
         locked = self._lock()
         try:
             now = time.monotonic()  # under the lock, or a later one could write an earlier time
@@ -102,7 +117,7 @@ class Table:
             writes = locked or self._fd < 0 or now - self._locked_at > STOPPED_SECONDS
             arrivals = self._arrivals
             tightest: Decision | None = None
-            following: list[tuple[Bucket, int, float]] = []
+            following: list[tuple[Bucket, int, float, int]] = []
             granted = keep
             for bucket in buckets:
                 key, interval, window, _ = bucket
@@ -113,24 +128,45 @@ class Table:
                     arrival = max(arrival, since) + seconds
                 ahead = max(arrival - now, 0.0)
                 room = (window - ahead) / interval + 1e-6
-                needed = interval if places == 1 else min(interval * places, window)
-                allowed = room * interval >= needed
-                remaining = max(int(room) - places, 0) if allowed else 0
-                after = ahead + interval * places if allowed else ahead
+                if bucket is held:
+                    count = places - 1
+                    needed = interval * count if places <= bucket.size else math.inf
+                    allowed = not count or room * interval >= needed
+                else:
+                    count = places
+                    needed = interval if places == 1 else min(interval * places, window)
+                    allowed = room * interval >= needed
+                remaining = max(int(room) - count, 0) if allowed else 0
+                after = ahead + interval * count if allowed else ahead
+                retry_seconds = 0.0 if allowed else after + needed - window
                 granted = granted and allowed
-                following.append((bucket, slot, ahead))
-                if tightest is None or (allowed, remaining) < (tightest.allowed, tightest.remaining):
-                    tightest = Decision(allowed, bucket, remaining, 0.0 if allowed else after + needed - window, after)
+                following.append((bucket, slot, ahead, count))
+                if tightest is None or (-retry_seconds, remaining) < (-tightest.retry_seconds, tightest.remaining):
+                    tightest = Decision(allowed, bucket, remaining, retry_seconds, after)
             assert tightest is not None
             if granted or (writes and self._debts):
-                for bucket, slot, ahead in following:
-                    cost = bucket.interval_seconds * places if granted else 0.0
+                for bucket, slot, ahead, count in following:
+                    cost = bucket.interval_seconds * count if granted else 0.0
                     if writes:
                         arrivals[slot] = now + ahead + cost
                         self._debts.pop(bucket.key, None)
                     else:
                         self._owe(bucket.key, cost, now)
             return tightest
+        finally:
+            if locked:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def give_back(self, bucket: Bucket) -> None:
+        """A place that was taken for something that is not done."""
+        locked = self._lock()
+        try:
+            now = time.monotonic()
+            slot = self._slot(bucket.key, now, writes=False)
+            if slot >= 0 and (locked or self._fd < 0):
+                self._arrivals[slot] -= bucket.interval_seconds
+            elif slot >= 0:
+                self._owe(bucket.key, -bucket.interval_seconds, now)
         finally:
             if locked:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)

@@ -13,11 +13,11 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from gateway.reads import ReadQueue
 from gateway.writes import Member, WriteQueue
 from shared import metrics
 from shared.engine import batch
@@ -35,16 +35,6 @@ CHECKPOINT_PAGES = 1_000  # when nobody waits to write
 CHECKPOINT_PAGES_BUSY = 2_000  # when somebody does
 CHECKPOINT_PAGES_WITHIN_COMMIT = 4_000  # SQLite's own, when the two others did not come about
 log = get_logger("pool")
-
-
-class Read(NamedTuple):
-    """A read that waits for a thread; `step` is `read` or `read_and_renew`. A `slow` one may take long."""
-
-    step: Callable[[OpenTenant, Job[Any]], Any]
-    job: Job[Any]
-    answer: asyncio.Future[Any]
-    slow: bool
-    asked_at: float  # monotonic
 
 
 class OpenTenant:
@@ -82,7 +72,7 @@ class OpenTenant:
         self.inline = False  # the loop may use the reader: no thread is opening or closing it
         self.users = 0
         self.lock = asyncio.Lock()
-        self.reads: deque[Read] = deque()
+        self.reads = ReadQueue()
         self.reading = False  # a thread serves them, or somebody waits for the lock to have one do it
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
@@ -112,18 +102,11 @@ def read_waiting(
     """Serve the reads that wait, and those that come meanwhile; each is answered when it is done, not when all are.
 
     The way to a thread and back costs more than most reads: a busy tenant's share one. One whose caller has left
-    before it began is settled unread. A thread that is not for `slow` ones stops before the first of them.
+    before it began is settled unread. A thread that is not for `slow` ones stops when there are no others.
     """
     began = time.monotonic()
-    while tenant.reads and time.monotonic() - began < READ_SECONDS:
-        try:
-            waiting = tenant.reads.popleft()
-        except IndexError:  # it was overdue just now
-            return
-        step, job, answer, is_slow, _ = waiting
-        if is_slow and not slow:
-            tenant.reads.appendleft(waiting)
-            return
+    while time.monotonic() - began < READ_SECONDS and (waiting := tenant.reads.next(slow=slow)) is not None:
+        step, job, answer, _, _ = waiting
         result: Any = None
         failed: BaseException | None = None
         if not answer.done():

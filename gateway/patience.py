@@ -2,8 +2,10 @@
 
 A body that is awaited holds no place to work (`gateway.shed`), so a slow client is in nobody's way there; these places
 are for bodies alone, twice as many as those to work: a burst that the gate would let wait must be read first. A tenant
-has its share. Are all of them taken, the tenant that has most gives its youngest up, which may be the one that comes:
-who lets bodies hang loses them to those whose bodies arrive, and the older ones of an honest slow client still end.
+has its share. Are all of them taken, one that hangs is given up, of the tenant with most bodies the youngest: who lets
+bodies hang loses them to those whose bodies arrive, and the older ones of an honest slow client still end. A body
+hangs once two looks (below) have met it. One that came with its head is read sooner, however long the event loop stood
+still: where many come at once and none hangs, the one that finds no place is refused like any work too many.
 
 A worker that stops waits for none of them longer than a share of the time it has: killed for one slow client, it would
 seal nothing.
@@ -39,6 +41,7 @@ class Patience:
     __slots__ = (
         "_late",
         "_looking",
+        "_looks_at",
         "_most",
         "_most_of_tenant",
         "_stopped_at",
@@ -54,9 +57,10 @@ class Patience:
         self._stopped_at = math.inf
         self._most = BODIES_PER_PLACE * settings.inflight_requests
         self._most_of_tenant = BODIES_PER_PLACE * settings.inflight_tenant_requests
-        self._waits: dict[asyncio.Task[Any], tuple[float, str]] = {}  # until when, whose; the oldest first
+        self._waits: dict[asyncio.Task[Any], tuple[float, str, float]] = {}  # until when, whose, since; oldest first
         self._late: dict[asyncio.Task[Any], Exception] = {}  # what their `wait` raises
         self._looking = False
+        self._looks_at = (-math.inf, -math.inf)  # of the last two
 
     async def wait(self, coroutine: Coroutine[Any, Any, Result], seconds: float, tenant_id: str) -> Result:
         """What the coroutine returns. Raises `TimeoutError` when that takes longer, a `Refusal` when it has no place
@@ -74,7 +78,8 @@ class Patience:
             self._looking = True
             asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
         cancelled_before = task.cancelling()
-        waits[task] = (time.monotonic() + seconds, tenant_id)
+        now = time.monotonic()
+        waits[task] = (now + seconds, tenant_id, now)
         try:
             return await coroutine
         except asyncio.CancelledError:
@@ -87,16 +92,17 @@ class Patience:
 
     def _make_place(self, tenant_id: str) -> None:
         """Refuse this tenant's next body, or give up one of another tenant's, if the bounds ask for either."""
-        staying = [(task, whose) for task, (_, whose) in self._waits.items() if task not in self._late]
-        counts = Counter(whose for _, whose in staying)
+        staying = [(task, whose, since) for task, (_, whose, since) in self._waits.items() if task not in self._late]
+        counts = Counter(whose for _, whose, _ in staying)
         if counts[tenant_id] >= self._most_of_tenant:
             raise shed("The tenant has too many bodies on their way.")
         if len(staying) < self._most:
             return
-        most, count = counts.most_common(1)[0]
-        if count <= counts[tenant_id] + 1:
+        hanging = {whose: task for task, whose, since in staying if since <= self._looks_at[0]}  # each one's youngest
+        most = max(hanging, key=counts.__getitem__, default=tenant_id)
+        if counts[most] <= counts[tenant_id] + 1:
             raise shed("The server is busy.")
-        self._end(next(task for task, whose in reversed(staying) if whose == most), Refusal(GIVEN_UP))
+        self._end(hanging[most], Refusal(GIVEN_UP))
 
     def _end(self, task: asyncio.Task[Any], error: Exception) -> None:
         self._late[task] = error
@@ -104,10 +110,11 @@ class Patience:
 
     def _look(self) -> None:
         now = time.monotonic()
+        self._looks_at = (self._looks_at[1], now)
         if self._stopping.is_set():
             self._stopped_at = min(self._stopped_at, now)
         given_up = now >= self._stopped_at + self._stopping_seconds
-        for task, (until, _) in self._waits.items():
+        for task, (until, _, _) in self._waits.items():
             if (given_up or now >= until) and task not in self._late:
                 self._end(task, TimeoutError() if now >= until else Refusal(STOPPED))
         self._looking = bool(self._waits)

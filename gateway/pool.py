@@ -10,7 +10,8 @@ Writes that arrive while a tenant's last transaction is being fsynced wait toget
 fsyncs a write costs it. Nobody is made to wait for company, nor who has written for the checkpoint of what
 is committed.
 
-Reads that wait behind a tenant's thread are served by it one after the other, without coming back to the loop.
+Reads that wait behind a tenant's thread are served by it one after the other, without coming back to the loop; its
+searches last (`gateway.reads`).
 
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
@@ -39,7 +40,6 @@ from typing import Any
 from gateway.handles import (
     Job,
     OpenTenant,
-    Read,
     Result,
     checkpoint,
     close,
@@ -50,10 +50,11 @@ from gateway.handles import (
     write,
 )
 from gateway.problems import shed
+from gateway.reads import Read
 from gateway.recency import Recency
 from gateway.shed import bounded
 from gateway.threads import Threads
-from gateway.writes import Member, again, take_overdue
+from gateway.writes import Member, again
 from shared import metrics
 from shared.engine.batch import Outcome
 from shared.errors import CorruptDatabase, InMaintenance, TenantDatabaseUnavailable
@@ -157,7 +158,7 @@ class TenantPool:
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # From here the thread owns the handle: it is given back when the thread is done with it, not when this
         # coroutine is cancelled.
-        tenant.reads.append(Read(step, job, answer, slow, time.monotonic()))
+        tenant.reads.put(Read(step, job, answer, slow, time.monotonic()))
         if step is read_and_renew:
             tenant.inline = False
         if not tenant.reading:
@@ -175,14 +176,14 @@ class TenantPool:
 
     async def _read_after_others(self, tenant: OpenTenant) -> None:
         await tenant.lock.acquire()
-        if any(waiting.step is read_and_renew for waiting in tenant.reads):
+        if tenant.reads.has(read_and_renew):
             tenant.inline = False
         self._read_in_thread(tenant)
 
     def _read_in_thread(self, tenant: OpenTenant) -> None:
         """The caller has the lock; the thread gives it back."""
         settle, finished = partial(self._settle, tenant), partial(self._finished, tenant)
-        slow = bool(tenant.reads) and tenant.reads[0].slow
+        slow = tenant.reads.starts_slow
         self._threads.run(read_waiting, tenant, settle, slow, then=finished, slow=slow)
 
     def _settle(
@@ -252,7 +253,7 @@ class TenantPool:
         """Shed what has waited for too long. Writes keep their places until the one that is under way is done."""
         asked_before = time.monotonic() - self._wait_seconds
         for tenant in [tenant for tenant in self._open.leaving() if tenant.users]:
-            reads = take_overdue(tenant.reads, asked_before)
+            reads = tenant.reads.take_overdue(asked_before)
             writes = tenant.writes.take_overdue(asked_before)
             for answer in [*(each.answer for each in reads), *(each.answer for each in writes)]:
                 if not answer.done():

@@ -1,16 +1,20 @@
 """How often a tenant, and a client without a good token, may ask: exact over all workers of a machine.
 
 A tenant has one bucket (`gateway.buckets`), and one more for reads, writes or searches where a rate is set for them;
-a request needs a place in all of its buckets or takes none. What a request is refused for costs no place.
+a request needs a place in all of its buckets or takes none. What a request is refused for costs no place. A batch
+needs one for each of its parts. With more than the tenant's bucket ever holds it is refused for good; a class's, which
+may hold very few, must be full for it, and is empty afterwards for as long as the parts would have taken.
 
-Tokens that fail are limited by the client's address (IPv6: its /64) in two steps, so that a flood costs no
-signatures and does not shut out those who share the address (NAT, a proxy):
+Tokens that fail are limited by the client's address (IPv6: its /64) in two steps, so that a flood costs few
+signatures and does not, unless it forges for many tenants at once, shut out those who share the address (NAT, a proxy):
   - a missing token, or one that is bad whatever its signature says, takes a place of the address; without a place
     the answer is 429 instead of 401. Good tokens never see that bucket.
   - a token that is good but for its signature takes a place of that address and that tenant; without a place the
     tokens of that tenant from that address are answered 429 before their signature is verified. Tokens that this
-    worker has verified before, and other tenants behind the same address, go on. The tenant is what the forger wrote:
-    all that nobody knows are one, and of those somebody knows an address gets `FORGED_TENANTS` buckets' worth at most.
+    worker has verified before go on, and so do other tenants behind the same address. But the tenant is what the forger
+    wrote: all that nobody knows are one, and an address has `FORGED_TENANTS` buckets' worth in all. Who forges for
+    that many tenants at once and goes on uses it up, and then every token from that address that this worker has not
+    verified before is answered 429, of whatever tenant it is: the price of a bound on the signatures.
 """
 
 from __future__ import annotations
@@ -59,11 +63,17 @@ class RateLimiter:
         return self._judged(self._tenants.take(buckets), "tenant", tenant_id)
 
     def within(self, tenant_id: str, rate_class: RateClass, places: int) -> Decision | None:
-        """As `tenant`, inside a request that has the tenant's own place already: of the class's bucket alone, as many
-        places as it does things at once."""
+        """As `tenant`, inside a request that has a place of the tenant's bucket already and does so many things at
+        once: that place is one of them, and is given back when they are refused."""
         own = self._buckets(tenant_id, "")
-        buckets = [b for b in self._buckets(tenant_id, rate_class) if b not in own]
-        return self._judged(self._tenants.take(buckets, places), "tenant", tenant_id) if buckets else None
+        buckets = self._buckets(tenant_id, rate_class)
+        if not buckets or (buckets == own and places == 1):
+            return None
+        held = buckets[0] if own else None
+        decision = self._judged(self._tenants.take(buckets, places, held=held), "tenant", tenant_id)
+        if held is not None and decision is not None and not decision.allowed:
+            self._tenants.give_back(held)
+        return decision
 
     def operators(self) -> Decision:
         """Of the admin API: all operators of this machine together, whatever the mode."""

@@ -3,11 +3,12 @@
 A request of a tenant needs a place, once its body is there (`gateway.patience`). Searches may take half of the
 places, lists three quarters, writes nine tenths, lookups by id all: under overload the expensive go first, and
 /health, /ready, /metrics and a bad token are answered without a place. One tenant has at most
-`inflight_tenant_requests` of them.
+`inflight_tenant_requests` of them, and of these its classes have the same shares: its searches leave places to its own
+lookups too.
 
 Without a place a request waits, at most `inflight_wait_seconds`; as many may wait as may work, a tenant's share
-of them bounded alike. When all of that is taken, a waiting request of a cheaper class to lose makes room, else
-the new one is refused: 503, reason shed, Retry-After.
+of them bounded alike. When all of that is taken, a waiting request of a cheaper class to lose makes room, of the same
+tenant when it is the tenant's share that is full; else the new one is refused: 503, reason shed, Retry-After.
 
 An operator can refuse whole classes for a while and set another bound for tenants (`shared.limits`: `shed`,
 `inflight`).
@@ -32,6 +33,7 @@ ORDER: tuple[RouteClass, ...] = ("search", "list", "write", "get")  # the first 
 SHARE: dict[RouteClass, float] = {"search": 0.5, "list": 0.75, "write": 0.9, "get": 1.0}
 LOOK_SECONDS = 0.02  # between two looks at what is running; a query may take so much longer than its limit
 TOO_SLOW = Problem(503, "The query took too long; a narrower one may not.", reason="query too slow", retry_after=1)
+TOO_MANY_WAIT = "The tenant has too many requests waiting."
 Result = TypeVar("Result")
 
 
@@ -40,10 +42,12 @@ class Gate:
 
     def __init__(self, settings: Settings, limits: Watch) -> None:
         self._limits = limits
-        self._places = {c: max(1, int(settings.inflight_requests * SHARE[c])) for c in ORDER}
-        self._of_tenant = settings.inflight_tenant_requests
+        self._places = {c: _share(settings.inflight_requests, c) for c in ORDER}
+        self._fewest_places = self._places[ORDER[0]]
+        self._places_of_tenant = {c: _share(settings.inflight_tenant_requests, c) for c in ORDER}
         self._wait_seconds = settings.inflight_wait_seconds
         self._queue_size = settings.inflight_requests
+        self._queue_size_of_tenant = settings.inflight_tenant_requests
         self._at_work = 0
         self._tenants: dict[str, int] = {}
         self._queued = 0
@@ -75,28 +79,31 @@ class Gate:
             raise shed("This kind of request is not served at the moment.")
 
     def _free(self, tenant_id: str, route_class: RouteClass) -> bool:
-        return self._at_work < self._places[route_class] and self._tenants.get(tenant_id, 0) < self._cap(tenant_id)
-
-    def _cap(self, tenant_id: str) -> int:
-        """An operator's, of this tenant or of each, before the settings'."""
+        if self._at_work >= self._places[route_class]:
+            return False
         limits = self._limits.now
-        return limits.tenant_inflight.get(tenant_id) or limits.inflight or self._of_tenant
+        cap = limits.tenant_inflight.get(tenant_id) or limits.inflight  # an operator's before the settings'
+        places = self._places_of_tenant[route_class] if cap is None else _share(cap, route_class)
+        return self._tenants.get(tenant_id, 0) < places
 
     def _take(self, tenant_id: str) -> None:
         self._at_work += 1
         self._tenants[tenant_id] = self._tenants.get(tenant_id, 0) + 1
 
     def _leave(self, tenant_id: str) -> None:
+        were_at_work = self._at_work
         self._at_work -= 1
         _count_down(self._tenants, tenant_id)
-        if self._queued:
+        # While every class had places left, whoever waits is kept out by the bound of its own tenant alone.
+        if self._queued and (were_at_work >= self._fewest_places or tenant_id in self._queued_of_tenant):
             self._admit()
 
     def _admit(self) -> None:
-        """Let the most urgent of those who wait in, if there is a place for one."""
+        """Let the most urgent of those who wait in, if there is a place for one. After that there is none for another:
+        who is less urgent has fewer places, of all and of its tenant's."""
         for route_class in reversed(ORDER):
             if self._at_work >= self._places[route_class]:
-                return  # and the classes after it have fewer places
+                return  # and the classes after it have no more
             for tenant_id, turn in self._queues[route_class]:
                 if not turn.done() and self._free(tenant_id, route_class):
                     self._take(tenant_id)
@@ -104,9 +111,10 @@ class Gate:
                     return
 
     async def _wait(self, tenant_id: str, route_class: RouteClass) -> None:
-        if self._queued_of_tenant.get(tenant_id, 0) >= self._of_tenant:
-            raise shed("The tenant has too many requests waiting.")
-        if self._queued >= self._queue_size and not self._drop_below(route_class):
+        if self._queued_of_tenant.get(tenant_id, 0) >= self._queue_size_of_tenant:
+            if not self._drop_below(route_class, tenant_id):
+                raise shed(TOO_MANY_WAIT)
+        elif self._queued >= self._queue_size and not self._drop_below(route_class):
             raise shed("The server is busy.")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = (tenant_id, turn)
@@ -128,12 +136,13 @@ class Gate:
             raise shed("The server is busy.")
         turn.result()
 
-    def _drop_below(self, route_class: RouteClass) -> bool:
-        """Refuse the youngest who waits in the cheapest class to lose, if that is cheaper than this one."""
+    def _drop_below(self, route_class: RouteClass, tenant_id: str | None = None) -> bool:
+        """Refuse the youngest who waits, of this tenant or of all, in the cheapest class to lose, if that is cheaper
+        than this one."""
         for cheaper in ORDER[: ORDER.index(route_class)]:
-            for _, turn in reversed(self._queues[cheaper]):
-                if not turn.done():
-                    turn.set_exception(shed("The server is busy."))
+            for whose, turn in reversed(self._queues[cheaper]):
+                if not turn.done() and (tenant_id is None or whose == tenant_id):
+                    turn.set_exception(shed("The server is busy." if tenant_id is None else TOO_MANY_WAIT))
                     return True
         return False
 
@@ -194,6 +203,11 @@ def bounded(
             _watchdog.end(connection)
 
     return run
+
+
+def _share(places: int, route_class: RouteClass) -> int:
+    """How many of these places a class may fill, at least one."""
+    return max(1, int(places * SHARE[route_class]))
 
 
 def _count_down(counts: dict[str, int], key: str) -> None:

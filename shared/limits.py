@@ -16,7 +16,8 @@
 | `restart_workers`       | a process id                          | is replaced by a new one, once; that one last   |
 
 Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
-the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help.
+the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help. One that
+ends before each of them has looked would hold in some of them only, so there are none so short.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from shared.settings import Settings
 from shared.tenant import check_tenant_id
 
 MAX_TTL_SECONDS = 7 * 86_400.0
+LEAST_POLLS = 4  # that an entry lasts: a worker on a busy machine looks late
 Mode = Literal["off", "shadow", "enforce"]
 RouteClass = Literal["search", "list", "write", "get"]
 Rps = Annotated[float, Meta(ge=0, le=1e6)]
@@ -113,11 +115,20 @@ class BadLimit(Permanent):
     exit_code = 2
 
 
-def entry(name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
+def least_ttl_seconds(settings: Settings) -> float:
+    """How long an entry must last for every worker to see it."""
+    return LEAST_POLLS * settings.limits_poll_seconds
+
+
+def entry(settings: Settings, name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
     """A checked entry that begins now. Raises `BadLimit`."""
     _checked(name, value)
-    if not 0 < ttl_seconds <= MAX_TTL_SECONDS:
-        raise BadLimit(f"ttl_seconds must be above 0 and at most {MAX_TTL_SECONDS:.0f}")
+    least_seconds = least_ttl_seconds(settings)
+    if not least_seconds <= ttl_seconds <= MAX_TTL_SECONDS:
+        raise BadLimit(
+            f"ttl_seconds must be at least {least_seconds:g}, or not every worker would see it, and at most"
+            f" {MAX_TTL_SECONDS:.0f}"
+        )
     if not reason.strip():
         raise BadLimit("a limit needs a reason")
     now = time.time()
@@ -134,7 +145,7 @@ def put(settings: Settings, name: str, new: Entry) -> None:
 
 def set_limit(settings: Settings, name: str, value: object, *, ttl_seconds: float, reason: str) -> Entry:
     """Both in one. Raises `BadLimit`, or `Permanent` when the file is damaged."""
-    new = entry(name, value, ttl_seconds=ttl_seconds, reason=reason)
+    new = entry(settings, name, value, ttl_seconds=ttl_seconds, reason=reason)
     put(settings, name, new)
     return new
 

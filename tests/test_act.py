@@ -88,6 +88,7 @@ def test_when_the_command_is_done_every_worker_obeys_and_its_undo_undoes_it(
         (["limits", "set", "speed", "1", "--ttl", "60", "--reason", "r"], 2),
         (["limits", "set", "rate_limit", "rps=fast", "--ttl", "60", "--reason", "r"], 2),
         (["limits", "set", "pool_size", "5", "--ttl", "60"], 2),
+        (["limits", "set", "pool_size", "5", "--ttl", "0.1", "--reason", "r"], 2),
         (["limits", "set", "shed", "search,list,write,get", "--ttl", "60", "--reason", "r"], 3),
         (["cap-pool", "--in-flight", "0", "--reason", "r"], 2),
         (["check-permissions", "../etc"], 2),

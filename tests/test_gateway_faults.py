@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,6 +25,7 @@ from tests.gateway_stack import (  # noqa: F401
     gateway,
     stack,
 )
+from tests.silent_proxy import SilentProxy
 
 
 def paths_of(stack: Stack, tenant: str) -> TenantPaths:  # noqa: F811
@@ -230,3 +232,28 @@ def test_without_the_control_plane_known_tenants_are_served(stack: Stack, tmp_pa
             unknown = assert_problem(api.get("/v1/memories", headers=stack.headers("nobody")), 503)
             assert unknown["reason"] == "control plane unavailable"
             assert len(served.events("acme")) == 2
+
+
+def test_a_control_plane_that_falls_silent_holds_no_usage_request_for_long(stack: Stack, tmp_path) -> None:  # noqa: F811
+    """Its connections are still there, so no time-out of theirs ends; a dozen at once are told in the same time, not
+    one after the other."""
+    tenant = stack.tenant()
+    stack.lend_tenants(tmp_path)
+    with (
+        contextlib.closing(SilentProxy(stack.control_plane_url)) as proxy,
+        gateway(
+            tmp_path,
+            proxy.url,
+            stack.issuer,
+            gateway_workers=1,
+            control_plane_connect_timeout_seconds=600,
+            usage_report_wait_seconds=1,
+        ) as served,
+    ):
+        served.client.headers.update(stack.headers(tenant))
+        assert served.client.get("/v1/usage").status_code == 200
+        proxy.silent.set()
+        with ThreadPoolExecutor(12) as pool:  # of a client that waits 30 s for an answer
+            answers = list(pool.map(lambda _: served.client.get("/v1/usage"), range(36)))
+        assert {assert_problem(each, 503)["reason"] for each in answers} == {"control plane unavailable"}
+        assert served.client.get("/v1/memories").status_code == 200

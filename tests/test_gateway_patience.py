@@ -7,6 +7,8 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -77,7 +79,78 @@ def test_a_task_cancelled_by_somebody_else_is_cancelled() -> None:
     asyncio.run(run(late=True))
 
 
-def test_bodies_that_hang_make_way_for_those_of_others() -> None:
+@pytest.fixture
+def looks_by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Patience], None]:
+    """Twice, after which what waits hangs; no timer looks beside that."""
+    monkeypatch.setattr("gateway.patience.LOOK_SECONDS", 3_600)
+
+    def look_twice(patience: Patience) -> None:
+        patience._look()
+        patience._look()
+
+    return look_twice
+
+
+def test_a_body_that_is_only_just_awaited_is_never_given_up_for_another(
+    looks_by_hand: Callable[[Patience], None],
+) -> None:
+    """It may be whole, and its client is not to blame for how many come at once: the next one is told when to come
+    again. Where a tenant with fewer lets them hang, one of those goes."""
+
+    async def run() -> None:
+        patience = Patience(Settings(inflight_requests=4, inflight_tenant_requests=4))  # so eight bodies
+
+        def begin(tenant_id: str) -> asyncio.Task[object]:
+            return asyncio.create_task(patience.wait(asyncio.sleep(60), 60, tenant_id))
+
+        hanging = [begin("slow") for _ in range(3)]
+        await asyncio.sleep(0)
+        looks_by_hand(patience)
+        prompt = [begin("prompt") for _ in range(5)]
+        await asyncio.sleep(0)
+        assert await patience.wait(asyncio.sleep(0, "read"), 60, "another") == "read"
+        with pytest.raises(Refusal) as given_up:
+            await hanging.pop()
+        assert given_up.value.problem is GIVEN_UP
+        hanging.append(begin("slow"))  # there is a free place, and then none
+        await asyncio.sleep(0)
+        for _ in range(2):
+            hanging.pop(0).cancel()
+        await asyncio.sleep(0)
+        prompt += [begin("prompt") for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal) as refused:
+            await patience.wait(asyncio.sleep(60), 60, "another")
+        assert (refused.value.problem.status, refused.value.problem.retry_after) == (503, 1)
+        assert not any(task.done() for task in prompt + hanging)
+        for task in prompt + hanging:
+            task.cancel()
+        await asyncio.gather(*prompt, *hanging, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_whole_bodies_are_never_blamed_for_being_slow(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """Many at once from two tenants, each head and body in one piece: served, or refused with a time to come again."""
+    tenants = [stack.tenant() for _ in range(2)]
+    stack.lend_tenants(tmp_path)
+    places = {"inflight_requests": 2, "inflight_tenant_requests": 2}
+    with gateway(tmp_path, stack.control_plane_url, stack.issuer, gateway_workers=1, **places) as served:
+
+        def ask(n: int) -> httpx.Response:
+            headers = stack.headers(tenants[n % 2])
+            return httpx.post(
+                f"{served.url}/v1/search", json={"query": "x"}, headers=headers, trust_env=False, timeout=30
+            )
+
+        for _ in range(5):
+            with ThreadPoolExecutor(40) as pool:
+                answers = list(pool.map(ask, range(200)))
+            assert {r.status_code for r in answers} <= {200, 503}
+            assert all("retry-after" in r.headers for r in answers if r.status_code == 503)
+
+
+def test_bodies_that_hang_make_way_for_those_of_others(looks_by_hand: Callable[[Patience], None]) -> None:
     """The tenant that has most loses its youngest; one at its own bound, or as greedy as the greediest, is refused."""
 
     async def run() -> None:
@@ -93,6 +166,7 @@ def test_bodies_that_hang_make_way_for_those_of_others() -> None:
 
         greedy, other = [begin("greedy") for _ in range(4)], [begin("other") for _ in range(2)]
         await asyncio.sleep(0)
+        looks_by_hand(patience)
         assert (await refused(begin("greedy"))).problem.reason == "shed"
         assert await patience.wait(asyncio.sleep(0, "read"), 60, "another") == "read"
         assert (await refused(greedy.pop())).problem is GIVEN_UP

@@ -84,6 +84,32 @@ def test_a_search_that_comes_to_a_tenants_brief_reads_waits_for_its_own_place(tm
     with_pool(tmp_path, test, 3, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
 
 
+def test_a_tenants_lists_and_lookups_do_not_wait_behind_all_its_searches(tmp_path: Path) -> None:
+    """Only for the one that runs: else many slow searches at once would shed whatever else their tenant reads."""
+
+    async def test(pool: TenantPool) -> None:
+        order: list[str] = []
+
+        def noted(what: str) -> Callable[[sqlite3.Connection], None]:
+            return lambda _: order.append(what)
+
+        held = Held()
+        running = await held.begin(pool.read, "t0")
+        searches = [asyncio.create_task(pool.read("t0", noted("search"))) for _ in range(3)]
+        await asyncio.sleep(0)
+        others = [
+            asyncio.create_task(pool.read("t0", noted("list"), brief=True)),
+            asyncio.create_task(pool.look_up("t0", noted("lookup"))),
+        ]
+        await asyncio.sleep(0)
+        held.let_go()
+        await asyncio.gather(running, *searches, *others)
+        assert order == ["list", "lookup", "search", "search", "search"]
+
+    for threads in (1, 4):
+        with_pool(tmp_path / str(threads), test, 2, gateway_threads=threads, query_timeout_seconds=0)
+
+
 def test_what_no_thread_has_begun_in_time_is_shed_and_never_done(tmp_path: Path) -> None:
     """Behind its own tenant's turn or for want of a thread; what has begun is not, and nothing stays counted."""
 

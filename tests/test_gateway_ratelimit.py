@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from gateway import buckets
+from gateway.buckets import Decision
 from gateway.ratelimit import FORGED_TENANTS, RateLimiter
 from shared.limits import Watch, clear, set_limit
 from shared.settings import Settings
@@ -67,6 +68,37 @@ def test_tenants_have_buckets_of_their_own_and_classes_share_their_tenants(tmp_p
     assert granted(limit, 20, "acme", "write") == 8
     assert granted(limit, 20, "acme", "") == 0
     assert granted(limit, 20, "other", "read") == 10
+
+
+def test_a_batch_takes_a_place_for_each_of_its_parts_or_none(tmp_path: Path) -> None:
+    """Of the tenant's bucket and of its class's. A refusal gives back what the guard took, and says when all of them
+    would be there; where that is never, it says that."""
+    limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=10, rate_limit_write_rps=SLOW / 2)
+
+    def batch(tenant: str, parts: int) -> Decision | None:
+        first = limit.tenant(tenant, "")
+        assert first is not None and first.allowed
+        return limit.within(tenant, "write", parts)
+
+    refused = [batch("acme", 11) for _ in range(30)]
+    assert all(d is not None and d.never and d.bucket.size == 10 for d in refused)
+    taken = batch("acme", 4)
+    assert taken is not None and taken.allowed and taken.remaining == 1, "of the five that writes may take"
+    for _ in range(30):
+        missing = batch("acme", 2)
+        assert missing is not None and not missing.allowed and not missing.never
+        assert 1_990 <= missing.retry_after <= 2_000, "one write"
+    assert granted(limit, 20) == 6
+
+    assert batch("large", 8), "a class's bucket may be overdrawn"
+    assert granted(limit, 20, "large", "write") == 0 and granted(limit, 20, "large") == 2
+
+
+@pytest.mark.parametrize("mode", ["off", "shadow"])
+def test_a_batch_is_refused_only_where_the_rate_is_enforced(tmp_path: Path, mode: str) -> None:
+    """In shadow it is counted, in off not even that."""
+    limit = limiter(tmp_path, rate_limit_rps=SLOW, rate_limit_burst=3, rate_limit_mode=mode)
+    assert all(limit.tenant("acme", "") is None and limit.within("acme", "write", 5) is None for _ in range(5))
 
 
 def test_off_is_off(tmp_path: Path) -> None:
@@ -149,6 +181,35 @@ def test_two_workers_grant_exactly_one_limit(stack: Stack) -> None:  # noqa: F81
         eventually(lambda: all(r.status_code == 200 for r in ask(served, stack.headers(hot), 16)))
 
 
+def test_a_batch_over_mcp_is_as_many_requests_as_it_has_parts(stack: Stack) -> None:  # noqa: F811
+    """Refused as a whole before anything is stored, and billed as ever: a way around the limit would be a hundred at
+    a time."""
+    tenant = stack.tenant()
+    with limited(stack, "batches", rate_limit_rps=SLOW, rate_limit_burst=10, gateway_workers=1) as served:
+        served.client.headers.update(stack.headers(tenant))
+
+        def batch(parts: int) -> tuple[httpx.Response, dict[str, Any]]:
+            arguments = {"memories": [{"content": "x"}] * parts}
+            message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+            message["params"] = {"name": "memory_create_batch", "arguments": arguments}
+            answer = served.client.post("/v1/mcp", json=message)
+            result = answer.json()["result"]
+            return answer, json.loads(result["content"][0]["text"])
+
+        answer, made = batch(7)
+        assert made["count"] == 7 and answer.headers["ratelimit-remaining"] == "3"
+        for _ in range(5):
+            answer, problem = batch(5)
+            assert (problem["status"], problem["reason"]) == (429, "rate limited")
+            assert 1_900 < problem["retry_after"] <= 2_000, "two of the five are missing"
+            answer, problem = batch(50)
+            assert problem["status"] == 400 and "at most 10" in problem["detail"]
+        listed = served.client.get("/v1/memories")
+        assert len(listed.json()["memories"]) == 7 and listed.headers["ratelimit-remaining"] == "2"
+        counters = [(e.status, e.api_calls, e.memories_created) for e in served.events(tenant)]
+        assert sorted(set(counters)) == [(200, 1, 0), (200, 1, 7), (400, 1, 0), (429, 0, 0)]
+
+
 def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(stack: Stack) -> None:  # noqa: F811
     """Junk has one bucket for the address, forgeries one for address and tenant; good tokens pass by both."""
     victim, other, fresh = stack.tenant(), stack.tenant(), stack.tenant()
@@ -177,7 +238,7 @@ def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(st
 
 def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -> None:  # noqa: F811
     """The tenant of a token that nobody signed is whatever its sender wrote: invented ones share a bucket, and those
-    that exist are together bounded for each address."""
+    that exist are together bounded for each address. The price: a good token seen for the first time is refused too."""
     forger = new_key("ES256", stack.issuer.keys[0].kid)
 
     def told_401(served: Gateway, tenants: list[str]) -> int:
@@ -190,13 +251,15 @@ def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -
         return statuses.count(401)
 
     known = [stack.tenant() for _ in range(FORGED_TENANTS + 4)]
-    own, burst = stack.headers(stack.tenant()), 5
+    tenant, burst = stack.tenant(), 5
+    own = stack.headers(tenant)
     flood = {"unauthenticated_rps": SLOW, "unauthenticated_burst": burst, "gateway_workers": 1}
     with limited(stack, "rotating", **flood) as served:
         assert told_401(served, [f"invented-{n}" for n in range(100)]) == burst
         assert served.client.get("/v1/memories", headers=own).status_code == 200, "verified, for the first time"
         assert told_401(served, known * burst) == (FORGED_TENANTS - 1) * burst
         assert served.client.get("/v1/memories", headers=own).status_code == 200
+        assert served.client.get("/v1/memories", headers=stack.headers(tenant, jti="new")).status_code == 429
 
 
 def test_whose_failures_they_are() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from gateway.problems import Refusal
-from gateway.shed import TOO_SLOW, Gate, bounded
-from shared.limits import Watch, clear, set_limit
+from gateway.shed import ORDER, TOO_SLOW, Gate, bounded
+from shared.limits import Limits, Watch, clear, set_limit
 from shared.settings import Settings
 from tests.gateway_stack import Stack, assert_problem, eventually, gateway, new_key, stack  # noqa: F401
 
@@ -95,6 +98,116 @@ def test_a_place_given_back_goes_to_the_most_urgent_who_waits(tmp_path: Path) ->
         assert order == ["lookup", "list"]
 
     with_gate(tmp_path, test, inflight_requests=2, inflight_wait_seconds=10)
+
+
+async def grants(gate: Gate, tenant_id: str, route_class: Any) -> int:
+    """How many of this class get a place, one after the other, until one is refused."""
+    for count in itertools.count():
+        try:
+            await gate.enter(tenant_id, route_class)
+        except Refusal as e:
+            assert e.problem.reason == "shed" and e.problem.retry_after
+            return count
+    raise AssertionError
+
+
+def test_within_a_tenant_searches_go_first_and_lookups_last(tmp_path: Path) -> None:
+    """A tenant's flood of searches must leave places to its own lookups and writes, as it does to those of others."""
+
+    async def test(gate: Gate) -> None:
+        found = {each: await grants(gate, "hot", each) for each in ("search", "list", "write", "get")}
+        assert found == {"search": 10, "list": 5, "write": 3, "get": 2}
+
+    with_gate(tmp_path, test, inflight_requests=200, inflight_tenant_requests=20, inflight_wait_seconds=0.01)
+
+
+@pytest.mark.parametrize("cap", range(1, 8))
+def test_every_class_has_a_place_however_small_an_operators_bound_is(tmp_path: Path, cap: int) -> None:
+    """And all of them together have no more than it says, in whatever order they come."""
+    limits = SimpleNamespace(now=Limits(tenant_inflight={"hot": cap}))
+
+    async def test() -> None:
+        for order in itertools.permutations(("search", "list", "write", "get")):
+            gate = Gate(Settings(data_dir=tmp_path, inflight_wait_seconds=0), limits)  # type: ignore[arg-type]
+            found = [await grants(gate, "hot", each) for each in order]
+            assert found[0] >= 1 and sum(found) == cap
+
+    asyncio.run(test())
+
+
+def test_a_tenants_waiting_searches_make_room_for_its_own_lookups_and_writes(tmp_path: Path) -> None:
+    """Its share of the queue full of searches would refuse what costs it least to serve. Another tenant's stay."""
+
+    async def test(gate: Gate) -> None:
+        leaves = [await gate.enter("hot", "get") for _ in range(2)]
+        others = [await gate.enter("calm", "get") for _ in range(2)]
+
+        async def waiting(tenant_id: str, route_class: Any) -> asyncio.Task[Callable[[], None]]:
+            task = asyncio.create_task(gate.enter(tenant_id, route_class))
+            for _ in range(4):
+                await asyncio.sleep(0)
+            return task
+
+        calm = await waiting("calm", "search")
+        searches = [await waiting("hot", "search") for _ in range(2)]
+        write, lookup = await waiting("hot", "write"), await waiting("hot", "get")
+        assert [isinstance(each.exception(), Refusal) for each in searches] == [True, True]
+        assert not calm.done() and not write.done() and not lookup.done()
+        assert isinstance((await waiting("hot", "write")).exception(), Refusal), "none of it is cheaper than a write"
+        for leave in leaves:
+            leave()
+        (await lookup)()
+        (await write)()
+        for leave in others:
+            leave()
+        (await calm)()
+        assert gate.is_idle() and not gate._tenants and not gate._queued_of_tenant
+
+    with_gate(tmp_path, test, inflight_requests=20, inflight_tenant_requests=2, inflight_wait_seconds=10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_waits_while_there_is_a_place_and_no_bound_is_ever_passed(tmp_path: Path, seed: int) -> None:
+    """Whoever comes, leaves, is cancelled or dropped, in any order: a waiting request that nobody admits is a refusal
+    for nothing, a place too many is an overload."""
+    chance = random.Random(seed)
+    places, of_tenant, cap = chance.randint(1, 9), chance.randint(1, 5), chance.randint(1, 4)
+    limits = SimpleNamespace(now=Limits(tenant_inflight={"t0": cap}))
+    settings = Settings(
+        data_dir=tmp_path, inflight_requests=places, inflight_tenant_requests=of_tenant, inflight_wait_seconds=10
+    )
+
+    async def test() -> None:
+        gate = Gate(settings, limits)  # type: ignore[arg-type]
+        coming: list[asyncio.Task[Callable[[], None]]] = []
+        at_work: list[Callable[[], None]] = []
+        for _ in range(1_000):
+            for _ in range(chance.randint(0, 2)):
+                route_class = chance.choice(ORDER)
+                coming.append(asyncio.create_task(gate.enter(f"t{chance.randrange(4)}", route_class)))
+            if at_work and chance.random() < 0.6:
+                at_work.pop(chance.randrange(len(at_work)))()
+            if coming and chance.random() < 0.2:
+                chance.choice(coming).cancel()
+            for _ in range(6):
+                await asyncio.sleep(0)
+            for task in [each for each in coming if each.done()]:
+                coming.remove(task)
+                if not task.cancelled() and task.exception() is None:
+                    at_work.append(task.result())
+            assert len(at_work) == gate._at_work <= places
+            assert all(count <= (cap if t == "t0" else of_tenant) for t, count in gate._tenants.items())
+            assert len(coming) == gate._queued <= places
+            for route_class in ORDER:
+                assert not any(gate._free(tenant_id, route_class) for tenant_id, _ in gate._queues[route_class])
+        for leave in at_work:
+            leave()
+        for task in coming:
+            task.add_done_callback(lambda done: done.result()())
+        await asyncio.gather(*coming)
+        assert gate.is_idle() and not gate._tenants and not gate._queued_of_tenant
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_no_place_is_lost_whatever_becomes_of_those_who_wait(tmp_path: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import json
 import socket
+import tempfile
 import threading
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
+from gateway.usage import UsageReport
+from shared.errors import ControlPlaneUnavailable
 from shared.metrics import ROUTES
+from shared.settings import Settings
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
 from tests.test_spool import drain
 
@@ -152,6 +159,37 @@ def test_usage_answers_the_rollups_of_the_window_and_the_size_on_disk(stack: Sta
         assert unescaped.json()["api_calls"] == 12
         for bad in ({"from": "yesterday"}, {"to": "0"}, {"from": "2100-01-01"}, {"from": "0001-01-01T00:00+14:00"}):
             assert_problem(api.get("/v1/usage", params=bad), 400)
+
+
+def test_usage_that_does_not_come_is_given_up_and_never_begun_later() -> None:
+    """What waits behind it is not read for nobody; while no thread is free nobody waits; and when the control plane
+    answers again the next one is read."""
+    answers, asked = threading.Event(), []
+
+    def row(*_: object, tenant_id: str) -> None:
+        asked.append(tenant_id)
+        answers.wait(60)
+
+    async def test() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            settings = Settings(data_dir=directory, usage_report_wait_seconds=0.2)
+            usage = UsageReport(SimpleNamespace(row=row, rows=lambda *_, **__: []), settings)  # type: ignore[arg-type]
+            now = datetime.now(UTC)
+            waiting = [asyncio.create_task(usage.of(f"t{n}", now, now, "day")) for n in range(4)]
+            refused = [type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)]
+            assert refused == [ControlPlaneUnavailable] * 4 and sorted(asked) == ["t0", "t1"]
+            begun = len(usage._asked_at)
+            with pytest.raises(ControlPlaneUnavailable, match="earlier reports"):
+                await usage.of("t4", now, now, "day")
+            assert begun == len(usage._asked_at) == 2
+            answers.set()
+            while usage._asked_at:
+                await asyncio.sleep(0.01)
+            assert (await usage.of("t5", now, now, "day")).tenant_id == "t5"
+            assert sorted(asked) == ["t0", "t1", "t5"]
+            usage.close()
+
+    asyncio.run(test())
 
 
 def test_an_access_line_says_who_what_and_how_long_and_nothing_secret(stack: Stack) -> None:  # noqa: F811

@@ -44,6 +44,7 @@ def test_a_limit_is_seen_by_everybody_who_polls_until_it_is_cleared(settings: Se
 
 def test_a_limit_ends_by_itself(settings: Settings) -> None:
     """Nobody has to write the file again, and the next change drops what has expired from it."""
+    settings = settings.model_copy(update={"limits_poll_seconds": 0.05})
     watch = Watch(settings)
     set_limit(settings, "pool_size", 7, ttl_seconds=0.3, reason="r")
     set_limit(settings, "rate_limit_mode", "shadow", ttl_seconds=60, reason="r")
@@ -90,6 +91,18 @@ def test_a_limit_needs_an_end_and_a_reason(settings: Settings, ttl_seconds: floa
     """Without either it would outlive everybody who knows why."""
     with pytest.raises(Permanent):
         set_limit(settings, "pool_size", 5, ttl_seconds=ttl_seconds, reason=reason)
+
+
+def test_a_limit_that_some_workers_might_not_see_is_refused(settings: Settings) -> None:
+    """Each looks every so often: what ends before its turn it never obeys, and nobody would know."""
+    for poll_seconds in (0.05, 0.25, 30):
+        configured = settings.model_copy(update={"limits_poll_seconds": poll_seconds})
+        for ttl_seconds in (0.1 * poll_seconds, 2 * poll_seconds):
+            with pytest.raises(limits.BadLimit, match=f"at least {4 * poll_seconds:g}, or not every worker"):
+                set_limit(configured, "jwks_refresh", True, ttl_seconds=ttl_seconds, reason="r")
+        assert active(settings) == {}
+        set_limit(configured, "jwks_refresh", True, ttl_seconds=4 * poll_seconds, reason="r")
+        clear(settings, "jwks_refresh")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"entries": 5}', b"\xff", b"[" * 100_000])

@@ -88,11 +88,20 @@ async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
 
 
 def _check_rate(cost: Cost, call: Call, parts: int) -> None:
-    """What the guard could not know: of which class the request is, and of how many parts. The tenant's rate was the
-    guard's."""
+    """What the guard could not know: of which class the request is, and of how many parts. One place of the tenant's
+    rate it has taken; what it said of the rest is no longer true."""
     call.services.gate.check(cost.route_class)
     decision = call.services.rates.within(call.tenant_id, cost.rate, parts)
-    if decision is not None and not decision.allowed:
+    if decision is None:
+        return
+    headers = call.exchange.headers
+    headers[:] = [*(field for field in headers if not field[0].startswith(b"ratelimit-")), *decision.headers()]
+    if decision.never:
+        most = decision.bucket.size
+        raise bad_request(
+            f"A batch of {parts} is more than the tenant's rate limit ever allows: at most {most} at once."
+        )
+    if not decision.allowed:
         raise Refusal(too_many(decision, TOO_MANY_REQUESTS))
 
 

@@ -3,6 +3,7 @@ a poll of theirs, gone by themselves at their end whatever dies meanwhile, and b
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ def change(context: Context, request: Request, name: str, value: object) -> Outc
     after: limits.Entry | None = None
     if value is not None:
         ttl_seconds = request.ttl_seconds or DEFAULT_TTL_SECONDS
-        after = limits.entry(name, value, ttl_seconds=ttl_seconds, reason=request.reason)
+        after = limits.entry(settings, name, value, ttl_seconds=ttl_seconds, reason=request.reason)
         if name == "shed" and isinstance(value, list) and set(value) >= ALL_CLASSES:
             raise Refused("shedding every class of routes would be an outage; stop the gateway if that is meant")
     if not request.dry_run:
@@ -135,7 +136,7 @@ def change(context: Context, request: Request, name: str, value: object) -> Outc
         summary=f"{name}: {said(after)}" + (f", was {said(before)}" if before != after else ""),
         before=None if before is None else before.value,
         after=None if after is None else after.value,
-        undo=_undo(name, before, after),
+        undo=_undo(settings, name, before, after),
         expires_at=None if after is None else datetime.fromtimestamp(after.expires_at, UTC),
         dry_run=request.dry_run,
         verified=all(obeying.values()) if obeying else None,
@@ -146,8 +147,9 @@ def change(context: Context, request: Request, name: str, value: object) -> Outc
 def once(
     context: Context, request: Request, name: str, value: object = True, ttl_seconds: float = 60.0
 ) -> limits.Entry:
-    """Have every worker do something once; the entry is gone after `ttl_seconds`."""
-    new = limits.entry(name, value, ttl_seconds=ttl_seconds, reason=request.reason)
+    """Have every worker do something once; the entry is gone after `ttl_seconds`, and not before each has looked."""
+    ttl_seconds = max(ttl_seconds, limits.least_ttl_seconds(context.settings))
+    new = limits.entry(context.settings, name, value, ttl_seconds=ttl_seconds, reason=request.reason)
     limits.put(context.settings, name, new)
     return new
 
@@ -156,12 +158,12 @@ def said(entry: limits.Entry | None) -> str:
     return "as the settings say" if entry is None else msgspec.json.encode(entry.value).decode()
 
 
-def _undo(name: str, before: limits.Entry | None, after: limits.Entry | None) -> list[str]:
-    """Back to what held before, for as long as it would have held."""
+def _undo(settings: Settings, name: str, before: limits.Entry | None, after: limits.Entry | None) -> list[str]:
+    """Back to what held before, for as long as it would have held, in whole seconds."""
     if before is None:
         return [] if after is None else ["engram", "act", "limits", "clear", name]
     value = msgspec.json.encode(before.value).decode()
-    left = max(1, round(before.expires_at - datetime.now(UTC).timestamp()))
+    left = max(math.ceil(limits.least_ttl_seconds(settings)), round(before.expires_at - datetime.now(UTC).timestamp()))
     return ["engram", "act", "limits", "set", name, value, "--ttl", str(left), "--reason", before.reason]
 
 
