@@ -125,6 +125,19 @@ def test_the_spool_is_sealed_whatever_else_cannot_be_closed(stack: Stack, tmp_pa
     assert [len(spool.read(path).events) for path in spool.sealed(tmp_path / "spool")] == [1]
 
 
+def test_a_worker_that_has_to_be_killed_makes_the_stop_fail(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """Else a stop that left usage unsealed looks like any other; the worker beside it stops in order."""
+    slow = {"worker_silence_seconds": 0, "gateway_kill_timeout_seconds": 6}  # 0: it is not replaced before
+    with gateway(stack.lend_tenants(tmp_path), stack.control_plane_url, stack.issuer, **slow) as served:
+        frozen = served.workers()[0]
+        frozen.suspend()
+        assert served.stop() == 1
+        stopped = served.log()
+    assert [line["event"] for line in stopped].count("worker_stopped") == 1
+    [killed] = [line for line in stopped if REFUSED in line["event"]]
+    assert killed["level"] == "error" and str(frozen.pid) in killed["event"] and "sealed" in killed["event"], killed
+
+
 def test_work_that_hangs_is_waited_for_together() -> None:
     """Five jobs that ask the same silent server would otherwise take five times as long, while a kill draws near."""
     begun, never = threading.Barrier(6), threading.Event()
