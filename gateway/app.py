@@ -45,8 +45,8 @@ from gateway.self_report import SelfReport
 from gateway.services import Services
 from gateway.shed import Gate
 from gateway.shortcut import Shortcut
+from gateway.silence import CAN_LOOK, STOPPING, Silence
 from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
-from gateway.silence import STOPPING, Silence, speaks_http2
 from gateway.steering import steer_here
 from gateway.tenants import Tenants
 from gateway.unread import cut_off_unread
@@ -90,7 +90,7 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        async with _running(app, settings, usage_spool, access_log, busiest, parent_pid, pulse):
+        async with _running(app, settings, usage_spool, access_log, busiest, edge, parent_pid, pulse):
             yield
 
     app = Litestar(
@@ -105,7 +105,8 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
     methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
     heads = Heads(Shortcut(app), settings, methods)
     durable = settings.usage_durability == "sync"
-    return Edge(heads, usage_spool, access_log, busiest, pulse, durable=durable)
+    edge = Edge(heads, usage_spool, access_log, busiest, pulse, durable=durable)
+    return edge
 
 
 @contextlib.asynccontextmanager
@@ -115,6 +116,7 @@ async def _running(
     usage_spool: CountingSpool,
     access_log: AccessLog,
     busiest: Busiest,
+    edge: Edge,
     parent_pid: int | None,
     pulse: Pulse | None,
 ) -> AsyncIterator[None]:
@@ -169,9 +171,8 @@ async def _running(
         Periodic("quota", settings.quota_refresh_seconds, services.quotas.refresh, at_once=True).start(),
         Periodic("fleet", FLEET_SECONDS, lambda: _observe_fleet(control_plane), at_once=True).start(),
     ]
-    if speaks_http2(settings):
-        silence = Silence(settings, services.gate.is_idle)
-        work.append(Periodic("silence", SILENCE_SECONDS, silence.look).start())
+    if CAN_LOOK:
+        work.append(Periodic("silence", SILENCE_SECONDS, Silence(settings, edge.is_idle).look).start())
     if parent_pid is not None:
         cut_off_unread(settings.gateway_port, settings.answer_stall_seconds)
         orphaned = _end_orphan(parent_pid, settings.gateway_kill_timeout_seconds)

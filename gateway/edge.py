@@ -85,11 +85,16 @@ class Edge:
         self._line = access_log.request
         self._busy = (busiest or Busiest()).count
         self._pulse = pulse
+        self._open = 0
         # Children are looked up once: `labels()` costs more than the increment.
         self._counted: dict[tuple[str, str, int], Callable[[float], None]] = {}
         self._maintenance = {r: metrics.adder(metrics.maintenance_refused_total.labels(r)) for r in metrics.ROUTES}
         self._timed = {r: metrics.observer(metrics.request_duration_seconds.labels(r)) for r in metrics.ROUTES}
         self._routed = {how: metrics.adder(metrics.requests_routed_total.labels(how)) for how in metrics.ROUTED}
+
+    def is_idle(self) -> bool:
+        """Whether no request is here: each is from its whole head until its answer was passed on. From any thread."""
+        return not self._open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,6 +146,7 @@ class Edge:
             if refused:
                 await send({"type": "http.response.body", "body": refused, "more_body": False})
 
+        self._open += 1
         try:
             await self._app(scope, read, answer)
         except Exception as e:
@@ -151,6 +157,7 @@ class Edge:
             log_failure(e, INTERNAL, exchange.request_id, exchange.tenant_id)
             await _send_internal_error(exchange, answer)
         finally:
+            self._open -= 1
             if not exchange.status:
                 self._record(exchange, scope, exchange.billed or CLIENT_LEFT.status)
 

@@ -69,10 +69,6 @@ class Gate:
         self._take(tenant_id)
         return partial(self._leave, tenant_id)
 
-    def is_idle(self) -> bool:
-        """Whether nobody is at work or waits for a place. From any thread."""
-        return not self._at_work and not self._queued
-
     def check(self, route_class: RouteClass) -> None:
         """Raises a `Refusal` when an operator sheds this class of routes."""
         if route_class in self._limits.now.shed:

@@ -12,16 +12,19 @@
   start, or knows no tenants or keys because nobody answers it, ends that: those that serve are kept. Granian's own way
   stops the old one whether or not the new one serves.
 - Workers die with their supervisor (`shared.orphan`), in order: SIGTERM, drain, seal.
+- A worker that has to be killed when the server stops makes it exit 1: what it has not sealed is for somebody to know.
 - SIGHUP stops in order, like SIGTERM: Granian's reload leaves old and new workers side by side (FACTS), and there is
   nothing to read again.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
 
 from granian.log import logger
@@ -190,14 +193,25 @@ class Supervisor(MPServer):
                 worker.kill()
 
     def _stop_workers(self) -> None:
-        others = [worker for worker, _, _ in self._leaving] + ([self._arriving] if self._arriving is not None else [])
-        for worker in others:
+        """All at once, those that are leaving or arriving too. Granian's own asks of a worker that has just ended
+        whether it lives while its other thread collects it, and is told so: it then says that it killed it."""
+        stopping = [*self.wrks, *(worker for worker, _, _ in self._leaving)]
+        stopping += [self._arriving] if self._arriving is not None else []
+        for worker in stopping:
             worker.terminate()
-        super()._stop_workers()  # type: ignore[no-untyped-call]
-        for worker in others:
-            worker.join(1.0)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
+        alive = {worker.inner.sentinel: worker for worker in stopping}
+        deadline = time.monotonic() + (self.workers_kill_timeout or math.inf)
+        while alive and (left_seconds := deadline - time.monotonic()) > 0:
+            for ended in wait(alive, left_seconds if left_seconds < math.inf else None):
+                logger.info(f"Stopped worker-{alive.pop(ended).idx + 1}")
+        for worker in alive.values():
+            logger.error(
+                f"Killing worker-{worker.idx + 1} (PID {worker.inner.pid}) after it refused to gracefully stop: its"
+                " requests may be cut off, and its last usage may not be sealed (what is on disk the drain adopts)"
+            )
+            worker.kill()
+            worker.join()
+        self.wrks.clear()
         if self.interrupt_signal:
             self.interrupt_children.clear()  # deaths that were still to be dealt with would have it exit 1
+        self.interrupt_children.extend(worker.idx for worker in alive.values())  # and so do these
