@@ -161,7 +161,7 @@ def test_a_tenants_waiting_searches_make_room_for_its_own_lookups_and_writes(tmp
         for leave in others:
             leave()
         (await calm)()
-        assert gate.is_idle() and not gate._tenants and not gate._queued_of_tenant
+        assert gate._at_work == gate._queued == 0 and not gate._tenants and not gate._queued_of_tenant
 
     with_gate(tmp_path, test, inflight_requests=20, inflight_tenant_requests=2, inflight_wait_seconds=10)
 
@@ -205,7 +205,7 @@ def test_nobody_waits_while_there_is_a_place_and_no_bound_is_ever_passed(tmp_pat
         for task in coming:
             task.add_done_callback(lambda done: done.result()())
         await asyncio.gather(*coming)
-        assert gate.is_idle() and not gate._tenants and not gate._queued_of_tenant
+        assert gate._at_work == gate._queued == 0 and not gate._tenants and not gate._queued_of_tenant
 
     asyncio.run(asyncio.wait_for(test(), 60))
 
