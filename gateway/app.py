@@ -66,6 +66,7 @@ FLEET_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 PARENT_SECONDS = 0.5
 READY_POLL_SECONDS = 0.05
+WAIT_SAID_SECONDS = 1.0  # a worker that starts as usual is ready sooner
 STOP_SECONDS = 2.0  # for what works every so often to end a turn
 ACTIONS_SHARE = 2  # of the time a stopping worker has before it is killed, which its requests may have used up
 GC_YOUNG_OBJECTS = 10_000  # at most: 0.2 ms of the event loop
@@ -147,7 +148,11 @@ async def _running(
         exposition=Exposition(metrics.render, settings.metrics_cache_seconds),
     )
     usage_spool.quotas = services.quotas
-    announcement = Announcement(settings)
+    services.tenants.start()
+    if pulse is not None:
+        pulse.start()
+        await _wait_while_others_serve(services, pulse)
+    announcement = Announcement(settings)  # from here on there is somebody who obeys limits and has usage in hand
     report = SelfReport(services, busiest, announcement)
     limits.listen(_appliance(services, report))
 
@@ -157,10 +162,6 @@ async def _running(
         announcement.has(usage_spool.spooled)
         report.publish()
 
-    services.tenants.start()
-    if pulse is not None:
-        pulse.start()
-        await _wait_while_others_serve(services, pulse)
     tick_seconds = min(settings.usage_fsync_seconds, settings.usage_flush_seconds) / 2
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
@@ -206,14 +207,13 @@ async def _running(
 async def _wait_while_others_serve(services: Services, pulse: Pulse) -> None:
     """A worker that takes a dead or a leaving one's place listens once it can judge who calls. While PostgreSQL or the
     issuer is silent the others go on with what they know, and it would refuse its share of their connections."""
-    said = False
-    while (pulse.respawned or pulse.steers_to >= 0) and pulse.others_serve():
-        failing = await health.failing_checks(services)
-        if not failing:
-            return
-        if not said:
+    if not (pulse.respawned or pulse.steers_to >= 0):
+        return
+    say_at = time.monotonic() + WAIT_SAID_SECONDS
+    while pulse.others_serve() and not STOPPING.is_set() and (failing := await health.failing_checks(services)):
+        if time.monotonic() >= say_at:
             log.warning("worker_waits", failing=failing)
-            said = True
+            say_at = math.inf
         await asyncio.sleep(READY_POLL_SECONDS)
 
 

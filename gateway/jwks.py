@@ -39,7 +39,7 @@ from shared.settings import Settings, redact_url
 
 MAX_WAITING = 256
 MAX_LATER = 256  # beyond, an unknown kid is refused: whoever invents them must not make us answer 503
-LATER_SECONDS = 5.0
+LATER_SECONDS = 7.5  # more than the usual cool-down, which who asked before a fetch that failed waits out
 MIN_RETRY_SECONDS = 0.05
 log = get_logger("jwks")
 

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.silence import STOPPING
 from shared import metrics
 
 BEAT_SECONDS = 0.5
@@ -25,7 +26,7 @@ FRESH_SECONDS = 4 * BEAT_SECONDS
 @dataclass(slots=True)
 class Pulse:
     """One worker's place among the `beats`: monotonic seconds of each worker's last one, 0 before the first and negated
-    until it serves.
+    until it serves, and again once it is told to stop: from then on it listens no more.
 
     The second half of them is the supervisor's: not 0 for a worker that will soon be told to go. Then `leaving` is set
     within a beat, and the worker says so to the clients that keep connections (`gateway.edge`).
@@ -62,7 +63,7 @@ class Pulse:
             metrics.worker_oldest_beat_seconds.set(max(0.0, time.monotonic() - min(beats)))
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.beats[self.index] = time.monotonic() if self.serving else -time.monotonic()
+        self.beats[self.index] = time.monotonic() if self.serving and not STOPPING.is_set() else -time.monotonic()
         self.leaving = self.beats[len(self.beats) // 2 + self.index] != 0.0
         loop.call_later(BEAT_SECONDS, self._beat, loop)
 

@@ -23,7 +23,8 @@ class Read(NamedTuple):
 
 class ReadQueue:
     """A list or a lookup would else wait behind all searches of its tenant, each of which takes a turn of its own, and
-    be shed for them. Searches that wait for too long are shed first, as they are everywhere (`gateway.shed`)."""
+    be shed for them. It waits for the one that runs, or that is next when other tenants' searches have all the threads
+    they may have. Searches that wait for too long are shed first, as they are everywhere (`gateway.shed`)."""
 
     __slots__ = ("_brief", "_slow")
 

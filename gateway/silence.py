@@ -13,7 +13,8 @@ rest of a head that has begun, for up to `header_timeout_seconds`, which may be 
 (measured: an idle httpx client, or a single byte over plain HTTP, kept a worker until then, and a killed worker seals
 nothing). So once no request is open in the application, which is so from a whole head until its answer was given to
 Granian, who has been silent for `STOPPING_SECONDS` is ended, and after a share of the time until the kill everybody,
-in case a head comes in drops. An answer that is still being read has a larger share.
+in case a head comes in drops. An answer that is still being read has a larger share; with HTTP/2 on offer everybody
+has.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class Silence:
         if not (was_idle and self._was_idle):
             return
         share = (now - self._stopping_since) / self._kill_seconds  # of the time that has passed
-        self._end(STOPPING_SECONDS if share < 1 / STOPPING_SHARE else 0.0, readers_too=share >= 1 / READING_SHARE)
+        readers_too = share >= 1 / READING_SHARE
+        # With HTTP/2 an answer may wait in Granian for its reader, where the kernel does not know of it.
+        everybody = share >= 1 / STOPPING_SHARE if not self._http2 else readers_too
+        self._end(0.0 if everybody else STOPPING_SECONDS, readers_too=readers_too)
 
     def _end(self, limit_seconds: float, *, readers_too: bool = True) -> None:
         """Who has been silent for that long, 0: everybody; unless `readers_too`, only if they have all been sent."""

@@ -56,6 +56,19 @@ def test_a_worker_that_knows_no_keys_takes_nobodys_connections_while_another_ser
     issuer.close()
 
 
+def test_a_stop_does_not_wait_for_a_worker_that_waits(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """Nor kills it, nor says that usage may not be sealed: it never had any."""
+    issuer = Issuer()
+    with gateway(stack.lend_tenants(tmp_path), stack.control_plane_url, issuer, jwks_cooldown_seconds=0.2) as served:
+        issuer.failing = True
+        served.workers()[0].kill()
+        eventually(lambda: _events(served, "worker_waits") == 1)
+        assert served.stop() == 0
+        said = [line["event"] for line in served.log()]
+        assert not any("refused to gracefully stop" in event for event in said) and said.count("worker_stopped") == 2
+    issuer.close()
+
+
 def test_the_only_worker_answers_that_it_knows_no_keys(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """Nobody else would answer /health, say what is wrong in /ready, or serve the moment the issuer is back."""
     issuer, tenant = Issuer(), stack.tenant()
@@ -81,4 +94,4 @@ def test_the_only_worker_answers_that_it_knows_no_keys(stack: Stack, tmp_path: P
 
 
 def _events(served: Gateway, event: str) -> int:
-    return sum(line["event"] == event for line in served.log())
+    return sum(line["event"] == event and line["failing"] == ["jwks"] for line in served.log())

@@ -90,6 +90,7 @@ def test_a_new_key_is_found_although_the_first_fetch_for_it_fails() -> None:
         assert await waiting and issuer.fetches == 3
 
     with_jwks(test, jwks_cooldown_seconds=0.5)
+    assert Settings().jwks_cooldown_seconds + 1 < LATER_SECONDS, "nor by default"
 
 
 def test_nobody_waits_for_an_id_that_was_just_looked_for_nor_for_long_nor_in_a_crowd() -> None:
@@ -116,14 +117,17 @@ def test_nobody_waits_for_an_id_that_was_just_looked_for_nor_for_long_nor_in_a_c
     with_jwks(far)
 
 
-def test_an_issuer_that_goes_on_failing_keeps_nobody_for_long_and_is_not_asked_all_the_time() -> None:
+def test_an_issuer_that_goes_on_failing_keeps_nobody_for_long_and_is_not_asked_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without any cool-down either."""
+    monkeypatch.setattr("gateway.jwks.LATER_SECONDS", 1.0)
 
     async def test(jwks: Jwks, issuer: Issuer) -> None:
         await jwks.load()
         issuer.failing = True
         assert await jwks.find("invented") is None
-        assert 2 < issuer.fetches <= 2 + LATER_SECONDS / MIN_RETRY_SECONDS
+        assert 2 < issuer.fetches <= 2 + 1.0 / MIN_RETRY_SECONDS
 
     with_jwks(test, jwks_cooldown_seconds=0)
 

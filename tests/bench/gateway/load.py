@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import select
 import socket
 import time
@@ -61,7 +62,7 @@ class Result:
         for due, latency in zip(self.due, self.latencies, strict=True):
             if (n := int(due / WINDOW_SECONDS)) < whole:
                 windows[n].append(latency)
-        return [_percentile_ms(window, share) for window in windows]
+        return [_percentile_ms(window, share) if window else math.inf for window in windows]
 
 
 def _percentile_ms(latencies: list[float], share: float) -> float:

@@ -199,19 +199,23 @@ def _ahead_of_neighbours() -> Iterator[None]:
 
     A niceness counts within a session; between sessions it is their autogroup's (sched(7)).
     """
-    autogroup = Path("/proc/self/autogroup")
+    autogroup, niceness = Path("/proc/self/autogroup"), os.getpriority(os.PRIO_PROCESS, 0)
+    before = autogroup.read_text().rsplit(" ", 1)[1].strip() if autogroup.exists() else ""
     try:
-        before = autogroup.read_text().rsplit(" ", 1)[1].strip()
         os.setpriority(os.PRIO_PROCESS, 0, -20)  # and whoever is started from here
-        autogroup.write_text("-20")
+        if before:
+            autogroup.write_text("-20")
     except OSError as e:
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
         print(f"measured at the priority of everybody else ({e.strerror})", file=sys.stderr)
         yield
         return
     try:
         yield
     finally:
-        autogroup.write_text(before)
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+        if before:
+            autogroup.write_text(before)
 
 
 @contextlib.contextmanager
