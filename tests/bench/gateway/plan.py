@@ -23,6 +23,7 @@ from tests.bench.gateway.world import MAIN_MEMORIES, MAIN_TENANT, Server, World,
 
 SETTLE_SECONDS = 0.5  # what a resumed server has put off meanwhile
 WARM_SECONDS = 0.3
+OPEN_CONNECTIONS = 96  # fewer than one tenant may have at work and waiting
 MIX_TENANTS = 50
 MIX_MEMORIES = 500
 
@@ -130,7 +131,7 @@ class Bench:
             return
         port = self._server(case.server).port
         closed_loop(port, case.requests, connections=CONNECTIONS, seconds=WARM_SECONDS)
-        result = open_loop(port, case.requests, connections=128, seconds=self._seconds, rate=rate)
+        result = open_loop(port, case.requests, connections=OPEN_CONNECTIONS, seconds=self._seconds, rate=rate)
         tail.add(result)
         self.measured[case.name].bad += result.bad
 
