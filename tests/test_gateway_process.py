@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from gateway.supervisor import Supervisor
-from shared import spool
+from shared import limits, spool, workers
 from shared.limits import set_limit
 from tests.gateway_stack import Gateway, Stack, eventually, free_port, gateway, stack  # noqa: F401
 
@@ -102,9 +102,8 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         settings = stack.settings.model_copy(update={"data_dir": data_dir})
         set_limit(settings, f"rate_limit:{limited}", {"rps": 20, "burst": 10}, ttl_seconds=600, reason="test")
-        eventually(
-            lambda: served.client.get("/v1/memories", headers=stack.headers(limited)).headers.get("ratelimit-limit")
-        )
+        obeyed = workers.wait_until_obeyed(settings, limits.version_of(limits.active(settings)), 60)
+        assert len(obeyed) == 2 and all(obeyed.values()), "both, or one serves on as before for a poll"
         began = time.monotonic()
         with Load(served, stack.headers(tenant), clients) as load, Load(served, stack.headers(limited), 2) as bounded:
             eventually(lambda: len(load.acknowledged) > 20)
