@@ -128,14 +128,9 @@ class Table:
                     arrival = max(arrival, since) + seconds
                 ahead = max(arrival - now, 0.0)
                 room = (window - ahead) / interval + 1e-6
-                if bucket is held:
-                    count = places - 1
-                    needed = interval * count if places <= bucket.size else math.inf
-                    allowed = not count or room * interval >= needed
-                else:
-                    count = places
-                    needed = interval if places == 1 else min(interval * places, window)
-                    allowed = room * interval >= needed
+                count = places - (bucket is held)
+                needed = math.inf if bucket is held and places > bucket.size else min(interval * count, window)
+                allowed = not count or room * interval >= needed
                 remaining = max(int(room) - count, 0) if allowed else 0
                 after = ahead + interval * count if allowed else ahead
                 retry_seconds = 0.0 if allowed else after + needed - window
