@@ -70,7 +70,7 @@ ROOM_WAIT_SECONDS = 0.5
 FILES_PER_TENANT = 9
 FILES_FOR_THE_REST = 200  # sockets, spool, control plane; each request may bring a socket more
 LOOK_SECONDS = 0.1  # between two looks at who has waited for too long
-_ROOM_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 
 
 class TenantPool:
@@ -88,6 +88,7 @@ class TenantPool:
         self._looking = False
         self._writing: set[asyncio.Task[None]] = set()
         self._open: Recency[OpenTenant] = Recency(_within_file_limit(settings.tenant_pool_size))
+        self._leaving: set[OpenTenant] = set()  # discarded, not yet closed
         with closing(sqlite3.connect(":memory:")) as any_database:  # the limit is the process's
             any_database.execute(f"PRAGMA soft_heap_limit = {settings.sqlite_heap_bytes}")
 
@@ -146,11 +147,15 @@ class TenantPool:
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
         await asyncio.gather(*self._writing)  # a checkpoint is no request
+        # Who closes a database last folds it, so what was evicted is closed before what took its place; and a thread
+        # may still be busy for a caller that has left.
+        while self._leaving or any(tenant.users for tenant in self._open.leaving()):
+            await asyncio.sleep(_POLL_SECONDS)
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))
         self._threads.close()
 
     async def _close_for_good(self, tenant: OpenTenant) -> None:
-        async with tenant.lock:  # a thread may still be busy for a caller that has left
+        async with tenant.lock:  # the thread that answered its last user may not be done with it
             await self._threads.run(close_and_fold, tenant)
 
     async def _run(
@@ -296,7 +301,7 @@ class TenantPool:
         while len(self._open) >= self._open.size and not self._evict():
             if time.monotonic() >= deadline:
                 raise shed("Too many tenants are in use at once.")
-            await asyncio.sleep(_ROOM_POLL_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             if (tenant := self._open.use(tenant_id)) is not None:
                 return tenant
         paths = TenantPaths.of(self._tenants_dir, tenant_id)
@@ -317,6 +322,7 @@ class TenantPool:
             return
         tenant.closing = True
         tenant.inline = False
+        self._leaving.add(tenant)
         self._forget(tenant)
         self._close_if_left(tenant)
 
@@ -328,7 +334,7 @@ class TenantPool:
         """Once its last user is gone, and what they wrote is where it belongs."""
         if tenant.closing and tenant.users == 0 and tenant.writing is None:
             tenant.inline = False
-            self._threads.submit(close, tenant)
+            self._threads.run(close, tenant, then=lambda _error: self._leaving.discard(tenant))
 
 
 def _within_file_limit(size: int) -> int:

@@ -26,9 +26,9 @@ Then = Callable[[BaseException | None], None]
 class _Call(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    answer: asyncio.Future[Any] | None
+    answer: asyncio.Future[Any]
     then: Then | None
-    slow: bool = False
+    slow: bool
 
 
 class _Settled(NamedTuple):
@@ -51,7 +51,7 @@ class _Worker:
 
 
 class Threads:
-    """`run` and `submit` are for the event loop, `settle` for the threads."""
+    """`run` is for the event loop, `settle` for the threads."""
 
     def __init__(self, count: int, name: str) -> None:
         self._waiting: deque[_Call | None] = deque()
@@ -82,10 +82,6 @@ class Threads:
         else:
             self._hand_over(call)
         return answer
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        """For what nobody waits for. It must not raise."""
-        self._hand_over(_Call(function, arguments, None, None))
 
     def settle(self, answer: asyncio.Future[Any], result: Any, error: BaseException | None, then: Then | None) -> None:
         """In a thread: what `run` does with a future when its function is done."""
@@ -153,8 +149,7 @@ class Threads:
         if call.slow:
             self._slow_places.append(None)
             self._place_slow()
-        if call.answer is not None:
-            self.settle(call.answer, result, failed, call.then)
+        self.settle(call.answer, result, failed, call.then)
         return True
 
     def _next(self, worker: _Worker) -> _Call | None:

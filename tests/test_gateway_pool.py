@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from gateway.handles import WAL_KEEP_BYTES
+from gateway import handles
+from gateway.handles import WAL_KEEP_BYTES, OpenTenant
 from gateway.pool import FILES_FOR_THE_REST, FILES_PER_TENANT, PER_TENANT_QUEUE, TenantPool
 from gateway.problems import Refusal
 from shared.engine import database, memories
@@ -98,6 +99,27 @@ def test_many_at_once_on_few_handles_all_finish(tmp_path: Path) -> None:
         assert [await pool.read(f"t{n}", memories.count) for n in range(5)] == [20] * 5
 
     with_pool(tmp_path, test, 5, tenant_pool_size=2, gateway_threads=2)
+
+
+def test_closing_for_good_waits_for_what_was_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose database is open twice meanwhile would fold it first, in vain, and leave the `-wal` to the other."""
+    evicting, leave = threading.Event(), threading.Event()
+
+    def late(tenant: OpenTenant) -> None:
+        evicting.set()
+        leave.wait(20)
+        handles.close(tenant)
+
+    monkeypatch.setattr("gateway.pool.close", late)
+
+    async def test(pool: TenantPool) -> None:
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("x")))
+        pool.restart("t0")
+        await asyncio.to_thread(evicting.wait, 20)
+        assert await pool.read("t0", memories.count) == 1
+        asyncio.get_running_loop().call_later(0.2, leave.set)
+
+    with_pool(tmp_path, test, 1, gateway_threads=2)
 
 
 def test_a_handle_in_use_is_never_evicted(tmp_path: Path) -> None:

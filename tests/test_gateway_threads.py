@@ -101,7 +101,7 @@ def test_closing_waits_for_what_was_asked_for() -> None:
 
     async def test(threads: Threads) -> None:
         for n in range(100):
-            threads.submit(done.append, n)
+            threads.run(done.append, n)
 
     with_threads(2, test)
     assert sorted(done) == list(range(100))
