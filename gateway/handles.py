@@ -47,6 +47,7 @@ class OpenTenant:
         "closing",
         "company",
         "current",
+        "in_thread",
         "inline",
         "link",
         "lock",
@@ -55,6 +56,7 @@ class OpenTenant:
         "reader",
         "reading",
         "reads",
+        "searching",
         "users",
         "worker",
         "writes",
@@ -73,7 +75,9 @@ class OpenTenant:
         self.users = 0
         self.lock = asyncio.Lock()
         self.reads = ReadQueue()
-        self.reading = False  # a thread serves them, or somebody waits for the lock to have one do it
+        self.in_thread = False  # a thread serves them
+        self.reading = False  # a turn for those that are not slow waits or runs (`gateway.turns`)
+        self.searching = False  # the same for the slow ones
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
         self.closing = False

@@ -16,7 +16,7 @@ searches last (`gateway.reads`).
 Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
 `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
 lock, not in the threads, so it cannot take them from the others. What may take long, a search, never has all threads
-(`gateway.threads`). What no thread has begun within `database_wait_seconds` is shed, and never begun, unless
+(`gateway.turns`). What no thread has begun within `database_wait_seconds` is shed, and never begun, unless
 its tenant's handles are being given up meanwhile.
 
 What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 9 with two, and 0.1 MB
@@ -34,8 +34,6 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
-from typing import Any
 
 from gateway.handles import (
     Job,
@@ -46,7 +44,6 @@ from gateway.handles import (
     close_and_fold,
     read,
     read_and_renew,
-    read_waiting,
     write,
 )
 from gateway.problems import shed
@@ -54,6 +51,7 @@ from gateway.reads import Read
 from gateway.recency import Recency
 from gateway.shed import bounded
 from gateway.threads import Threads
+from gateway.turns import ReadTurns
 from gateway.writes import Member, again
 from shared import metrics
 from shared.engine.batch import Outcome
@@ -82,6 +80,7 @@ class TenantPool:
         self._busy_timeout_seconds = settings.sqlite_busy_timeout_seconds
         self._query_timeout_seconds = settings.query_timeout_seconds
         self._threads = Threads(settings.gateway_threads, "sqlite")
+        self._turns = ReadTurns(self._threads, settings.gateway_threads, self._answered)
         self._queue_limit = settings.gateway_threads * QUEUE_PER_THREAD
         self._queued = 0
         self._wait_seconds = settings.database_wait_seconds
@@ -168,35 +167,8 @@ class TenantPool:
         tenant.reads.put(Read(step, job, answer, slow, time.monotonic()))
         if step is read_and_renew:
             tenant.inline = False
-        if not tenant.reading:
-            await self._begin_to_read(tenant)
+        await self._turns.begin(tenant, slow)
         return await answer
-
-    async def _begin_to_read(self, tenant: OpenTenant) -> None:
-        """Have a thread serve the reads that wait; at once when nobody writes, and without suspending."""
-        tenant.reading = True
-        if tenant.lock.locked() or tenant.writing is not None:
-            asyncio.get_running_loop().create_task(self._read_after_others(tenant))
-        else:
-            await tenant.lock.acquire()
-            self._read_in_thread(tenant)
-
-    async def _read_after_others(self, tenant: OpenTenant) -> None:
-        await tenant.lock.acquire()
-        if tenant.reads.has(read_and_renew):
-            tenant.inline = False
-        self._read_in_thread(tenant)
-
-    def _read_in_thread(self, tenant: OpenTenant) -> None:
-        """The caller has the lock; the thread gives it back."""
-        settle, finished = partial(self._settle, tenant), partial(self._finished, tenant)
-        slow = tenant.reads.starts_slow
-        self._threads.run(read_waiting, tenant, settle, slow, then=finished, slow=slow)
-
-    def _settle(
-        self, tenant: OpenTenant, answer: asyncio.Future[Any], result: Any, error: BaseException | None
-    ) -> None:
-        self._threads.settle(answer, result, error, partial(self._answered, tenant))
 
     async def _write_waiting(self, tenant: OpenTenant) -> None:
         """Write what waits, one transaction after the other, until nothing does. One such task a tenant."""
@@ -274,14 +246,6 @@ class TenantPool:
     def _answered(self, tenant: OpenTenant, error: BaseException | None) -> None:
         self._note(tenant, error)
         self._released(tenant)
-
-    def _finished(self, tenant: OpenTenant, _error: BaseException | None) -> None:
-        tenant.inline = tenant.link != "" and not tenant.closing
-        tenant.lock.release()
-        if tenant.reads:  # in their turn: a write may have been waiting for longer
-            asyncio.get_running_loop().create_task(self._read_after_others(tenant))
-        else:
-            tenant.reading = False
 
     def _note(self, tenant: OpenTenant, error: BaseException | None) -> None:
         if error is not None and tenant.worker is None:

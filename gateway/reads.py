@@ -23,8 +23,8 @@ class Read(NamedTuple):
 
 class ReadQueue:
     """A list or a lookup would else wait behind all searches of its tenant, each of which takes a turn of its own, and
-    be shed for them. It waits for the one that runs, or that is next when other tenants' searches have all the threads
-    they may have. Searches that wait for too long are shed first, as they are everywhere (`gateway.shed`)."""
+    be shed for them. It waits for the one that runs. Searches that wait for too long are shed first, as they are
+    everywhere (`gateway.shed`)."""
 
     __slots__ = ("_brief", "_slow")
 
@@ -32,13 +32,9 @@ class ReadQueue:
         self._brief: deque[Read] = deque()
         self._slow: deque[Read] = deque()
 
-    def __bool__(self) -> bool:
-        return bool(self._brief or self._slow)
-
-    @property
-    def starts_slow(self) -> bool:
-        """Whether the next may take long."""
-        return not self._brief and bool(self._slow)
+    def waits(self, *, slow: bool) -> bool:
+        """Whether one that is slow waits, or one that is not."""
+        return bool(self._slow if slow else self._brief)
 
     def put(self, read: Read) -> None:
         (self._slow if read.slow else self._brief).append(read)

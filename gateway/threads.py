@@ -6,9 +6,6 @@ that are there at the same time reach the loop by one wake-up: 8 µs beside 3 ot
 
 A call goes to the thread that was idle last: through one queue for all, each call woke a second thread for nothing and
 every thread in turn ran with cold caches (creates of one tenant at 2,400 a second: p95 9.9 ms, so 7.4, in one run).
-
-Calls that may take long have at most all threads but one, so there is always one soon free for the others. Those
-beyond that wait by themselves, and when one of them ends the next joins the end of the common queue.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ class _Call(NamedTuple):
     arguments: tuple[Any, ...]
     answer: asyncio.Future[Any]
     then: Then | None
-    slow: bool
 
 
 class _Settled(NamedTuple):
@@ -56,8 +52,6 @@ class Threads:
     def __init__(self, count: int, name: str) -> None:
         self._waiting: deque[_Call | None] = deque()
         self._idle: list[_Worker] = []
-        self._slow_waiting: deque[_Call] = deque()  # for a place
-        self._slow_places = [None] * max(1, count - 1)  # that are free
         self._settled: deque[_Settled] = deque()
         self._woken = False
         self._workers = [_Worker() for _ in range(count)]
@@ -66,21 +60,14 @@ class Threads:
             worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"{name}-{n}", daemon=True)
             worker.thread.start()
 
-    def run(
-        self, function: Callable[..., Any], *arguments: Any, then: Then | None = None, slow: bool = False
-    ) -> asyncio.Future[Any]:
-        """The future of `function(*arguments)`, which is `slow` if it may take long. Cancelling it stops nothing.
+    def run(self, function: Callable[..., Any], *arguments: Any, then: Then | None = None) -> asyncio.Future[Any]:
+        """The future of `function(*arguments)`. Cancelling it stops nothing.
 
         `then` is called on the loop when the thread is done, whether the future was cancelled or not, with the
         exception if there was one, and before anybody who awaits the future goes on. It must not raise.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        call = _Call(function, arguments, answer, then, slow)
-        if slow:
-            self._slow_waiting.append(call)
-            self._place_slow()
-        else:
-            self._hand_over(call)
+        self._hand_over(_Call(function, arguments, answer, then))
         return answer
 
     def settle(self, answer: asyncio.Future[Any], result: Any, error: BaseException | None, then: Then | None) -> None:
@@ -92,26 +79,11 @@ class Threads:
             answer.get_loop().call_soon_threadsafe(self._deliver)
 
     def close(self) -> None:
-        """Return when everything that was asked for is done. Blocking. No slow call may wait for a place any more."""
+        """Return when everything that was asked for is done. Blocking."""
         for _ in self._workers:
             self._hand_over(None)
         for worker in self._workers:
             worker.thread.join()
-
-    def _place_slow(self) -> None:
-        """Hand over as many slow calls as have a place. From any thread: whoever adds a call or a place looks for the
-        other afterwards, so no call stays where a place is free."""
-        while self._slow_waiting:
-            try:
-                self._slow_places.pop()
-            except IndexError:
-                return
-            try:
-                call = self._slow_waiting.popleft()
-            except IndexError:  # another thread took it
-                self._slow_places.append(None)
-            else:
-                self._hand_over(call)
 
     def _hand_over(self, call: _Call | None) -> None:
         """To the thread that was busy last, whose caches are warm; else to whichever is done first."""
@@ -146,9 +118,6 @@ class Threads:
             result = call.function(*call.arguments)
         except BaseException as e:  # noqa: BLE001  it is the caller's to raise
             failed = e
-        if call.slow:
-            self._slow_places.append(None)
-            self._place_slow()
         self.settle(call.answer, result, failed, call.then)
         return True
 

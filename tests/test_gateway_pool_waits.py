@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,24 +65,69 @@ def test_slow_searches_of_some_leave_a_thread_to_the_others(tmp_path: Path) -> N
     with_pool(tmp_path, test, 5, gateway_threads=3, query_timeout_seconds=0, database_wait_seconds=60)
 
 
-def test_a_search_that_comes_to_a_tenants_brief_reads_waits_for_its_own_place(tmp_path: Path) -> None:
-    """A thread that was taken for a list goes no further than the search behind it; the list behind that is served."""
+def test_a_search_that_waits_for_a_thread_keeps_its_tenants_other_requests_from_nothing(tmp_path: Path) -> None:
+    """It waits for other tenants' searches; what its own tenant writes, lists and looks up need not."""
 
     async def test(pool: TenantPool) -> None:
         slow, brief = Held(), Held()
         searching = await slow.begin(pool.read, "t0")
+        first = asyncio.create_task(pool.read("t1", memories.count))
+        await asyncio.sleep(0.05)
+        made = await pool.write("t1", _create)
+        assert await pool.read("t1", memories.count, brief=True) == 1
+        assert await pool.look_up("t1", lambda c: memories.get(c, made.id)) == made
         listing = await brief.begin(lambda tenant_id, job: pool.read(tenant_id, job, brief=True), "t1")
-        search = asyncio.create_task(pool.read("t1", memories.count))
+        second = asyncio.create_task(pool.read("t1", memories.count))
         another = asyncio.create_task(pool.read("t1", memories.count, brief=True))
         await asyncio.sleep(0.05)
         brief.let_go()
-        assert await listing == "held"
-        assert await pool.read("t2", memories.count, brief=True) == 0
-        assert not search.done()
+        assert await asyncio.gather(listing, another) == ["held", 1]
+        assert not first.done() and not second.done()
         slow.let_go()
-        assert await asyncio.gather(searching, search, another) == ["held", 0, 0]
+        assert await asyncio.gather(searching, first, second) == ["held", 1, 1]
 
-    with_pool(tmp_path, test, 3, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
+    with_pool(tmp_path, test, 2, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
+
+
+def test_slow_reads_never_have_all_threads_and_none_is_left_waiting_for_one(tmp_path: Path) -> None:
+    """Whatever mixture comes, leaves and writes: each is answered once, and in the end nothing is taken."""
+
+    async def test(pool: TenantPool) -> None:
+        lock, at_work, most = threading.Lock(), 0, 0
+
+        def slow(_connection: sqlite3.Connection) -> str:
+            nonlocal at_work, most
+            with lock:
+                at_work += 1
+                most = max(most, at_work)
+            time.sleep(0.0002)
+            with lock:
+                at_work -= 1
+            return "slow"
+
+        async def client(n: int) -> None:
+            for m in range(40):
+                tenant_id = f"t{(n + m) % 4}"
+                if n % 8 == 7:
+                    leaves = asyncio.create_task(pool.read(tenant_id, slow))
+                    await asyncio.sleep(0.0005 * (m % 5))
+                    leaves.cancel()
+                elif n % 8 == 6:
+                    await pool.write(tenant_id, lambda _: None)
+                elif n % 2:
+                    assert await pool.read(tenant_id, lambda _: "brief", brief=True) == "brief"
+                else:
+                    assert await pool.read(tenant_id, slow) == "slow"
+
+        await asyncio.wait_for(asyncio.gather(*(client(n) for n in range(24))), 120)
+        assert most == 2
+        tenants = list(pool._open.leaving())
+        async with asyncio.timeout(60):
+            while any(t.users or t.reading or t.searching or t.in_thread or t.lock.locked() for t in tenants):
+                await asyncio.sleep(0.001)
+        assert pool._turns._slow_places._value == 2 and pool._queued == 0
+
+    with_pool(tmp_path, test, 4, gateway_threads=3, query_timeout_seconds=0, database_wait_seconds=120)
 
 
 def test_a_tenants_lists_and_lookups_do_not_wait_behind_all_its_searches(tmp_path: Path) -> None:

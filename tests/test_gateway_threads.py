@@ -125,39 +125,3 @@ def test_an_idle_thread_holds_on_to_nothing() -> None:
         raise AssertionError("the result is still held")
 
     with_threads(1, test)
-
-
-def test_slow_calls_never_have_all_threads_and_none_is_left_waiting_for_a_place() -> None:
-    """Whatever mixture comes, from the loop and from threads that end: all are answered, and a quick one at once."""
-
-    async def test(threads: Threads) -> None:
-        lock, at_work, most = threading.Lock(), 0, 0
-
-        def slow() -> None:
-            nonlocal at_work, most
-            with lock:
-                at_work += 1
-                most = max(most, at_work)
-            time.sleep(0.0002)
-            with lock:
-                at_work -= 1
-
-        async def client(n: int) -> int:
-            for _ in range(100):
-                if n % 4:
-                    await threads.run(slow, slow=True)
-                else:
-                    await threads.run(lambda: None)
-            return 1
-
-        assert sum(await asyncio.gather(*(client(n) for n in range(24)))) == 24
-        assert most == 2
-        leave = threading.Event()
-        held = [threads.run(leave.wait, 30, slow=True) for _ in range(5)]
-        assert await threads.run(lambda: "quick") == "quick"
-        leave.set()
-        assert await asyncio.gather(*held) == [True] * 5
-        await threads.run(lambda: None)
-        assert len(threads._slow_places) == 2
-
-    with_threads(3, test)
