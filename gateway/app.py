@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 from litestar import Litestar
+from litestar.exceptions import MethodNotAllowedException, NotFoundException
 from litestar.routes import HTTPRoute
 
 from gateway import admin, document, health, v1
@@ -50,6 +51,7 @@ from gateway.silence import LOOK_SECONDS as SILENCE_SECONDS
 from gateway.steering import steer_here
 from gateway.tenants import Tenants
 from gateway.unread import cut_off_unread
+from gateway.unrouted import unrouted
 from gateway.usage import UsageReport
 from shared import metrics
 from shared.control_plane import ControlPlane
@@ -97,13 +99,13 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
     app = Litestar(
         route_handlers=[v1.router(), admin.router(), mcp.router(), health.health, health.ready, health.prometheus],
         lifespan=[lifespan, mcp.lifespan],
-        exception_handlers={Exception: answer},
+        exception_handlers={Exception: answer, NotFoundException: unrouted, MethodNotAllowedException: unrouted},
         openapi_config=document.config() if settings.docs_pages else None,
         logging_config=None,  # Litestar would log headers and bodies
         debug=False,
         request_max_body_size=settings.body_limit_bytes,
     )
-    methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
+    methods = {route.path_format: set(route.methods) for route in app.routes if isinstance(route, HTTPRoute)}
     heads = Heads(Shortcut(app), settings, methods)
     durable = settings.usage_durability == "sync"
     edge = Edge(heads, usage_spool, access_log, busiest, pulse, durable=durable)

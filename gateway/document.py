@@ -116,10 +116,11 @@ def config() -> OpenAPIConfig:
         title="Engram",
         version="1",
         description=(
-            "Memories of one tenant: the one the bearer token names. A request may repeat it in `X-Engram-Tenant`;"
-            " one that names another is refused with 403. `POST /v1/mcp` is the Model Context Protocol and describes"
-            " itself. What is not HTTP, or whose head is far beyond the limits, is refused by the server below the"
-            " gateway: 400, 414 or 431, without a body and without `X-Request-Id`, and it is not counted."
+            "Memories of one tenant: the one the bearer token names. A request may repeat it in"
+            " `X-Engram-Tenant`; one that names another is refused with 403. HEAD is answered as GET, without the"
+            " content. `POST /v1/mcp` is the Model Context Protocol and describes itself. What is not HTTP, or"
+            " whose head is far beyond the limits, is refused by the server below the gateway: 400, 414 or 431,"
+            " without a body and without `X-Request-Id`, and it is not counted."
         ),
         path="/schema",
         render_plugins=[Document()],

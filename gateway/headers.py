@@ -12,6 +12,9 @@ Behind trusted proxies the client's own address and scheme are put into the scop
 refused: its token has been read by whoever listened, and HSTS promised otherwise. Only this machine itself may ask so.
 No `Strict-Transport-Security` is sent over plain text (RFC 6797).
 
+HEAD is GET without the content (RFC 9110, section 9.3.2): whatever is below sees a GET and bills it as one; access line
+and metrics say HEAD.
+
 A path with repeated slashes is refused: Litestar would take it for the one with single ones, after everything here and
 in front of us that goes by how a path begins took it for another.
 """
@@ -55,7 +58,7 @@ class Heads:
     def __init__(self, app: ASGIApp, settings: Settings, methods: Mapping[str, Iterable[str]] | None = None) -> None:
         """`methods` of each path template, for OPTIONS."""
         self._app = app
-        self._methods = methods or {}
+        self._methods = {path: _with_head(those) for path, those in (methods or {}).items()}
         self._url_limit = settings.url_limit_bytes
         self._header_limit = settings.header_limit_bytes
         self._origins = frozenset(origin.rstrip("/").encode() for origin in words(settings.cors_allowed_origins))
@@ -109,6 +112,8 @@ class Heads:
             return
         if scope["method"] == "OPTIONS":
             send = self._with_all_methods(scope, send)
+        elif scope["method"] == "HEAD":
+            scope["method"], send = "GET", _without_content(send)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -144,13 +149,24 @@ class Heads:
             methods = self._methods.get(scope.get("path_template", ""))
             if methods and message["type"] == "http.response.start" and message["status"] < 300:
                 others = [(k, v) for k, v in message["headers"] if k.lower() != b"allow"]
-                message["headers"] = [*others, (b"allow", ", ".join(sorted(methods)).encode())]
+                message["headers"] = [*others, (b"allow", ", ".join(methods).encode())]
             await send(message)
 
         return answer
 
     def _allows(self, origin: bytes) -> bool:
         return origin in self._origins or (self._localhost and _LOCALHOST.match(origin) is not None)
+
+
+def _with_head(methods: Iterable[str]) -> list[str]:
+    return sorted({*methods, "HEAD"} if "GET" in methods else methods)
+
+
+def _without_content(send: Send) -> Send:
+    async def answer(message: Any) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return answer
 
 
 async def _preflight(send: Send) -> None:

@@ -145,6 +145,21 @@ def test_unknown_paths_and_methods_are_problems_too(api: httpx.Client) -> None:
     assert_problem(api.get("/v1/memories", headers={"Host": "a b"}), 400)
 
 
+def test_head_is_get_without_the_content(api: httpx.Client) -> None:
+    """Monitors and load balancers ask so; every status and field is that of the GET, problems too."""
+    made = api.post("/v1/memories", json={"content": "x"}).json()["id"]
+    for path in ("/health", "/ready", "/v1/memories", f"/v1/memories/{made}", "/v1/memories/x", "/nothing", "/schema"):
+        got, head = api.get(path), api.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        for name in ("content-type", "content-length", "cache-control"):
+            assert head.headers.get(name) == got.headers.get(name), (path, name)
+        assert head.headers["x-request-id"] != got.headers["x-request-id"]
+    assert api.head("/v1/search").status_code == 405
+    assert api.head("/v1/memories", headers={"Authorization": "Bearer x"}).status_code == 401
+    assert api.options("/v1/memories").headers["allow"] == "GET, HEAD, OPTIONS, POST"
+    api.delete(f"/v1/memories/{made}")
+
+
 def test_a_request_id_is_minted_for_every_answer_and_never_taken_from_the_client(stack: Stack) -> None:  # noqa: F811
     """A client's id would be a key it can repeat; it is kept, cut and printable, in the access line only."""
     seen = set()

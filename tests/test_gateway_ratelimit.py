@@ -236,6 +236,26 @@ def test_a_flood_of_bad_tokens_is_429_and_shuts_out_nobody_behind_the_address(st
         assert all(r.status_code == 200 for r in ask(served, {}, 20, "/health"))
 
 
+def test_what_no_route_takes_is_within_the_rate_of_who_asks_for_it(stack: Stack) -> None:  # noqa: F811
+    """Else a client in a loop, or a scanner, is bounded everywhere but there. It is nobody's usage."""
+    tenant, rates = stack.tenant(), {"rate_limit_rps": SLOW, "rate_limit_burst": 20, "gateway_workers": 1}
+    own = stack.headers(tenant)
+
+    def statuses(headers: dict[str, str], path: str) -> list[int]:
+        return sorted(r.status_code for r in ask(served, headers, 30, path))
+
+    with limited(stack, "unrouted", unauthenticated_rps=SLOW, unauthenticated_burst=10, **rates) as served:
+        assert ask(served, own, 1)[0].status_code == 200  # from here on the token is known
+        answers = ask(served, own, 30, "/v1/nothing")
+        assert sorted(r.status_code for r in answers) == [404] * 19 + [429] * 11
+        assert {r.headers["ratelimit-limit"] for r in answers} == {"20"}
+        assert statuses({}, "/v1/nothing") == [404] * 10 + [429] * 20
+        assert statuses({"Authorization": "Bearer x"}, "/v1/memories") == [429] * 30, "one bucket"
+        assert statuses({}, "/health") == [200] * 30
+        assert [r.status_code for r in ask(served, stack.headers(stack.tenant()), 1)] == [200]
+        assert len(served.events(tenant)) == 1
+
+
 def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -> None:  # noqa: F811
     """The tenant of a token that nobody signed is whatever its sender wrote: invented ones share a bucket, and those
     that exist are together bounded for each address. The price: a good token seen for the first time is refused too."""
