@@ -118,6 +118,11 @@ class Child:
             return "still running" if self._popen else "never started"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
+    def ending(self) -> str:
+        """How one that was asked to stop did: a code of its own says that not all went as it should."""
+        code = self._popen.poll() if self._popen else None
+        return f"stopped with exit code {code}; log {self._log_path}" if code and code > 0 else "stopped"
+
     def failure(self, what: str) -> StartFailed:
         return StartFailed(f"{self.name}: {what}; log {self._log_path}: {last_lines(self._log_path)}")
 

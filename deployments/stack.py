@@ -251,7 +251,7 @@ class Stack:
                 )
             else:
                 by_itself = child.stop(self._given.stop_timeout_seconds, self._hurry)
-            self._say(f"{child.name}: stopped" if by_itself else f"{child.name}: killed after the time-out")
+            self._say(f"{child.name}: {child.ending() if by_itself else 'killed after the time-out'}")
         end_all(list(marked(self._given.data_dir)), _HURRIED_STOP_SECONDS)
         self._state.remove(self._given.data_dir)
         self._ports.release_all()

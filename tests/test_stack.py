@@ -283,6 +283,17 @@ def test_a_part_that_will_not_go_is_killed_after_its_time_out(tmp_path: Path) ->
     assert not part.alive()
 
 
+def test_a_part_that_stopped_with_a_code_of_its_own_is_said_to_have(tmp_path: Path) -> None:
+    """A gateway that had to kill a worker exits 1: whoever stops the stack must read it there."""
+    for code, said in ((0, "stopped"), (1, f"stopped with exit code 1; log {tmp_path}/part.log")):
+        ready = tmp_path / f"ready{code}"
+        part = child(tmp_path, f"trap 'exit {code}' TERM; touch {ready}; while :; do sleep 0.1; done")
+        part.start()
+        wait_until(ready.exists)
+        assert part.stop(60)
+        assert part.ending() == said
+
+
 def test_a_part_that_dies_while_starting_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
     """The one line of an operator at 3 a.m."""
     part = child(tmp_path, "echo no such database >&2; exit 7", lambda: False)
