@@ -52,7 +52,7 @@ def free_port() -> int:
         return port
 
 
-def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Poll until `check` answers something true; an exception counts as no. The limit only ends a broken test."""
     began = time.monotonic()
     last: object = None
@@ -210,9 +210,15 @@ class Gateway:
                 total += float(line.rpartition(" ")[2])
         return total
 
+    def serves(self, path: str) -> bool:
+        """Whether it answers 200. One that has ended never will, and says in its log why."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the gateway ended with {self.process.returncode}: {self.log_path.read_text()[-4_000:]}")
+        return self.client.get(path).status_code == 200
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(90)
 
 
 @contextlib.contextmanager
@@ -261,7 +267,7 @@ def gateway(
     started = Gateway(process, f"{'https' if ca else 'http'}://127.0.0.1:{port}", data_dir, log_path, ca)
     workers: list[psutil.Process] = []
     try:
-        eventually(lambda: started.client.get(ready_path).status_code == 200, 40)
+        eventually(lambda: started.serves(ready_path), 150)
         workers = eventually(lambda: w if len(w := started.workers()) == values["gateway_workers"] else None)
         yield started
     finally:
