@@ -98,15 +98,15 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
     """One is killed, and its successor as soon as it serves: the other goes on serving, each client loses at most
     the request it had in flight, no acknowledged write or event is lost, the rate limit holds."""
     tenant, limited, data_dir = stack.tenant(), stack.tenant(), stack.lend_tenants(tmp_path)
-    kills, clients = 2, 4
+    kills, clients, rps, burst = 2, 4, 4, 10  # a rate that clients on a busy machine are above, too
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         settings = stack.settings.model_copy(update={"data_dir": data_dir})
-        set_limit(settings, f"rate_limit:{limited}", {"rps": 20, "burst": 10}, ttl_seconds=600, reason="test")
+        set_limit(settings, f"rate_limit:{limited}", {"rps": rps, "burst": burst}, ttl_seconds=600, reason="test")
         obeyed = workers.wait_until_obeyed(settings, limits.version_of(limits.active(settings)), 60)
         assert len(obeyed) == 2 and all(obeyed.values()), "both, or one serves on as before for a poll"
         began = time.monotonic()
         with Load(served, stack.headers(tenant), clients) as load, Load(served, stack.headers(limited), 2) as bounded:
-            eventually(lambda: len(load.acknowledged) > 20)
+            eventually(lambda: len(load.acknowledged) > 20 and bounded.statuses[429])
             victim, back_in = served.workers()[0], []
             for _ in range(kills):
                 before, killed_at = len(load.acknowledged), time.monotonic()
@@ -119,7 +119,7 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
         print(f"a killed worker was back in {back_in} s")
         assert load.statuses.keys() == {201}, load.statuses
         assert max(load.failures.values(), default=0) <= kills, load.failures
-        assert bounded.statuses[429] > 0 and bounded.statuses[201] <= (10 + 20 * elapsed) * 1.05
+        assert bounded.statuses[429] > 0 and bounded.statuses[201] <= (burst + rps * elapsed) * 1.05
         failed = sum(load.failures.values())
         events = {str(UUID(bytes=event.request_id)) for event in served.events(tenant)}
         assert load.acknowledged.keys() <= events and len(events) <= len(load.acknowledged) + failed
