@@ -213,7 +213,9 @@ class Gateway:
     def serves(self, path: str) -> bool:
         """Whether it answers 200. One that has ended never will, and says in its log why."""
         if self.process.poll() is not None:
-            raise RuntimeError(f"the gateway ended with {self.process.returncode}: {self.log_path.read_text()[-4_000:]}")
+            raise RuntimeError(
+                f"the gateway ended with {self.process.returncode}: {self.log_path.read_text()[-4_000:]}"
+            )
         return self.client.get(path).status_code == 200
 
     def stop(self) -> int:
