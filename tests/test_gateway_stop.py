@@ -131,9 +131,7 @@ def test_a_control_plane_that_gives_no_answer_does_not_keep_a_worker(stack: Stac
     assert sum(len(spool.read(p).events) for p in spool.sealed(data_dir / "spool")) == 2
 
 
-@pytest.mark.parametrize(
-    ("kill_timeout_seconds", "limits_poll_seconds", "state"), [(60, 6, "done"), (4, 600, "begun")]
-)
+@pytest.mark.parametrize(("kill_timeout_seconds", "limits_poll_seconds", "state"), [(60, 6, "done"), (4, 600, "begun")])
 def test_an_action_whose_caller_has_left_ends_before_its_worker_does(
     stack: Stack,  # noqa: F811
     tmp_path: Path,

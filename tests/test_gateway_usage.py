@@ -178,7 +178,7 @@ def test_usage_that_does_not_come_is_given_up_and_never_begun_later() -> None:
             waiting = [asyncio.create_task(usage.of(f"t{n}", now, now, "day")) for n in range(4)]
             await asyncio.sleep(0)
             # The loop stands still meanwhile: no time is up before both threads have begun.
-            assert all([begun.acquire(timeout=20) for _ in range(2)])
+            assert begun.acquire(timeout=20) and begun.acquire(timeout=20)
             refused = [type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)]
             assert refused == [ControlPlaneUnavailable] * 4 and sorted(asked) == ["t0", "t1"]
             under_way = len(usage._asked_at)
