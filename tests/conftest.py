@@ -16,6 +16,8 @@ from unittest import mock
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from psycopg import sql
 from pydantic import SecretStr
 from xdist.scheduler import LoadScopeScheduling
@@ -35,6 +37,11 @@ _numbers = itertools.count(1)
 # tests start, which have it from the environment.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+# How long an example takes says how busy the machine is: by default one of more than 200 ms fails its test.
+hypothesis_settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("busy")
 
 
 # What takes longest begins first, so that no process is left alone with it at the end. The first two are a whole stack.

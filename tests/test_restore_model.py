@@ -212,7 +212,5 @@ def test_any_life_of_a_tenant_keeps_to_the_model(control_plane: ControlPlane, co
     life = type("Life", (TenantLife,), {"url": control_plane_url, "control_plane": control_plane})
     run_state_machine_as_test(
         life,
-        settings=settings(
-            max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=30, stateful_step_count=20, suppress_health_check=list(HealthCheck)),
     )

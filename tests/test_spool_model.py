@@ -244,7 +244,6 @@ def test_any_life_of_a_spool_keeps_every_event_in_exactly_one_place(
             max_examples=500 if everything else 60,
             stateful_step_count=30,
             derandomize=not everything,  # what must have happened below would be missing once in a while
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
