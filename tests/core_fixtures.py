@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import sqlite3
 import subprocess
 import textwrap
@@ -74,15 +73,6 @@ def core_url(new_database: Callable[[], str]) -> str:
 def core_control_plane(core_url: str) -> Iterator[ControlPlane]:
     with ControlPlane(Settings(control_plane_url=core_url)) as control_plane:
         yield control_plane
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def settings_in(directory: Path, url: str, **more: object) -> Settings:

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -38,18 +37,12 @@ from shared.settings import Settings
 from shared.usage import UsageEvent
 from tests.core_fixtures import poll_seconds
 from tests.http_fixtures import Handler, Server
+from tests.ports import free_port
 
 AUDIENCE = "engram"
 ISSUER = "https://issuer.test"
 SCOPES = "memories:read memories:write search"
 _numbers = itertools.count(1)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def eventually(check: Callable[[], Any], seconds: float = 60.0) -> Any:

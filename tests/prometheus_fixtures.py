@@ -13,8 +13,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.core_fixtures import ROOT, free_ports
+from tests.core_fixtures import ROOT
 from tests.gateway_stack import eventually
+from tests.ports import free_ports
 
 RULES = sorted((ROOT / "deployments" / "prometheus" / "rules").glob("*.yml"))
 

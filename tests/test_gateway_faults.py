@@ -21,10 +21,10 @@ from tests.gateway_stack import (  # noqa: F401
     assert_problem,
     control_plane_url,
     eventually,
-    free_port,
     gateway,
     stack,
 )
+from tests.ports import free_port
 from tests.silent_proxy import SilentProxy
 
 

@@ -23,7 +23,8 @@ import pytest
 from gateway.supervisor import Supervisor
 from shared import limits, spool, workers
 from shared.limits import set_limit
-from tests.gateway_stack import Gateway, Stack, eventually, free_port, gateway, stack  # noqa: F401
+from tests.gateway_stack import Gateway, Stack, eventually, gateway, stack  # noqa: F401
+from tests.ports import free_port
 
 
 def _listening(url: str) -> bool:

@@ -30,10 +30,11 @@ from gateway.supervisor import DEATHS, DEATHS_SECONDS
 from shared import metering, reconcile, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
-from tests.core_fixtures import free_ports, start_child
+from tests.core_fixtures import start_child
 from tests.gateway_stack import Gateway, Issuer, eventually, gateway
 from tests.ledger import Ledger, check_billed
 from tests.pgbouncer_fixtures import CommitCutter
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = float(os.environ.get("ENGRAM_CHAOS_SECONDS", "12"))
