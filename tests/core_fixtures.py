@@ -78,7 +78,6 @@ def core_control_plane(core_url: str) -> Iterator[ControlPlane]:
 def settings_in(directory: Path, url: str, **more: object) -> Settings:
     """Settings of one data directory, with time-outs short enough for a test."""
     quick = {
-        "restore_drain_timeout_seconds": 0.3,
         "tenant_lock_wait_seconds": 0.1,
         "object_store_retries": 1,
         "object_store_retry_timeout_seconds": 2,

@@ -145,7 +145,7 @@ def test_a_process_stopped_inside_a_transaction_keeps_the_restore_out(
     backed: World, inside: subprocess.Popen[str]
 ) -> None:
     """Its row, once acknowledged, must be in the live database: so the restore gives up and changes nothing."""
-    chosen = begun(backed)
+    chosen = begun(backed.change(restore_drain_timeout_seconds=0.3))
     before = os.readlink(backed.paths.current)
     with pytest.raises(DrainTimeout):
         run(backed, chosen)
