@@ -193,8 +193,8 @@ def day_of_this_test() -> date:
     return datetime.now(UTC).date()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Poll until the condition holds; fails the test when it never does."""
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Poll until the condition holds; fails the test when it never does. The limit only ends a broken test."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() > began + seconds:

@@ -53,7 +53,7 @@ def prometheus(directory: Path, *, scrape: Sequence[str] = (), rules: bool = Tru
             stderr=log,
         )
     try:
-        eventually(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, 40)
+        eventually(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, 120)
         yield url
     finally:
         process.terminate()
