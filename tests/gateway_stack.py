@@ -243,6 +243,7 @@ def gateway(
         "usage_fsync_seconds": 0.1,
         "tenant_refresh_seconds": 0.3,
         "tenant_lock_wait_seconds": 1,
+        "database_wait_seconds": 20,  # a fsync may take seconds where others test too
         "jwks_cooldown_seconds": 0.2,
         "body_limit_bytes": 500_000,
         "gateway_kill_timeout_seconds": 10,

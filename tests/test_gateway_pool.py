@@ -29,7 +29,8 @@ from shared.tenant import TenantPaths
 
 
 def with_pool(tmp_path: Path, test: Callable[[TenantPool], Awaitable[None]], tenants: int, **settings: Any) -> None:
-    configured = Settings(data_dir=tmp_path, **settings)
+    # A fsync may take seconds where others test too: nobody is shed for that, but where it is what is tested.
+    configured = Settings(data_dir=tmp_path, **{"database_wait_seconds": 20, **settings})
     for n in range(tenants):
         database.create(TenantPaths.of(configured.tenants_dir, f"t{n}"))
 
