@@ -138,10 +138,11 @@ class TenantPool:
         """Let the tenant's next request open its database anew. The answer says whether what was open is closed: it is
         once who uses it now is done."""
         tenant = self._open.get(tenant_id)
-        if tenant is None:
-            return lambda: True
-        self._discard(tenant)
-        return lambda: tenant.users == 0 and tenant.worker is None and tenant.reader is None
+        if tenant is not None:
+            self._discard(tenant)
+        # Those that were evicted before, too; and not by their handles, which are let go of before they are closed.
+        leaving = [each for each in self._leaving if each.paths.tenant_id == tenant_id]
+        return lambda: self._leaving.isdisjoint(leaving)
 
     async def close(self) -> None:
         """Close every database. Call when no request is running."""

@@ -83,6 +83,8 @@ def holding(settings: Settings, control_plane: ControlPlane, tenant_id: str) -> 
             repair(hold.paths)
         except CorruptDatabase as e:  # locked, and this restore may be the way out: the mark goes on standing
             log.critical("restoring_a_locked_tenant", tenant_id=tenant_id, cause=str(e))
+        # Before there is a higher number: below the active one, what was never active looks like what was.
+        clear(hold.paths, keep_previous=settings.restore_generations_kept)
         yield hold
     finally:
         hold.settle()

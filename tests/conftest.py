@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from unittest import mock
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from psycopg import sql
 from pydantic import SecretStr
 from xdist.scheduler import LoadScopeScheduling
@@ -26,6 +27,7 @@ from deployments.prefect_command import uncollected
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.authority_fixtures import trust_one
+from tests.ports import free_port
 
 _TEMPLATE = "migrated"
 _MEMORY, _MEMORY_FREE_BYTES = Path("/dev/shm"), 1 << 30
@@ -35,6 +37,11 @@ _numbers = itertools.count(1)
 # tests start, which have it from the environment.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+# How long an example takes says how busy the machine is: by default one of more than 200 ms fails its test.
+hypothesis_settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("busy")
 
 
 # What takes longest begins first, so that no process is left alone with it at the end. The first two are a whole stack.
@@ -141,9 +148,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """A started server; gone with its data when the session ends, so that it need not wait for the disk, nor be on one:
     a file system without a journal makes a file slowly where many were removed a minute before, as databases are."""
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
+    port = free_port()
     with contextlib.ExitStack() as stack:
         if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_FREE_BYTES:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engram-tests-", dir=_MEMORY)))

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from shared.settings import Settings
 from shared.usage import UsageEvent
 from tests.core_fixtures import poll_seconds
 from tests.http_fixtures import Handler, Server
+from tests.ports import free_port
 
 AUDIENCE = "engram"
 ISSUER = "https://issuer.test"
@@ -45,14 +45,7 @@ SCOPES = "memories:read memories:write search"
 _numbers = itertools.count(1)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
-def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Poll until `check` answers something true; an exception counts as no. The limit only ends a broken test."""
     began = time.monotonic()
     last: object = None
@@ -210,9 +203,17 @@ class Gateway:
                 total += float(line.rpartition(" ")[2])
         return total
 
+    def serves(self, path: str) -> bool:
+        """Whether it answers 200. One that has ended never will, and says in its log why."""
+        if self.process.poll() is not None:
+            raise RuntimeError(
+                f"the gateway ended with {self.process.returncode}: {self.log_path.read_text()[-4_000:]}"
+            )
+        return self.client.get(path).status_code == 200
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(90)
 
 
 @contextlib.contextmanager
@@ -242,6 +243,7 @@ def gateway(
         "usage_fsync_seconds": 0.1,
         "tenant_refresh_seconds": 0.3,
         "tenant_lock_wait_seconds": 1,
+        "database_wait_seconds": 20,  # a fsync may take seconds where others test too
         "jwks_cooldown_seconds": 0.2,
         "body_limit_bytes": 500_000,
         "gateway_kill_timeout_seconds": 10,
@@ -261,7 +263,7 @@ def gateway(
     started = Gateway(process, f"{'https' if ca else 'http'}://127.0.0.1:{port}", data_dir, log_path, ca)
     workers: list[psutil.Process] = []
     try:
-        eventually(lambda: started.client.get(ready_path).status_code == 200, 40)
+        eventually(lambda: started.serves(ready_path), 150)
         workers = eventually(lambda: w if len(w := started.workers()) == values["gateway_workers"] else None)
         yield started
     finally:

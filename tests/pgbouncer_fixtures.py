@@ -23,7 +23,8 @@ import pytest
 from psycopg.rows import dict_row
 
 from deployments.postgres import USER, EmbeddedPostgres
-from tests.core_fixtures import free_ports, wait_until
+from tests.core_fixtures import wait_until
+from tests.ports import free_ports
 from tests.silent_proxy import by_way_of
 
 # 2: a detach CONCURRENTLY holds one server connection while the transaction that ordered it holds another.

@@ -29,8 +29,8 @@ from deployments.postgres import EmbeddedPostgres
 from deployments.process import Child
 from shared import queues
 from shared.settings import Settings
-from tests.core_fixtures import free_ports
 from tests.environment_fixtures import REDIS_URLS
+from tests.ports import free_ports
 from tests.prefect_proxies import balancer
 
 ROOT = Path(__file__).resolve().parent.parent

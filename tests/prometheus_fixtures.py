@@ -13,8 +13,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.core_fixtures import ROOT, free_ports
+from tests.core_fixtures import ROOT
 from tests.gateway_stack import eventually
+from tests.ports import free_ports
 
 RULES = sorted((ROOT / "deployments" / "prometheus" / "rules").glob("*.yml"))
 
@@ -52,7 +53,7 @@ def prometheus(directory: Path, *, scrape: Sequence[str] = (), rules: bool = Tru
             stderr=log,
         )
     try:
-        eventually(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, 40)
+        eventually(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, 120)
         yield url
     finally:
         process.terminate()

@@ -22,7 +22,8 @@ from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.core_fixtures import settings_in
 from tests.fly_proxy import FlyProxy
-from tests.gateway_stack import Gateway, Issuer, assert_problem, free_port, gateway
+from tests.gateway_stack import Gateway, Issuer, assert_problem, gateway
+from tests.ports import free_port
 
 BODY_LIMIT_BYTES = 3_000_000
 NEVER_SECONDS = 3_600

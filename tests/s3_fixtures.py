@@ -16,7 +16,8 @@ import pytest
 
 from shared.errors import CorruptBackup, ObjectStoreRefused, ObjectStoreUnavailable
 from shared.objects import ObjectStore
-from tests.core_fixtures import free_ports, settings_in, wait_until
+from tests.core_fixtures import settings_in, wait_until
+from tests.ports import free_ports
 
 # What each role of `ENGRAM_S3_…` needs and nothing more; README, "Deploy", lists the same.
 ROLE_ACTIONS = {

@@ -197,7 +197,7 @@ def test_long_memories_are_inserted_one_by_one(handle: TenantDatabase, long: New
     assert [each.count(", 1)") for each in _inserts(statements)] == [2, 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["create", "plain", "update", "fail", "broken", "pause"]), max_size=40))
 def test_any_mix_of_jobs_does_what_they_would_do_one_after_the_other(steps: list[str]) -> None:
     """Whoever joins when, whatever stands beside what, and also when one of them fails and all are tried again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from deployments import bridge
 from deployments.bridge import Bridge, Event
 from shared.errors import Permanent, Transient
 from shared.settings import Settings
+from tests.ports import free_port
 
 TOKEN = "a-credential-of-forty-characters-or-so"
 PORT_WAIT_SECONDS = 20.0
@@ -270,9 +270,7 @@ def test_outside_dev_a_credential_has_to_be_given(tmp_path: Path) -> None:
 
 def test_the_process_answers_refuses_and_leaves_on_sigterm(tmp_path: Path) -> None:
     """The real server, with no Prefect behind it: what production starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
     environment |= {
         "ENGRAM_DATA_DIR": str(tmp_path),

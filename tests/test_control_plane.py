@@ -288,7 +288,7 @@ def test_a_host_that_vanished_without_a_word_is_given_up_within_a_minute(empty: 
 
 def test_a_statement_that_runs_too_long_is_cut(new_database: Callable[[], str], tmp_path: Path) -> None:
     """One stuck query must not hold the pool for ever."""
-    settings = settings_in(tmp_path, new_database(), control_plane_statement_timeout_seconds=0.1)
+    settings = settings_in(tmp_path, new_database(), control_plane_statement_timeout_seconds=1)
     with ControlPlane(settings) as control_plane:
         with pytest.raises(ControlPlaneUnavailable), control_plane.transaction() as connection:
             connection.execute("SELECT pg_sleep(30)")

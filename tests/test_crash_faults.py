@@ -205,7 +205,8 @@ print("acknowledged", flush=True)
 def test_a_writer_stopped_inside_the_fence_keeps_the_restore_out(backed: World, where: str) -> None:
     """It may commit the moment it is continued: so nothing is swapped under it, and its row is live."""
     with stopped(WRITER, backed.settings.tenants_dir, backed.tenant_id, where) as child:
-        links, chosen = Seen(backed.paths).generation, begun(backed)
+        links = Seen(backed.paths).generation
+        chosen = begun(backed.change(restore_drain_timeout_seconds=0.3))
         with pytest.raises(DrainTimeout):
             run(backed, chosen)
         assert (Seen(backed.paths).generation, state_of(backed, chosen)) == (links, "failed")

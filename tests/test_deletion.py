@@ -141,6 +141,7 @@ def test_a_restore_that_runs_or_a_held_backup_refuses_with_nothing_changed(seale
 def test_a_process_inside_the_database_keeps_it_until_the_deletion_is_run_again(sealed: World) -> None:
     """Nothing is removed under somebody's transaction; requests are refused from the first try on."""
     opened = TenantDatabase(sealed.paths)
+    sealed.change(restore_drain_timeout_seconds=0.3)
     with opened.read(), pytest.raises(DrainTimeout):
         delete(sealed)
     opened.close()

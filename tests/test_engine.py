@@ -83,7 +83,7 @@ def test_an_unknown_id_is_unknown_memory_for_every_verb(connection: sqlite3.Conn
             verb()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 25), st.integers(1, 7), st.lists(st.tuples(st.booleans(), st.integers(0, 24)), max_size=8))
 def test_paging_shows_every_lasting_memory_once_newest_first(
     count: int, limit: int, between: list[tuple[bool, int]]
@@ -122,7 +122,7 @@ long_texts = st.tuples(st.sampled_from("x\u0001é😀"), st.integers(0, 400)).ma
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(long_texts, max_size=8), st.integers(1, 5_000))
 def test_an_answer_has_as_many_memories_as_fit_and_always_one(contents: list[str], limit_bytes: int) -> None:
     """Never more bytes than asked for, unless by a single memory; and the short pages together are the whole list."""
@@ -179,7 +179,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps)
 def test_search_agrees_with_a_plain_model_after_any_sequence(sequence: list[tuple[str, str, int]]) -> None:
     """The full-text index is kept by triggers; whatever happens it must say what the memories say."""
@@ -247,7 +247,7 @@ def test_a_query_fts5_cannot_read_is_the_callers_mistake(connection: sqlite3.Con
     assert found(connection, "a") == ["a b c"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.text(max_size=40),

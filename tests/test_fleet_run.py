@@ -43,7 +43,7 @@ def test_one_run_of_a_machine_at_a_time_and_shards_of_one_division_together(mach
 
 
 CHILD = """
-    import sys, time
+    import sys
     from pathlib import Path
     from shared import fleet_run
     from shared.control_plane import ControlPlane
@@ -61,7 +61,7 @@ CHILD = """
         with workdir(settings.data_dir / "tmp", "backup") as directory:
             for done in work.back_up(fleet_run.choose(control_plane, run), directory):
                 print(done.tenant_id, flush=True)
-                time.sleep(0.2)
+                sys.stdin.readline()  # until it is killed
 """
 
 
@@ -69,7 +69,7 @@ def test_a_run_killed_midway_goes_on_with_the_rest(machine: Machine) -> None:
     """SIGKILL, then the same run again: finished tenants are not done a second time, nobody is left out."""
     run = machine.run("the-night")
     url = machine.settings.control_plane_url.get_secret_value()
-    child = start_child(CHILD, machine.settings.data_dir, url, machine.settings.machine_id, run.run_id)
+    child = start_child(CHILD, machine.settings.data_dir, url, machine.settings.machine_id, run.run_id, stdin=-1)
     assert child.stdout is not None
     first = child.stdout.readline().strip()
     child.send_signal(signal.SIGKILL)

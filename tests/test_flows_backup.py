@@ -24,8 +24,8 @@ from shared import catalogue, fleet_run, queues
 from shared.errors import ControlPlaneUnavailable, LeaseHeld
 from shared.fleet import Fleet
 from shared.settings import settings as cached_settings
-from tests.core_fixtures import free_ports
 from tests.fleet_fixtures import Machine
+from tests.ports import free_ports
 from tests.test_flows import artifact_of, outcome
 
 pytest_plugins = ("tests.core_fixtures", "tests.fleet_fixtures", "tests.flow_fixtures")

@@ -21,10 +21,10 @@ from tests.gateway_stack import (  # noqa: F401
     assert_problem,
     control_plane_url,
     eventually,
-    free_port,
     gateway,
     stack,
 )
+from tests.ports import free_port
 from tests.silent_proxy import SilentProxy
 
 
@@ -60,15 +60,15 @@ def test_a_lookup_waits_out_a_short_swap_and_reads_the_new_generation(stack: Sta
     paths = paths_of(stack, tenant)
     with stack.client(tenant) as api:
         kept = api.post("/v1/memories", json={"content": "kept"}).json()["id"]
-        copy = paths.generation_dir(2)
+        # Before the lock is taken, which the request waits for no longer than a second.
+        shutil.copytree(paths.generation_dir(1), paths.generation_dir(2))
+        link = paths.root / "next"
+        link.symlink_to("generations/000002")
         lock = os.open(paths.lock, os.O_RDWR)
         fcntl.flock(lock, fcntl.LOCK_EX)
         answers = []
         reading = threading.Thread(target=lambda: answers.append(api.get(f"/v1/memories/{kept}")))
         reading.start()
-        shutil.copytree(paths.generation_dir(1), copy)
-        link = paths.root / "next"
-        link.symlink_to("generations/000002")
         link.rename(paths.current)
         fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)

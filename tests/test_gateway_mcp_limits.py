@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from gateway.exchange import Exchange
@@ -113,6 +114,14 @@ def test_a_used_up_quota_refuses_the_tools_that_draw_on_it(stack: Stack) -> None
         await mcp.ok("memory_list")
 
     within(stack, tenant, work)
+
+    def search() -> int:
+        """Over a connection of its own, so by either worker."""
+        headers = stack.headers(tenant)
+        url = f"{stack.gateway.url}/v1/search"
+        return httpx.post(url, json={"query": "x"}, headers=headers, trust_env=False, timeout=30).status_code
+
+    eventually(lambda: {search() for _ in range(24)} == {402})
 
     async def batches(mcp: Session) -> None:
         memories = [{"content": "x"}] * 4

@@ -21,6 +21,7 @@ from gateway.handles import WAL_KEEP_BYTES, OpenTenant
 from gateway.pool import FILES_FOR_THE_REST, FILES_PER_TENANT, PER_TENANT_QUEUE, TenantPool
 from gateway.problems import Refusal
 from shared.engine import database, memories
+from shared.engine.database import TenantDatabase
 from shared.engine.memories import NewMemory
 from shared.errors import TenantDatabaseUnavailable, UnknownMemory
 from shared.settings import Settings
@@ -28,7 +29,8 @@ from shared.tenant import TenantPaths
 
 
 def with_pool(tmp_path: Path, test: Callable[[TenantPool], Awaitable[None]], tenants: int, **settings: Any) -> None:
-    configured = Settings(data_dir=tmp_path, **settings)
+    # A fsync may take seconds where others test too: nobody is shed for that, but where it is what is tested.
+    configured = Settings(data_dir=tmp_path, **{"database_wait_seconds": 20, **settings})
     for n in range(tenants):
         database.create(TenantPaths.of(configured.tenants_dir, f"t{n}"))
 
@@ -120,6 +122,35 @@ def test_closing_for_good_waits_for_what_was_evicted(tmp_path: Path, monkeypatch
         asyncio.get_running_loop().call_later(0.2, leave.set)
 
     with_pool(tmp_path, test, 1, gateway_threads=2)
+
+
+def test_a_restarted_tenant_is_said_to_be_closed_once_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To close may take seconds, and who was told that it is done goes on to the files."""
+    closing, leave = threading.Event(), threading.Event()
+    close = TenantDatabase.close
+
+    def late(database: TenantDatabase) -> None:
+        closing.set()
+        leave.wait(20)
+        close(database)
+
+    monkeypatch.setattr(TenantDatabase, "close", late)
+
+    async def test(pool: TenantPool) -> None:
+        assert pool.restart("t0")(), "there is nothing to close"
+        await pool.write("t0", lambda c: memories.create(c, NewMemory("x")))
+        is_closed = pool.restart("t0")
+        await asyncio.to_thread(closing.wait, 20)
+        assert not is_closed() and not pool.restart("t0")(), "nor is it for who asks again"
+        leave.set()
+        async with asyncio.timeout(20):
+            while not is_closed():
+                await asyncio.sleep(0.001)
+        assert not _has_open(tmp_path / "tenants" / "t0" / "generations" / "000001")
+
+    with_pool(tmp_path, test, 1)
 
 
 def test_a_handle_in_use_is_never_evicted(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_what_no_thread_has_begun_in_time_is_shed_and_never_done(tmp_path: Path)
     async def test(pool: TenantPool) -> None:
         held = Held()
         running = await held.begin(pool.write, "t0")
+        pool._wait_seconds = 0.3  # for those who wait behind that, for nobody before or after them
         waiting = [
             asyncio.create_task(pool.write("t0", _create)),
             asyncio.create_task(pool.read("t0", memories.count)),
@@ -172,6 +173,7 @@ def test_what_no_thread_has_begun_in_time_is_shed_and_never_done(tmp_path: Path)
         for result in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30):
             assert isinstance(result, Refusal) and result.problem.status == 503
             assert result.problem.reason == "shed" and result.problem.retry_after
+        pool._wait_seconds = 60
         held.let_go()
         assert await running == "held"
         for tenant_id in ("t0", "t1", "t2", "t3"):
@@ -181,4 +183,4 @@ def test_what_no_thread_has_begun_in_time_is_shed_and_never_done(tmp_path: Path)
             while pool._queued or any(tenant.users or tenant.lock.locked() for tenant in pool._open.leaving()):
                 await asyncio.sleep(0.001)
 
-    with_pool(tmp_path, test, 4, gateway_threads=1, database_wait_seconds=0.3)
+    with_pool(tmp_path, test, 4, gateway_threads=1, database_wait_seconds=60)

@@ -23,7 +23,8 @@ import pytest
 from gateway.supervisor import Supervisor
 from shared import limits, spool, workers
 from shared.limits import set_limit
-from tests.gateway_stack import Gateway, Stack, eventually, free_port, gateway, stack  # noqa: F401
+from tests.gateway_stack import Gateway, Stack, eventually, gateway, stack  # noqa: F401
+from tests.ports import free_port
 
 
 def _listening(url: str) -> bool:
@@ -98,15 +99,15 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
     """One is killed, and its successor as soon as it serves: the other goes on serving, each client loses at most
     the request it had in flight, no acknowledged write or event is lost, the rate limit holds."""
     tenant, limited, data_dir = stack.tenant(), stack.tenant(), stack.lend_tenants(tmp_path)
-    kills, clients = 2, 4
+    kills, clients, rps, burst = 2, 4, 4, 10  # a rate that clients on a busy machine are above, too
     with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
         settings = stack.settings.model_copy(update={"data_dir": data_dir})
-        set_limit(settings, f"rate_limit:{limited}", {"rps": 20, "burst": 10}, ttl_seconds=600, reason="test")
+        set_limit(settings, f"rate_limit:{limited}", {"rps": rps, "burst": burst}, ttl_seconds=600, reason="test")
         obeyed = workers.wait_until_obeyed(settings, limits.version_of(limits.active(settings)), 60)
         assert len(obeyed) == 2 and all(obeyed.values()), "both, or one serves on as before for a poll"
         began = time.monotonic()
         with Load(served, stack.headers(tenant), clients) as load, Load(served, stack.headers(limited), 2) as bounded:
-            eventually(lambda: len(load.acknowledged) > 20)
+            eventually(lambda: len(load.acknowledged) > 20 and bounded.statuses[429])
             victim, back_in = served.workers()[0], []
             for _ in range(kills):
                 before, killed_at = len(load.acknowledged), time.monotonic()
@@ -119,7 +120,7 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
         print(f"a killed worker was back in {back_in} s")
         assert load.statuses.keys() == {201}, load.statuses
         assert max(load.failures.values(), default=0) <= kills, load.failures
-        assert bounded.statuses[429] > 0 and bounded.statuses[201] <= (10 + 20 * elapsed) * 1.05
+        assert bounded.statuses[429] > 0 and bounded.statuses[201] <= (burst + rps * elapsed) * 1.05
         failed = sum(load.failures.values())
         events = {str(UUID(bytes=event.request_id)) for event in served.events(tenant)}
         assert load.acknowledged.keys() <= events and len(events) <= len(load.acknowledged) + failed
@@ -138,7 +139,7 @@ def test_killed_workers_cost_only_what_they_had_in_hand(stack: Stack, tmp_path: 
 def test_a_frozen_worker_is_replaced(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """A stopped process keeps its share of the connections: it is killed once its heartbeat stands still."""
     data_dir = stack.lend_tenants(tmp_path)
-    with gateway(data_dir, stack.control_plane_url, stack.issuer, worker_silence_seconds=1.5) as served:
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, worker_silence_seconds=4) as served:
         assert served.metric("engram_worker_oldest_beat_seconds") < 60
         frozen, other = served.workers()
         frozen.suspend()
@@ -153,7 +154,8 @@ def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack, 
     to hang): no new connections, a request that is still being sent is answered, the process ends with 0, and every
     acknowledged write and every event is on disk, in sealed segments."""
     tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path)
-    with gateway(data_dir, stack.control_plane_url, stack.issuer) as served:
+    # A stop has a quarter of its time for what is still being sent, which here is until it is seen to have begun.
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, gateway_kill_timeout_seconds=80) as served:
         where = urlsplit(served.url)
         body = b'{"content": "slow"}'
         head = f"POST /v1/memories HTTP/1.1\r\nHost: x\r\nAuthorization: {stack.headers(tenant)['Authorization']}\r\n"
@@ -171,7 +173,7 @@ def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack, 
             assert served.process.poll() is None, "it waits for the slow one"
             slow.sendall(body[5:])
             answer = slow.recv(65_536)
-            assert served.process.wait(30) == 0
+            assert served.process.wait(90) == 0
         assert answer.startswith(b"HTTP/1.1 201"), answer
         assert load.statuses.keys() == {201}, load.statuses
         assert not list((data_dir / "spool").glob("*.open")), "every segment was sealed"

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -96,22 +97,27 @@ def test_own_events_are_counted_once_before_and_after_they_are_drained(
     asyncio.run(test())
 
 
-def test_what_is_not_known_refuses_nobody(control_plane: ControlPlane, tmp_path: Path) -> None:
+def test_what_is_not_known_refuses_nobody(
+    control_plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the first snapshot and after the last one grew old."""
-    settings = Settings(data_dir=tmp_path, control_plane_url="x", quota_stale_seconds=0.3)  # type: ignore[arg-type]
+    settings = Settings(data_dir=tmp_path, control_plane_url="x", quota_stale_seconds=60)  # type: ignore[arg-type]
     registry.create(control_plane, settings, "acme")
     plan(control_plane, "none-allowed", "acme", api_calls_hard=0, storage_bytes_soft=1)
+    now = [100.0]
+    monkeypatch.setattr("gateway.quota.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def test() -> None:
         quotas = Quotas(control_plane, settings)
         assert quotas.check("acme", ("api_calls",)) is None
         await asyncio.to_thread(quotas.refresh)
         await asyncio.sleep(0)
+        now[0] += 60
         with pytest.raises(Refusal):
             quotas.check("acme", ("api_calls",))
         warning = quotas.check("acme", ("storage_bytes",))
         assert warning is not None and warning.startswith(b"storage_bytes; current=")
-        await asyncio.sleep(0.4)
+        now[0] += 0.1
         assert quotas.check("acme", ("api_calls",)) is None
 
     asyncio.run(test())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import json
 import socket
 import tempfile
 import threading
@@ -164,10 +163,11 @@ def test_usage_answers_the_rollups_of_the_window_and_the_size_on_disk(stack: Sta
 def test_usage_that_does_not_come_is_given_up_and_never_begun_later() -> None:
     """What waits behind it is not read for nobody; while no thread is free nobody waits; and when the control plane
     answers again the next one is read."""
-    answers, asked = threading.Event(), []
+    answers, begun, asked = threading.Event(), threading.Semaphore(0), []
 
     def row(*_: object, tenant_id: str) -> None:
         asked.append(tenant_id)
+        begun.release()
         answers.wait(60)
 
     async def test() -> None:
@@ -176,15 +176,19 @@ def test_usage_that_does_not_come_is_given_up_and_never_begun_later() -> None:
             usage = UsageReport(SimpleNamespace(row=row, rows=lambda *_, **__: []), settings)  # type: ignore[arg-type]
             now = datetime.now(UTC)
             waiting = [asyncio.create_task(usage.of(f"t{n}", now, now, "day")) for n in range(4)]
+            await asyncio.sleep(0)
+            # The loop stands still meanwhile: no time is up before both threads have begun.
+            assert begun.acquire(timeout=20) and begun.acquire(timeout=20)
             refused = [type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)]
             assert refused == [ControlPlaneUnavailable] * 4 and sorted(asked) == ["t0", "t1"]
-            begun = len(usage._asked_at)
+            under_way = len(usage._asked_at)
             with pytest.raises(ControlPlaneUnavailable, match="earlier reports"):
                 await usage.of("t4", now, now, "day")
-            assert begun == len(usage._asked_at) == 2
+            assert under_way == len(usage._asked_at) == 2
             answers.set()
             while usage._asked_at:
                 await asyncio.sleep(0.01)
+            usage._wait_seconds = 20
             assert (await usage.of("t5", now, now, "day")).tenant_id == "t5"
             assert sorted(asked) == ["t0", "t1", "t5"]
             usage.close()
@@ -245,7 +249,8 @@ def test_metrics_are_the_sum_of_all_workers_with_every_counter_from_the_start(st
 
 def test_the_log_is_json_lines_from_the_first_to_the_last(stack: Stack) -> None:  # noqa: F811
     """Granian's own lines included: one parser reads the whole stream."""
-    events = [json.loads(line) for line in stack.gateway.log_path.read_text().splitlines()]
+    stack.gateway.access_line(stack.gateway.client.get("/health").headers["x-request-id"])
+    events = stack.gateway.log()
     assert all("event" in e and "ts" in e and "level" in e for e in events)
     assert all("component" in e for e in events), [e for e in events if "component" not in e]
     assert any(e["component"] == "granian" for e in events) and any(e["component"] == "access" for e in events)

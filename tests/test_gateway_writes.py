@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -86,21 +87,27 @@ def test_writes_in_company_come_together_and_a_lone_one_never_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small transactions in a row cost everybody the CPU; for one after the other there is nobody to wait for."""
-    monkeypatch.setattr(handles, "PACE_SECONDS", 0.3)
+    clock, slept = SimpleNamespace(now=100.0), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(handles, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
     paths = TenantPaths.of(tmp_path, "acme")
     database.create(paths)
 
-    async def run() -> list[float]:
+    async def run() -> list[bool]:
         tenant = OpenTenant(paths, 5.0, 2.0)
-        took = []
+        paced = []
         for count in (1, 1, 2, 1, 1):
             for _ in range(count):
-                tenant.writes.put(lambda c: memories.create(c, NewMemory("x")), time.monotonic())
-            began = time.monotonic()
+                tenant.writes.put(lambda c: memories.create(c, NewMemory("x")), clock.now)
+            slept.clear()
             assert len(handles.write(tenant, [], 64)) == count
-            took.append(time.monotonic() - began)
+            paced.append(slept == [pytest.approx(handles.PACE_SECONDS)])
+            assert paced[-1] or not slept
         handles.close_and_fold(tenant)
-        return took
+        return paced
 
-    took = asyncio.run(run())
-    assert [seconds >= 0.2 for seconds in took] == [False, False, False, True, False]
+    assert asyncio.run(run()) == [False, False, False, True, False]

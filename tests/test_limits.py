@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from shared import limits
 from shared.errors import Permanent
 from shared.limits import Limits, Rate, Watch, active, clear, path_of, set_limit
 from shared.settings import Settings
-from tests.gateway_stack import eventually
 
 
 @pytest.fixture
@@ -42,21 +42,19 @@ def test_a_limit_is_seen_by_everybody_who_polls_until_it_is_cleared(settings: Se
     assert watches[0].now.shed == frozenset() and watches[1].now.shed
 
 
-def test_a_limit_ends_by_itself(settings: Settings) -> None:
+def test_a_limit_ends_by_itself(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to write the file again, and the next change drops what has expired from it."""
-    settings = settings.model_copy(update={"limits_poll_seconds": 0.05})
+    now = [time.time()]
+    monkeypatch.setattr("shared.limits.time", SimpleNamespace(time=lambda: now[0]))
     watch = Watch(settings)
-    set_limit(settings, "pool_size", 7, ttl_seconds=0.3, reason="r")
-    set_limit(settings, "rate_limit_mode", "shadow", ttl_seconds=60, reason="r")
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    set_limit(settings, "rate_limit_mode", "shadow", ttl_seconds=90, reason="r")
+    now[0] += 59
     watch.poll()
     assert (watch.now.pool_size, watch.now.rate_limit_mode) == (7, "shadow")
-
-    def ended() -> bool:
-        watch.poll()
-        return watch.now.pool_size is None
-
-    eventually(ended)
-    assert watch.now.rate_limit_mode == "shadow"
+    now[0] += 2
+    watch.poll()
+    assert (watch.now.pool_size, watch.now.rate_limit_mode) == (None, "shadow")
     clear(settings, "shed")
     assert b"pool_size" not in path_of(settings).read_bytes()
 

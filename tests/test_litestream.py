@@ -201,12 +201,13 @@ def test_of_another_tenant_a_copy_is_refused(layered: World) -> None:
 
 def test_a_litestream_that_hangs_costs_no_restore(layered: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked after writes flow again; when it comes round, it is let go of what was replaced."""
-    monkeypatch.setattr(litestream, "_ANSWER_SECONDS", 0.5)
     with copied(layered) as follower:
         assert follower._child is not None
         os.kill(follower._child.pid, signal.SIGSTOP)
         try:
-            assert perform(layered).outcome == "restored"
+            with monkeypatch.context() as patch:
+                patch.setattr(litestream, "_ANSWER_SECONDS", 0.5)
+                assert perform(layered).outcome == "restored"
         finally:
             os.kill(follower._child.pid, signal.SIGCONT)
         layered.write("served")

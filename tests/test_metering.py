@@ -136,7 +136,7 @@ def test_a_segment_larger_than_a_batch_is_one_transaction(
     check_counted(core_control_plane, tenant_id, events)
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 @given(st.data())
 def test_any_split_and_repetition_of_events_over_segments_gives_the_same_totals(
     core_control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory, core_url: str, data: st.DataObject

@@ -23,9 +23,10 @@ import pytest
 
 from deployments import monitoring
 from shared.settings import variable
-from tests.core_fixtures import ROOT, free_ports
+from tests.core_fixtures import ROOT
 from tests.environment_fixtures import SAFE, bare
 from tests.gateway_stack import eventually
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.skipif(
     any(shutil.which(debian) is None for debian, _, _ in monitoring._PROGRAMS.values()),

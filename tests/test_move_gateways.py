@@ -19,8 +19,9 @@ from shared import metering
 from shared.control_plane import ControlPlane
 from shared.reconcile import reconcile
 from tests.core_fixtures import contents_of, settings_in, wait_until
-from tests.gateway_stack import Gateway, Issuer, eventually, free_port, gateway
+from tests.gateway_stack import Gateway, Issuer, eventually, gateway
 from tests.move_fixtures import A, B, Pair, new_pair, perform
+from tests.ports import free_port
 
 pytest_plugins = ("tests.core_fixtures", "tests.move_fixtures")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from deployments.postgres import EmbeddedPostgres, stop_leftover
 from deployments.process import StartFailed
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
+from tests.ports import free_port
 
 # A parent that starts a server, says so, and waits to be killed.
 HOLDER = """
@@ -50,12 +50,6 @@ def killed_parent(data_dir: Path, port: int) -> int:
     holder.wait()
     holder.stdout.close()
     return postmaster
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def test_it_has_both_databases_and_what_prefect_needs_in_its_own(postgres: EmbeddedPostgres) -> None:

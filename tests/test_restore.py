@@ -12,7 +12,7 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from shared import lease, registry, repair, restore
+from shared import generation, lease, registry, repair, restore
 from shared.engine.database import TenantDatabase
 from shared.errors import (
     CorruptDatabase,
@@ -145,7 +145,7 @@ def test_a_process_stopped_inside_a_transaction_keeps_the_restore_out(
     backed: World, inside: subprocess.Popen[str]
 ) -> None:
     """Its row, once acknowledged, must be in the live database: so the restore gives up and changes nothing."""
-    chosen = begun(backed)
+    chosen = begun(backed.change(restore_drain_timeout_seconds=0.3))
     before = os.readlink(backed.paths.current)
     with pytest.raises(DrainTimeout):
         run(backed, chosen)
@@ -177,6 +177,17 @@ def test_a_dead_runs_mark_stands_until_somebody_could_settle_it(
         pass
     check_unlocked(backed)
     assert backed.rows() == LIVE
+
+
+def test_what_a_dead_run_prepared_is_not_kept_for_one_that_was_active(backed: World) -> None:
+    """Nobody ever was in it: it takes the space of a database, and the place of one that an operator may want back."""
+    perform(backed)
+    copy = backed.paths.root / "restore.sqlite"
+    copy.write_bytes(backed.paths.database.read_bytes())
+    assert generation.prepare(backed.paths, copy, previous=backed.paths.generation()) == 3
+    perform(backed)
+    assert backed.paths.generation() == 4
+    check_unlocked(backed)
 
 
 def test_a_second_restore_at_once_is_refused_and_harmless(backed: World) -> None:

@@ -34,6 +34,11 @@ pytest_plugins = ("tests.core_fixtures",)
 pytestmark = pytest.mark.slow
 
 
+# An example fsyncs hundreds of times, for each of which a disk that others use too may take long; it is processes that
+# die here, not machines.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
 class Died(BaseException):
     """Stands for SIGKILL: nothing of the run acts any more, and the kernel drops its locks."""
 
@@ -46,7 +51,7 @@ class TenantLife(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._directory = tempfile.TemporaryDirectory()
+        self._directory = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.world: World = new_world(Path(self._directory.name), self.url, self.control_plane)
         self.tenant = TenantDatabase(self.world.paths, lock_wait_seconds=0)
         self.active: list[str] = []
@@ -139,6 +144,7 @@ class TenantLife(RuleBasedStateMachine):
 
     def _disturbed(self, chosen: Plan, rows: list[str], nth: int, after: bool, how: str) -> None:
         act = {"fails": fail, "is cancelled": interrupt, "dies": die}[how]
+        had_mark = self.world.paths.mark.exists()  # of a dead run, which one that ends on its first steps leaves
         before = self.world.paths.generation()
         mortal = pytest.MonkeyPatch()
         try:
@@ -151,9 +157,9 @@ class TenantLife(RuleBasedStateMachine):
             bury()
         if self.world.paths.generation() != before:
             self._replaced(rows)
-        self.dead = how == "dies"
-        if how != "dies":
-            assert not self.world.paths.mark.exists()
+        has_mark = self.world.paths.mark.exists()
+        assert how == "dies" or had_mark or not has_mark
+        self.dead = how == "dies" or has_mark
         with self.control_plane.transaction() as connection:  # what time does to a lease
             connection.execute("UPDATE maintenance_locks SET expires_at = clock_timestamp() - interval '1 second'")
 
@@ -212,7 +218,5 @@ def test_any_life_of_a_tenant_keeps_to_the_model(control_plane: ControlPlane, co
     life = type("Life", (TenantLife,), {"url": control_plane_url, "control_plane": control_plane})
     run_state_machine_as_test(
         life,
-        settings=settings(
-            max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=30, stateful_step_count=20, suppress_health_check=list(HealthCheck)),
     )

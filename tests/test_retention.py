@@ -78,7 +78,7 @@ def without(items: list[Item], gone: set[UUID]) -> list[Item]:
 
 
 @given(histories, policies, clocks)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_the_last_good_backup_is_kept_whatever_the_clock_says(items: list[Item], policy: Policy, now: datetime) -> None:
     """And what `engram restore TENANT` would choose is among them."""
     good = [i for i in items if i.status == "available" and i.verified_at is not None]
@@ -93,7 +93,7 @@ def test_the_last_good_backup_is_kept_whatever_the_clock_says(items: list[Item],
 
 
 @given(histories, policies, clocks)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_every_backup_that_is_not_gone_gets_one_verdict_with_a_reason(
     items: list[Item], policy: Policy, now: datetime
 ) -> None:
@@ -106,7 +106,7 @@ def test_every_backup_that_is_not_gone_gets_one_verdict_with_a_reason(
 
 
 @given(histories, policies, clocks)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_applied_twice_it_deletes_nothing_more(items: list[Item], policy: Policy, now: datetime) -> None:
     """What was kept is kept for the same reasons once the rest is gone."""
     first = decide(items, policy, now)
@@ -115,7 +115,7 @@ def test_applied_twice_it_deletes_nothing_more(items: list[Item], policy: Policy
 
 
 @given(histories, policies, clocks, st.data())
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_deleting_any_of_them_makes_no_kept_one_deletable(
     items: list[Item], policy: Policy, now: datetime, data: st.DataObject
 ) -> None:
@@ -128,7 +128,7 @@ def test_deleting_any_of_them_makes_no_kept_one_deletable(
 
 
 @given(histories, policies, clocks, st.randoms())
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_the_order_of_the_rows_does_not_matter(
     items: list[Item], policy: Policy, now: datetime, random: object
 ) -> None:
@@ -139,7 +139,7 @@ def test_the_order_of_the_rows_does_not_matter(
 
 
 @given(histories, policies)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_each_of_the_last_buckets_keeps_its_newest_good_backup(items: list[Item], policy: Policy) -> None:
     """Counted over the buckets that have one: a month without backups uses up no place."""
     regular = [
@@ -161,7 +161,7 @@ def test_each_of_the_last_buckets_keeps_its_newest_good_backup(items: list[Item]
 
 
 @given(histories, policies, st.integers(0, 5_000), st.integers(0, 500_000))
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_a_clock_that_jumps_ahead_costs_no_good_backup_its_place(
     items: list[Item], policy: Policy, hours: int, jump: int
 ) -> None:
@@ -176,7 +176,7 @@ def test_a_clock_that_jumps_ahead_costs_no_good_backup_its_place(
 
 
 @given(histories, policies, clocks)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_a_corrupt_backup_neither_counts_nor_hides_a_good_one(items: list[Item], policy: Policy, now: datetime) -> None:
     """Taking the corrupt ones out changes nothing for the good ones."""
     good = {i.backup_id for i in items if i.good}
@@ -185,7 +185,7 @@ def test_a_corrupt_backup_neither_counts_nor_hides_a_good_one(items: list[Item],
 
 
 @given(histories, policies, clocks)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_what_is_held_young_or_unverified_is_kept(items: list[Item], policy: Policy, now: datetime) -> None:
     """A restore that runs must find its backup; a new one must not go before anybody could look."""
     keep = kept(decide(items, policy, now))
@@ -197,7 +197,7 @@ def test_what_is_held_young_or_unverified_is_kept(items: list[Item], policy: Pol
 
 
 @given(histories, policies, clocks, st.integers(0, 60))
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_a_deleted_tenants_backups_go_all_at_once_after_their_days(
     items: list[Item], policy: Policy, now: datetime, days: int
 ) -> None:

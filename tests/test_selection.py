@@ -58,7 +58,7 @@ candidates = st.lists(
 
 
 @given(candidates, st.integers(1, 80), st.integers())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_so_many_as_asked_none_twice_and_half_of_them_by_turn(found: list[Candidate], count: int, seed: int) -> None:
     """Whatever chance and risk do, the turn of every tenant comes."""
     chosen = choose(found, count, Random(seed))

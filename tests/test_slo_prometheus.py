@@ -10,8 +10,8 @@ import pytest
 from shared.errors import Permanent
 from shared.prometheus import Prometheus, PrometheusRefused, PrometheusUnavailable
 from shared.settings import Settings
-from tests.core_fixtures import free_ports
 from tests.gateway_stack import Issuer
+from tests.ports import free_ports
 from tests.prometheus_fixtures import prometheus, write_past
 
 

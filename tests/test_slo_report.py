@@ -18,9 +18,10 @@ from shared import drill, metering, slo_report
 from shared.control_plane import ControlPlane
 from shared.slo_report import Report
 from shared.slo_tables import tables
-from tests.core_fixtures import World, event, free_ports, new_world, settings_in
+from tests.core_fixtures import World, event, new_world, settings_in
 from tests.gateway_stack import eventually
 from tests.metering_fixtures import segment
+from tests.ports import free_ports
 from tests.prometheus_fixtures import prometheus, write_past
 
 pytest_plugins = ("tests.core_fixtures",)

@@ -32,7 +32,7 @@ def content(tmp: Path, data: bytes) -> spool.SegmentContent:
     return spool.read(path)
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(st.lists(events, max_size=6), st.data())
 def test_a_cut_segment_gives_its_whole_frames_and_keeps_the_rest_as_damage(
     tmp_path_factory: pytest.TempPathFactory, written: list[UsageEvent], data: st.DataObject
@@ -48,7 +48,7 @@ def test_a_cut_segment_gives_its_whole_frames_and_keeps_the_rest_as_damage(
     assert b"".join(piece for _, piece in read.damage) == raw[header + good : cut]
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 @given(st.lists(events, min_size=1, max_size=6), st.data())
 def test_one_flipped_bit_costs_at_most_one_event_and_invents_none(
     tmp_path_factory: pytest.TempPathFactory, written: list[UsageEvent], data: st.DataObject
@@ -66,7 +66,7 @@ def test_one_flipped_bit_costs_at_most_one_event_and_invents_none(
     assert read.damage == [(starts[hit], bytes(raw[starts[hit] : starts[hit + 1]]))]
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(st.lists(events, max_size=4), st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=30)), max_size=4))
 def test_any_overwriting_or_inserting_of_bytes_invents_no_event(
     tmp_path_factory: pytest.TempPathFactory, written: list[UsageEvent], noise: list[tuple[int, bytes]]

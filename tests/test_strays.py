@@ -18,8 +18,9 @@ from shared.objects import ObjectStore
 from shared.snapshot import Manifest
 from shared.strays import Stray
 from shared.tenant import object_key
-from tests.core_fixtures import World, encrypted, free_ports, new_world, settings_in
+from tests.core_fixtures import World, encrypted, new_world, settings_in
 from tests.expiry_fixtures import add, run_sql, statuses
+from tests.ports import free_ports
 
 pytest_plugins = ("tests.core_fixtures", "tests.s3_fixtures")
 

@@ -41,7 +41,7 @@ EVENTS = st.lists(
 )
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 @given(EVENTS)
 def test_copied_rows_are_the_events_to_the_microsecond(
     core_control_plane: ControlPlane, events: list[UsageEvent]

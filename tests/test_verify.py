@@ -16,8 +16,9 @@ from shared.control_plane import ControlPlane
 from shared.errors import UnknownBackup
 from shared.objects import ObjectStore
 from shared.verify import Examined
-from tests.core_fixtures import World, encrypted, free_ports, new_world, settings_in
+from tests.core_fixtures import World, encrypted, new_world, settings_in
 from tests.expiry_fixtures import run_sql, statuses
+from tests.ports import free_ports
 
 pytest_plugins = ("tests.core_fixtures",)
 

@@ -21,6 +21,7 @@ from tests.core_fixtures import event, settings_in
 from tests.metering_fixtures import query
 
 pytest_plugins = ("tests.metering_fixtures",)
+_ROUNDING = 1e-5  # a float's and a file name's
 
 
 @pytest.fixture
@@ -42,19 +43,26 @@ def equal_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.watermark.CLOCKS_SECONDS", 0.0)
 
 
-def behind_seconds(settings: Settings) -> float:
-    until = of_spool(settings)
-    return (datetime.now(UTC) - until).total_seconds()
+def is_now(settings: Settings, less_seconds: float = 0) -> bool:
+    """Whether it is the instant it is asked at, less that."""
+    before = time.time()
+    at = of_spool(settings).timestamp() + less_seconds
+    return before - _ROUNDING <= at <= time.time() + _ROUNDING
+
+
+def is_at(settings: Settings, instant: float) -> bool:
+    return abs(of_spool(settings).timestamp() - instant) <= _ROUNDING
 
 
 def test_it_is_now_or_the_oldest_segment_wherever_it_waits(settings: Settings) -> None:
     """Set aside to be tried again, or by a dry run: not billed yet."""
-    assert 0 <= behind_seconds(settings) < 1
+    assert is_now(settings)
     for directory, age in (("", 100), ("stuck", 200), ("dry-run", 300)):
         (settings.spool_dir / directory).mkdir(exist_ok=True)
-        old = settings.spool_dir / directory / f"{int((time.time() - age) * 1e6):016d}-1-a.seg"
+        began = time.time() - age
+        old = settings.spool_dir / directory / f"{int(began * 1e6):016d}-1-a.seg"
         old.write_bytes(spool.MAGIC)
-        assert age <= behind_seconds(settings) < age + 1
+        assert is_at(settings, began)
 
 
 def test_a_request_that_is_served_holds_it_from_its_first_byte_to_postgresql(
@@ -107,10 +115,10 @@ def test_a_worker_that_says_nothing_new_holds_it_until_it_is_dead(settings: Sett
     """A frozen one may go on and serve what it had begun; a dead one cannot."""
     began = time.time() - 50
     worker.has(Spooled(int(began * 1e6), 0))
-    assert 50 <= behind_seconds(settings) < 51
+    assert is_at(settings, began)
     os.close(worker._fd)  # what the kernel does
     worker._fd = -1
-    assert behind_seconds(settings) < 1
+    assert is_now(settings)
 
 
 def test_a_worker_that_could_not_announce_itself_does_so_when_the_disk_takes_it(settings: Settings) -> None:
@@ -119,12 +127,13 @@ def test_a_worker_that_could_not_announce_itself_does_so_when_the_disk_takes_it(
     in_the_way = settings.run_dir / "workers"
     in_the_way.write_text("not a directory")
     worker = Announcement(settings)
-    since_us = int((time.time() - 100) * 1e6)
+    began = time.time() - 100
+    since_us = int(began * 1e6)
     worker.obeys("7")
     worker.has(Spooled(since_us, since_us))
     in_the_way.unlink()
     worker.has(Spooled(since_us, since_us))
-    assert 100 <= behind_seconds(settings) < 101 and workers.announced(settings) == {os.getpid(): "7"}
+    assert is_at(settings, began) and workers.announced(settings) == {os.getpid(): "7"}
     worker.close()
 
 
@@ -133,7 +142,7 @@ def test_a_worker_of_the_build_before_holds_it_for_as_long_as_its_requests_may_t
 ) -> None:
     """While workers are replaced, those of both builds serve."""
     os.truncate(settings.run_dir / "workers" / str(os.getpid()), 32)
-    assert 60 <= behind_seconds(settings) < 61
+    assert is_now(settings, less_seconds=60)
 
 
 def test_it_is_published_when_something_was_drained_and_once_more_not_at_idle(

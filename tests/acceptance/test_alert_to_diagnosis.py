@@ -15,7 +15,8 @@ from playwright.sync_api import Page
 
 from tests.acceptance.conftest import Stack
 from tests.acceptance.test_ui import page, picture  # noqa: F401
-from tests.core_fixtures import free_ports, wait_until
+from tests.core_fixtures import wait_until
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 TENANT = "alerted"

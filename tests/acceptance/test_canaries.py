@@ -27,9 +27,9 @@ from deployments.leftovers import marked
 from shared.safety import NOT_A_GATEWAYS
 from shared.settings import variable
 from tests.acceptance.conftest import Stack, running
-from tests.core_fixtures import free_ports
 from tests.environment_fixtures import bare
 from tests.gateway_stack import eventually
+from tests.ports import free_ports
 from tests.s3_fixtures import ROLE_ACTIONS, seaweedfs
 from tests.tls_fixtures import pair
 

@@ -58,7 +58,8 @@ from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.bench.backup_peers import TOOLS, cp, find_litestream, litestream, restic
-from tests.core_fixtures import free_ports, start_child
+from tests.core_fixtures import start_child
+from tests.ports import free_ports
 
 ABSENT = "not installed"
 SMALL_MB = 10

@@ -43,7 +43,7 @@ from shared.engine.memories import NewMemory
 from shared.generation import link_names
 from shared.settings import Settings
 from shared.tenant import TenantPaths
-from tests.core_fixtures import free_ports
+from tests.ports import free_ports
 
 KILOBYTES = (50, 100, 150, 250, 500)
 PARALLEL = (1, 2, 4)

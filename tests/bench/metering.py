@@ -41,8 +41,8 @@ from shared.control_plane import ControlPlane, queries, rows
 from shared.settings import Settings
 from shared.usage import UsageEvent
 from shared.usage_batch import Batch, columns
-from tests.core_fixtures import free_ports
 from tests.metering_fixtures import segment
+from tests.ports import free_ports
 
 TENANTS = 100
 TENANTS_A_SEGMENT = (1, 100, 5_000)

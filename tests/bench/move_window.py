@@ -18,8 +18,9 @@ from pathlib import Path
 from deployments.postgres import EmbeddedPostgres
 from shared import log
 from shared.control_plane import ControlPlane
-from tests.core_fixtures import free_ports, settings_in
+from tests.core_fixtures import settings_in
 from tests.move_fixtures import Pair, Stubborn, new_pair, perform
+from tests.ports import free_ports
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from deployments.postgres import EmbeddedPostgres
 from shared import log, registry
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
-from tests.core_fixtures import free_ports
+from tests.ports import free_ports
 from tests.prefect_fixtures import MACHINE, Production, running, start_worker, wait_for
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")

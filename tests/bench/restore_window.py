@@ -34,7 +34,7 @@ from shared.errors import InMaintenance
 from shared.objects import ObjectStore
 from shared.settings import Settings
 from shared.tenant import TenantPaths
-from tests.core_fixtures import free_ports
+from tests.ports import free_ports
 
 ROUNDS = 5  # restores at each size, without and with a writer
 FENCE_ROUNDS, FENCE_USES = 15, 400

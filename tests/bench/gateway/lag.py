@@ -30,7 +30,8 @@ from deployments import orchestration
 from deployments.process import catches_sigterm
 from tests.bench.gateway.load import Requests, closed_loop, open_loop, request
 from tests.bench.gateway.world import World, fill, world
-from tests.gateway_stack import eventually, free_port
+from tests.gateway_stack import eventually
+from tests.ports import free_port
 
 BOUND_SECONDS = 10.0
 TENANTS, MEMORIES = 10, 500

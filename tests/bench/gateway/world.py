@@ -32,7 +32,8 @@ from shared.engine.memories import NewMemory
 from shared.settings import Settings
 from shared.tenant import TenantPaths
 from tests.bench.gateway.corpus import Corpus
-from tests.gateway_stack import AUDIENCE, ISSUER, Issuer, control_plane_url, free_port
+from tests.gateway_stack import AUDIENCE, ISSUER, Issuer, control_plane_url
+from tests.ports import free_port
 
 SERVER_CORE = 0
 MAIN_TENANT = "main"
