@@ -1,5 +1,5 @@
-"""The reads of one tenant that wait for a thread: searches, which may take long, let the others by. For one event loop;
-`next` is for the thread."""
+"""The reads of one tenant that wait for a thread, those that may take long apart from the others (`gateway.turns`).
+For one event loop; `next` is for the threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.writes import Job, take_overdue
 
 
 class Read(NamedTuple):
-    """`step` is `read` or `read_and_renew` (`gateway.handles`). A `slow` one may take long."""
+    """`step` is one of `gateway.handles`: `read` or `read_and_renew`, of one that may take long `read_apart`."""
 
     step: Callable[[Any, Job], Any]
     job: Job
@@ -22,15 +22,14 @@ class Read(NamedTuple):
 
 
 class ReadQueue:
-    """A list or a lookup would else wait behind all searches of its tenant, each of which takes a turn of its own, and
-    be shed for them. It waits for the one that runs. Searches that wait for too long are shed first, as they are
-    everywhere (`gateway.shed`)."""
+    """`searches` is how many slow ones wait or run; who answers one takes it off."""
 
-    __slots__ = ("_brief", "_slow")
+    __slots__ = ("_brief", "_slow", "searches")
 
     def __init__(self) -> None:
         self._brief: deque[Read] = deque()
         self._slow: deque[Read] = deque()
+        self.searches = 0
 
     def waits(self, *, slow: bool) -> bool:
         """Whether one that is slow waits, or one that is not."""
@@ -38,20 +37,21 @@ class ReadQueue:
 
     def put(self, read: Read) -> None:
         (self._slow if read.slow else self._brief).append(read)
+        self.searches += read.slow
 
     def has(self, step: Callable[[Any, Job], Any]) -> bool:
         """Whether one that is not slow has this step."""
         return any(read.step is step for read in self._brief)
 
     def next(self, *, slow: bool) -> Read | None:
-        """The oldest that is not slow, else the oldest slow one if `slow`. None also when it was overdue just now."""
-        for queue in (self._brief, self._slow) if slow else (self._brief,):
-            try:
-                return queue.popleft()
-            except IndexError:
-                continue
-        return None
+        """The oldest of its kind. None also when it was overdue just now."""
+        try:
+            return (self._slow if slow else self._brief).popleft()
+        except IndexError:
+            return None
 
     def take_overdue(self, asked_before: float) -> list[Read]:
         """Those asked for before then which no thread has begun, nor will. On the loop."""
-        return [*take_overdue(self._brief, asked_before), *take_overdue(self._slow, asked_before)]
+        slow = take_overdue(self._slow, asked_before)
+        self.searches -= len(slow)
+        return [*take_overdue(self._brief, asked_before), *slow]

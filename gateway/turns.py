@@ -1,11 +1,14 @@
 """Whose reads get a thread, and when.
 
-A tenant's reads are served in turns: a thread that has its database serves what waits, and what comes meanwhile, one
-after the other (`gateway.handles.read_waiting`). What may take long, a search, has at most all threads but one, so
-there is always one soon free for the rest. Before its turn it waits for one of these places, and only then for its
-tenant's database: so while the searches of others have all places, its tenant's writes, lists and lookups go on.
+A tenant's reads are served in turns: a thread serves what waits, and what comes meanwhile, one after the other
+(`gateway.handles.read_waiting`). There are turns of two kinds; a tenant has at most one of each, waiting or running:
 
-A tenant has at most one turn of each kind that waits or runs. One that may serve searches serves the rest first.
+  - of brief reads: lists, and lookups that could not be done on the loop. They share `worker` and its lock with writes.
+  - of slow ones, which is what may take long: searches. Those of all tenants have together at most all threads but one,
+    so there is always one soon free for the rest; and they have a connection apart, so that a search of seconds keeps
+    its tenant's writes and lists from nothing, whether it runs or waits for a thread.
+
+The connection apart is `worker` itself as long as nobody else wants it: most tenants never have two at once.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from gateway.handles import OpenTenant, read_and_renew, read_waiting
-from gateway.threads import Threads
+from gateway.threads import Then, Threads
 
 Answered = Callable[[OpenTenant, BaseException | None], None]
 
@@ -32,64 +35,70 @@ class ReadTurns:
     async def begin(self, tenant: OpenTenant, slow: bool) -> None:
         """See to it that what was just put into `tenant.reads` is served; at once, and without suspending, when nobody
         is in the way."""
-        if tenant.searching if slow else tenant.reading or tenant.in_thread:
-            return
-        others = tenant.reading or tenant.searching or tenant.writing is not None or tenant.lock.locked()
-        if others or (slow and self._slow_places.locked()):
-            self._wait(tenant, slow)
-            return
-        _mark(tenant, slow, True)
         if slow:
-            await self._slow_places.acquire()
-        await tenant.lock.acquire()
-        self._serve(tenant, slow)
+            if not tenant.searching:
+                tenant.searching = True
+                if self._slow_places.locked():
+                    asyncio.get_running_loop().create_task(self._search_after_others(tenant))
+                else:
+                    await self._slow_places.acquire()
+                    self._search(tenant)
+        elif not tenant.reading:
+            tenant.reading = True
+            if tenant.writing is not None or tenant.lock.locked():
+                asyncio.get_running_loop().create_task(self._read_after_others(tenant))
+            else:
+                await tenant.lock.acquire()
+                self._read(tenant)
 
-    def _wait(self, tenant: OpenTenant, slow: bool) -> None:
-        _mark(tenant, slow, True)
-        asyncio.get_running_loop().create_task(self._serve_after_others(tenant, slow))
-
-    async def _serve_after_others(self, tenant: OpenTenant, slow: bool) -> None:
-        if slow:
-            await self._slow_places.acquire()
+    async def _read_after_others(self, tenant: OpenTenant) -> None:
         await tenant.lock.acquire()
-        if not tenant.reads.waits(slow=slow):  # the other turn served it, or it was overdue
-            self._give_back(tenant, slow)
-            return
         if tenant.reads.has(read_and_renew):
             tenant.inline = False
-        self._serve(tenant, slow)
+        self._read(tenant)
 
-    def _serve(self, tenant: OpenTenant, slow: bool) -> None:
-        """The caller has the lock, and a place if it is `slow`; they are given back when the thread is done."""
-        tenant.in_thread = True
-        settle, finished = partial(self._settle, tenant), partial(self._finished, tenant, slow)
-        self._threads.run(read_waiting, tenant, settle, slow, then=finished)
+    async def _search_after_others(self, tenant: OpenTenant) -> None:
+        await self._slow_places.acquire()
+        self._search(tenant)
 
-    def _settle(
-        self, tenant: OpenTenant, answer: asyncio.Future[Any], result: Any, error: BaseException | None
-    ) -> None:
-        self._threads.settle(answer, result, error, partial(self._answered, tenant))
+    def _read(self, tenant: OpenTenant) -> None:
+        settle = partial(self._settle, partial(self._answered, tenant))
+        self._threads.run(read_waiting, tenant, settle, False, then=partial(self._was_read, tenant))
 
-    def _finished(self, tenant: OpenTenant, slow: bool, _error: BaseException | None) -> None:
-        tenant.in_thread = False
+    def _search(self, tenant: OpenTenant) -> None:
+        if tenant.searcher is None and not tenant.lock.locked():
+            tenant.searcher, tenant.worker = tenant.worker, None
+        settle = partial(self._settle, partial(self._found, tenant))
+        self._threads.run(read_waiting, tenant, settle, True, then=partial(self._was_searched, tenant))
+
+    def _settle(self, then: Then, answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        self._threads.settle(answer, result, error, then)
+
+    def _found(self, tenant: OpenTenant, error: BaseException | None) -> None:
+        tenant.reads.searches -= 1
+        self._answered(tenant, error)
+        _give_back(tenant)  # now, not when the thread says that it found no more: the client's next request may be here
+
+    def _was_read(self, tenant: OpenTenant, _error: BaseException | None) -> None:
         tenant.inline = tenant.link != "" and not tenant.closing
-        self._give_back(tenant, slow)
-
-    def _give_back(self, tenant: OpenTenant, slow: bool) -> None:
-        """The lock, and the place of one that is `slow`. What waits now gets on when it is its turn: a write may have
-        been waiting for longer."""
         tenant.lock.release()
-        if slow:
-            self._slow_places.release()
-        _mark(tenant, slow, False)
-        if not tenant.reading and tenant.reads.waits(slow=False):
-            self._wait(tenant, slow=False)
-        if not tenant.searching and tenant.reads.waits(slow=True):
-            self._wait(tenant, slow=True)
+        if tenant.reads.waits(slow=False):  # in their turn: a write may have been waiting for longer
+            asyncio.get_running_loop().create_task(self._read_after_others(tenant))
+        else:
+            tenant.reading = False
+
+    def _was_searched(self, tenant: OpenTenant, _error: BaseException | None) -> None:
+        _give_back(tenant)
+        self._slow_places.release()
+        if tenant.reads.waits(slow=True):  # in its turn: other tenants' searches may have been waiting for longer
+            asyncio.get_running_loop().create_task(self._search_after_others(tenant))
+        else:
+            tenant.searching = False
 
 
-def _mark(tenant: OpenTenant, slow: bool, has_turn: bool) -> None:
-    if slow:
-        tenant.searching = has_turn
-    else:
-        tenant.reading = has_turn
+def _give_back(tenant: OpenTenant) -> None:
+    """The `worker` that searched, unless somebody has needed one meanwhile. Of a tenant that is closing a thread may be
+    taking the handles now."""
+    free = tenant.reads.searches == 0 and not tenant.lock.locked() and not tenant.closing
+    if free and tenant.worker is None:
+        tenant.worker, tenant.searcher = tenant.searcher, None
