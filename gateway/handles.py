@@ -50,6 +50,7 @@ class OpenTenant:
         "company",
         "current",
         "inline",
+        "lent",
         "link",
         "lock",
         "lock_wait_seconds",
@@ -72,7 +73,7 @@ class OpenTenant:
         self.current = str(paths.current)
         self.worker: TenantDatabase | None = None
         self.reader: TenantDatabase | None = None
-        self.searcher: TenantDatabase | None = None  # whose turn it is to search, with or without the lock
+        self.searcher: TenantDatabase | None = None  # of a turn for slow ones, with or without the lock
         self.link = ""  # what `current` said when the reader was opened
         self.inline = False  # the loop may use the reader: no thread is opening or closing it
         self.users = 0
@@ -80,6 +81,7 @@ class OpenTenant:
         self.reads = ReadQueue()
         self.reading = False  # a turn for those that are not slow waits or runs (`gateway.turns`)
         self.searching = False  # the same for the slow ones
+        self.lent: asyncio.TimerHandle | None = None  # the lock, to such a turn, until then
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
         self.closing = False
@@ -103,7 +105,7 @@ def read(tenant: OpenTenant, job: Job[Result]) -> Result:
 
 
 def read_apart(tenant: OpenTenant, job: Job[Result]) -> Result:
-    """What may take long: it keeps nobody from the `worker`."""
+    """In a turn for slow ones (`gateway.turns`)."""
     if tenant.searcher is None:
         tenant.searcher = _open(tenant, readonly=True)
     with tenant.searcher.read() as connection:
@@ -113,11 +115,10 @@ def read_apart(tenant: OpenTenant, job: Job[Result]) -> Result:
 def read_waiting(
     tenant: OpenTenant, settle: Callable[[asyncio.Future[Any], Any, BaseException | None], None], slow: bool
 ) -> None:
-    """Serve the reads of a kind that wait, and those that come meanwhile; each is answered when it is done, not when
-    all are.
+    """Serve the reads that wait, and those that come meanwhile; each is answered when it is done, not when all are.
 
     The way to a thread and back costs more than most reads: a busy tenant's share one. One whose caller has left
-    before it began is settled unread.
+    before it began is settled unread. A thread that is not for `slow` ones stops when there are no others.
     """
     began = time.monotonic()
     while time.monotonic() - began < READ_SECONDS and (waiting := tenant.reads.next(slow=slow)) is not None:
@@ -126,7 +127,7 @@ def read_waiting(
         failed: BaseException | None = None
         if not answer.done():
             try:
-                result = step(tenant, job)
+                result = read_apart(tenant, job) if slow else step(tenant, job)
             except BaseException as e:  # noqa: BLE001  it is the caller's to raise
                 failed = e
         settle(answer, result, failed)

@@ -3,15 +3,15 @@
 Each open tenant has one to three fenced connections (`gateway.handles`). `reader`, there from the second lookup on,
 serves lookups by id on the event loop, in microseconds and without waiting for anything: when one would have to wait
 (a swap, a busy file, a new generation to open) it takes the slow path instead. `worker` does everything else in a few
-threads: lists, writes (they fsync), opening, closing; and searches, which take a connection of their own when it is
-wanted meanwhile.
+threads: search, lists, writes (they fsync), opening, closing. A search that takes long goes on with it alone
+(`gateway.turns`).
 
 Writes that arrive while a tenant's last transaction is being fsynced wait together and become the next one
 (`shared.engine.batch`), and those that arrive while it still runs statements join it: the busier a tenant, the fewer
 fsyncs a write costs it. Nobody is made to wait for company, nor who has written for the checkpoint of what
 is committed.
 
-Nothing queues without a bound: one thread at a time per tenant and one for its searches, `PER_TENANT_QUEUE` jobs
+Nothing queues without a bound: one thread at a time per tenant and one for a long search, `PER_TENANT_QUEUE` jobs
 behind them, and `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on
 its own lock, not in the threads, so it cannot take them from the others (`gateway.turns`). What no thread has begun
 within `database_wait_seconds` is shed, and never begun, unless its tenant's handles are being given up meanwhile.
@@ -160,9 +160,9 @@ class TenantPool:
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # From here the thread owns the handle: it is given back when the thread is done with it, not when this
         # coroutine is cancelled.
-        slow = step is read_apart
-        tenant.reads.put(Read(step, job, answer, slow, time.monotonic()))
-        if step is read_and_renew:
+        slow, renews = step is read_apart, step is read_and_renew
+        tenant.reads.put(Read(step, job, answer, slow, time.monotonic()), renews=renews)
+        if renews:
             tenant.inline = False
         await self._turns.begin(tenant, slow)
         return await answer

@@ -22,36 +22,39 @@ class Read(NamedTuple):
 
 
 class ReadQueue:
-    """`searches` is how many slow ones wait or run; who answers one takes it off."""
+    """A list or a lookup would else wait behind all searches of its tenant, each of which takes a turn of its own, and
+    be shed for them. Searches that wait for too long are shed first, as they are everywhere (`gateway.shed`)."""
 
-    __slots__ = ("_brief", "_slow", "searches")
+    __slots__ = ("_brief", "_renewing", "_slow")
 
     def __init__(self) -> None:
         self._brief: deque[Read] = deque()
+        self._renewing: deque[Read] = deque()  # they touch the reader, which is for those alone that have the lock
         self._slow: deque[Read] = deque()
-        self.searches = 0
 
     def waits(self, *, slow: bool) -> bool:
         """Whether one that is slow waits, or one that is not."""
-        return bool(self._slow if slow else self._brief)
+        return bool(self._slow if slow else self._brief or self._renewing)
 
-    def put(self, read: Read) -> None:
-        (self._slow if read.slow else self._brief).append(read)
-        self.searches += read.slow
+    def put(self, read: Read, *, renews: bool) -> None:
+        (self._slow if read.slow else self._renewing if renews else self._brief).append(read)
 
-    def has(self, step: Callable[[Any, Job], Any]) -> bool:
-        """Whether one that is not slow has this step."""
-        return any(read.step is step for read in self._brief)
+    @property
+    def renews(self) -> bool:
+        """Whether one waits that touches the reader."""
+        return bool(self._renewing)
 
     def next(self, *, slow: bool) -> Read | None:
-        """The oldest of its kind. None also when it was overdue just now."""
-        try:
-            return (self._slow if slow else self._brief).popleft()
-        except IndexError:
-            return None
+        """For a thread that serves slow ones the oldest that is not, else the oldest slow one; for another the oldest
+        of the rest. None also when it was overdue just now."""
+        for queue in (self._brief, self._slow) if slow else (self._renewing, self._brief):
+            try:
+                return queue.popleft()
+            except IndexError:
+                continue
+        return None
 
     def take_overdue(self, asked_before: float) -> list[Read]:
         """Those asked for before then which no thread has begun, nor will. On the loop."""
-        slow = take_overdue(self._slow, asked_before)
-        self.searches -= len(slow)
-        return [*take_overdue(self._brief, asked_before), *slow]
+        queues = (self._renewing, self._brief, self._slow)
+        return [read for queue in queues for read in take_overdue(queue, asked_before)]

@@ -174,13 +174,13 @@ def test_with_one_thread_a_tenants_searches_let_its_other_reads_by(tmp_path: Pat
         await asyncio.sleep(0.05)  # longer than a turn lasts
         held.let_go()
         await asyncio.gather(running, *searches, *others)
-        assert order == ["list", "lookup", "search", "search", "search"]
+        assert sorted(order[:2]) == ["list", "lookup"] and order[2:] == ["search"] * 3
 
     with_pool(tmp_path, test, 1, gateway_threads=1, query_timeout_seconds=0)
 
 
-def test_a_search_has_a_connection_of_its_own_only_when_another_wants_one_too(tmp_path: Path) -> None:
-    """A tenant that asks for one thing after the other has as many files open as ever; none is ever left behind."""
+def test_only_who_wants_a_connection_beside_a_long_search_opens_one(tmp_path: Path) -> None:
+    """It costs files, memory and an open: most tenants never need it. None is ever left behind."""
 
     async def test(pool: TenantPool) -> None:
         async def one_after_the_other(*requests: Coroutine[Any, Any, object]) -> OpenTenant:
