@@ -1,6 +1,7 @@
 """One tenant's open handles, and what a pool's threads do with them (`gateway.pool`).
 
-A tenant that is only read has one readonly handle. The first write opens one that can write, and always beside a
+A tenant that is only read has one readonly handle; one that is searched while it is read or written has one more
+(`gateway.turns`). The first write opens one that can write, and always beside a
 readonly one that is closed after it: so an eviction neither checkpoints nor removes the `-wal` (two fsyncs, and
 three more for the next write, which would have to make a new one). A `-wal` above `WAL_KEEP_BYTES` is folded into
 the database all the same; an open reads all of it. Measured, small database: open, create, close 6.8 ms when each
@@ -38,7 +39,8 @@ log = get_logger("pool")
 
 
 class OpenTenant:
-    """One tenant's two handles, opened as they are needed by the thread that holds `lock`."""
+    """One tenant's handles, opened as they are needed: `searcher` by the thread that searches, the others by the one
+    that holds `lock`."""
 
     __slots__ = (
         "began",
@@ -47,8 +49,8 @@ class OpenTenant:
         "closing",
         "company",
         "current",
-        "in_thread",
         "inline",
+        "lent",
         "link",
         "lock",
         "lock_wait_seconds",
@@ -56,6 +58,7 @@ class OpenTenant:
         "reader",
         "reading",
         "reads",
+        "searcher",
         "searching",
         "users",
         "worker",
@@ -70,14 +73,15 @@ class OpenTenant:
         self.current = str(paths.current)
         self.worker: TenantDatabase | None = None
         self.reader: TenantDatabase | None = None
+        self.searcher: TenantDatabase | None = None  # of a turn for slow ones, with or without the lock
         self.link = ""  # what `current` said when the reader was opened
         self.inline = False  # the loop may use the reader: no thread is opening or closing it
         self.users = 0
         self.lock = asyncio.Lock()
         self.reads = ReadQueue()
-        self.in_thread = False  # a thread serves them
         self.reading = False  # a turn for those that are not slow waits or runs (`gateway.turns`)
         self.searching = False  # the same for the slow ones
+        self.lent: asyncio.TimerHandle | None = None  # the lock, to such a turn, until then
         self.writes = WriteQueue()
         self.writing: asyncio.Task[None] | None = None
         self.closing = False
@@ -100,6 +104,14 @@ def read(tenant: OpenTenant, job: Job[Result]) -> Result:
         return job(connection)
 
 
+def read_apart(tenant: OpenTenant, job: Job[Result]) -> Result:
+    """In a turn for slow ones (`gateway.turns`)."""
+    if tenant.searcher is None:
+        tenant.searcher = _open(tenant, readonly=True)
+    with tenant.searcher.read() as connection:
+        return job(connection)
+
+
 def read_waiting(
     tenant: OpenTenant, settle: Callable[[asyncio.Future[Any], Any, BaseException | None], None], slow: bool
 ) -> None:
@@ -115,7 +127,7 @@ def read_waiting(
         failed: BaseException | None = None
         if not answer.done():
             try:
-                result = step(tenant, job)
+                result = read_apart(tenant, job) if slow else step(tenant, job)
             except BaseException as e:  # noqa: BLE001  it is the caller's to raise
                 failed = e
         settle(answer, result, failed)
@@ -232,8 +244,8 @@ def _renew_reader(tenant: OpenTenant) -> None:
 def close(tenant: OpenTenant) -> None:
     """Close after an eviction: the `-wal` stays unless it has grown."""
     try:
-        fold = tenant.worker is not None and not tenant.worker.readonly and tenant.worker.wal_bytes() > WAL_KEEP_BYTES
-        _close(tenant, fold=fold)
+        writers = (handle for handle in (tenant.worker, tenant.searcher) if handle is not None and not handle.readonly)
+        _close(tenant, fold=any(writer.wal_bytes() > WAL_KEEP_BYTES for writer in writers))
     except (sqlite3.Error, OSError) as e:
         log.error("tenant_database_close_failed", tenant_id=tenant.paths.tenant_id, cause=str(e))
 
@@ -241,6 +253,8 @@ def close(tenant: OpenTenant) -> None:
 def close_and_fold(tenant: OpenTenant) -> None:
     """Close for good: everything is in the one file, unless another process has the database open."""
     try:
+        if tenant.worker is None:
+            tenant.worker, tenant.searcher = tenant.searcher, None
         if tenant.worker is not None:
             with suppress(InMaintenance, TenantDatabaseUnavailable):  # swapped or deleted just now
                 _writer(tenant)
@@ -252,9 +266,9 @@ def close_and_fold(tenant: OpenTenant) -> None:
 
 def _close(tenant: OpenTenant, *, fold: bool) -> None:
     """SQLite folds when the last handle that is closed can write."""
-    handles = (tenant.reader, tenant.worker) if fold else (tenant.worker, tenant.reader)
-    tenant.reader = tenant.worker = None
+    handles = [handle for handle in (tenant.reader, tenant.searcher, tenant.worker) if handle is not None]
+    tenant.reader = tenant.searcher = tenant.worker = None
+    handles.sort(key=lambda handle: handle.readonly != fold)
     with ExitStack() as closing:  # runs backwards, and to its end even when one fails
         for handle in reversed(handles):
-            if handle is not None:
-                closing.callback(handle.close)
+            closing.callback(handle.close)

@@ -1,28 +1,25 @@
 """A worker's open tenant databases: at most `tenant_pool_size`; who was used once and longest ago is closed first.
 
-Each open tenant has a fenced connection or two (`gateway.handles`). `reader`, there from the second lookup on,
+Each open tenant has one to three fenced connections (`gateway.handles`). `reader`, there from the second lookup on,
 serves lookups by id on the event loop, in microseconds and without waiting for anything: when one would have to wait
 (a swap, a busy file, a new generation to open) it takes the slow path instead. `worker` does everything else in a few
-threads: search, lists, writes (they fsync), opening, closing.
+threads: search, lists, writes (they fsync), opening, closing. A search that takes long goes on with it alone
+(`gateway.turns`).
 
 Writes that arrive while a tenant's last transaction is being fsynced wait together and become the next one
 (`shared.engine.batch`), and those that arrive while it still runs statements join it: the busier a tenant, the fewer
 fsyncs a write costs it. Nobody is made to wait for company, nor who has written for the checkpoint of what
 is committed.
 
-Reads that wait behind a tenant's thread are served by it one after the other, without coming back to the loop; its
-searches last (`gateway.reads`).
+Nothing queues without a bound: one thread at a time per tenant and one for a long search, `PER_TENANT_QUEUE` jobs
+behind them, and `gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on
+its own lock, not in the threads, so it cannot take them from the others (`gateway.turns`). What no thread has begun
+within `database_wait_seconds` is shed, and never begun, unless its tenant's handles are being given up meanwhile.
 
-Nothing queues without a bound: one thread at a time per tenant, `PER_TENANT_QUEUE` jobs behind it, and
-`gateway_threads * QUEUE_PER_THREAD` jobs in all; beyond that requests are shed. A hot tenant waits on its own
-lock, not in the threads, so it cannot take them from the others. What may take long, a search, never has all threads
-(`gateway.turns`). What no thread has begun within `database_wait_seconds` is shed, and never begun, unless
-its tenant's handles are being given up meanwhile.
-
-What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 9 with two, and 0.1 MB
-more for one that writes many memories at a time. Page caches come on top, up to 2 MB a connection, until all of
-SQLite's memory in this process reaches `sqlite_heap_bytes`; then a cache that needs a page takes its own oldest
-(searches over 5,000 memories cost 7% more CPU with 0.5 MB each).
+What an open tenant costs (measured): 0.2 MB and 4 descriptors with one connection, 0.35 MB and 9 with two, 14 with
+three, and 0.1 MB more for one that writes many memories at a time. Page caches come on top, up to 2 MB a connection,
+until all of SQLite's memory in this process reaches `sqlite_heap_bytes`; then a cache that needs a page takes its own
+oldest (searches over 5,000 memories cost 7% more CPU with 0.5 MB each).
 The pool never grows past what the file limit allows, whatever its size is set to.
 """
 
@@ -44,6 +41,7 @@ from gateway.handles import (
     close_and_fold,
     read,
     read_and_renew,
+    read_apart,
     write,
 )
 from gateway.problems import shed
@@ -65,7 +63,7 @@ PER_TENANT_QUEUE = 64
 # their p95 at the same load is the same 2.0 ms.
 BATCH = 64
 ROOM_WAIT_SECONDS = 0.5
-FILES_PER_TENANT = 9
+FILES_PER_TENANT = 14
 FILES_FOR_THE_REST = 200  # sockets, spool, control plane; each request may bring a socket more
 LOOK_SECONDS = 0.1  # between two looks at who has waited for too long
 _POLL_SECONDS = 0.01
@@ -105,13 +103,13 @@ class TenantPool:
                 self._discard(tenant)
                 raise
         if tenant is None:
-            return await self._run(tenant_id, read, job, slow=False)
-        return await self._run(tenant_id, read_and_renew, job, slow=False)
+            return await self._run(tenant_id, read, job)
+        return await self._run(tenant_id, read_and_renew, job)
 
     async def read(self, tenant_id: str, job: Job[Result], *, brief: bool = False) -> Result:
         """Run `job`, which never takes long if it is `brief`, on a fenced connection in a thread. Raises what
         `TenantDatabase.read` raises."""
-        return await self._run(tenant_id, read, bounded(job, self._query_timeout_seconds), slow=not brief)
+        return await self._run(tenant_id, read if brief else read_apart, bounded(job, self._query_timeout_seconds))
 
     async def write(self, tenant_id: str, job: Job[Result]) -> Result:
         """Run `job` in a transaction in a thread; when this returns it is committed and fsynced.
@@ -149,7 +147,7 @@ class TenantPool:
         await asyncio.gather(*self._writing)  # a checkpoint is no request
         # Who closes a database last folds it, so what was evicted is closed before what took its place; and a thread
         # may still be busy for a caller that has left.
-        while self._leaving or any(tenant.users for tenant in self._open.leaving()):
+        while self._leaving or any(tenant.users or tenant.searching for tenant in self._open.leaving()):
             await asyncio.sleep(_POLL_SECONDS)
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))
         self._threads.close()
@@ -158,15 +156,14 @@ class TenantPool:
         async with tenant.lock:  # the thread that answered its last user may not be done with it
             await self._threads.run(close_and_fold, tenant)
 
-    async def _run(
-        self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result], *, slow: bool
-    ) -> Result:
+    async def _run(self, tenant_id: str, step: Callable[[OpenTenant, Job[Result]], Result], job: Job[Result]) -> Result:
         tenant = await self._admit(tenant_id)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # From here the thread owns the handle: it is given back when the thread is done with it, not when this
         # coroutine is cancelled.
-        tenant.reads.put(Read(step, job, answer, slow, time.monotonic()))
-        if step is read_and_renew:
+        slow, renews = step is read_apart, step is read_and_renew
+        tenant.reads.put(Read(step, job, answer, slow, time.monotonic()), renews=renews)
+        if renews:
             tenant.inline = False
         await self._turns.begin(tenant, slow)
         return await answer
@@ -237,7 +234,7 @@ class TenantPool:
             writes = tenant.writes.take_overdue(asked_before)
             for answer in [*(each.answer for each in reads), *(each.answer for each in writes)]:
                 if not answer.done():
-                    answer.set_exception(shed("The server is busy."))
+                    answer.set_exception(shed("The request waited too long for its tenant's database."))
             for _ in reads:
                 self._released(tenant)
         self._looking = self._queued > 0
@@ -249,7 +246,7 @@ class TenantPool:
         self._released(tenant)
 
     def _note(self, tenant: OpenTenant, error: BaseException | None) -> None:
-        if error is not None and tenant.worker is None:
+        if error is not None and tenant.worker is None and tenant.searcher is None:
             self._discard(tenant)  # it could not be opened; the place is free
         elif isinstance(error, CorruptDatabase):
             metrics.db_open_failures_total.inc()

@@ -1,5 +1,5 @@
-"""The reads of one tenant that wait for a thread: searches, which may take long, let the others by. For one event loop;
-`next` is for the thread."""
+"""The reads of one tenant that wait for a thread, those that may take long apart from the others (`gateway.turns`).
+For one event loop; `next` is for the threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.writes import Job, take_overdue
 
 
 class Read(NamedTuple):
-    """`step` is `read` or `read_and_renew` (`gateway.handles`). A `slow` one may take long."""
+    """`step` is one of `gateway.handles`: `read` or `read_and_renew`, of one that may take long `read_apart`."""
 
     step: Callable[[Any, Job], Any]
     job: Job
@@ -23,29 +23,31 @@ class Read(NamedTuple):
 
 class ReadQueue:
     """A list or a lookup would else wait behind all searches of its tenant, each of which takes a turn of its own, and
-    be shed for them. It waits for the one that runs. Searches that wait for too long are shed first, as they are
-    everywhere (`gateway.shed`)."""
+    be shed for them. Searches that wait for too long are shed first, as they are everywhere (`gateway.shed`)."""
 
-    __slots__ = ("_brief", "_slow")
+    __slots__ = ("_brief", "_renewing", "_slow")
 
     def __init__(self) -> None:
         self._brief: deque[Read] = deque()
+        self._renewing: deque[Read] = deque()  # they touch the reader, which is for those alone that have the lock
         self._slow: deque[Read] = deque()
 
     def waits(self, *, slow: bool) -> bool:
         """Whether one that is slow waits, or one that is not."""
-        return bool(self._slow if slow else self._brief)
+        return bool(self._slow if slow else self._brief or self._renewing)
 
-    def put(self, read: Read) -> None:
-        (self._slow if read.slow else self._brief).append(read)
+    def put(self, read: Read, *, renews: bool) -> None:
+        (self._slow if read.slow else self._renewing if renews else self._brief).append(read)
 
-    def has(self, step: Callable[[Any, Job], Any]) -> bool:
-        """Whether one that is not slow has this step."""
-        return any(read.step is step for read in self._brief)
+    @property
+    def renews(self) -> bool:
+        """Whether one waits that touches the reader."""
+        return bool(self._renewing)
 
     def next(self, *, slow: bool) -> Read | None:
-        """The oldest that is not slow, else the oldest slow one if `slow`. None also when it was overdue just now."""
-        for queue in (self._brief, self._slow) if slow else (self._brief,):
+        """For a thread that serves slow ones the oldest that is not, else the oldest slow one; for another the oldest
+        of the rest. None also when it was overdue just now."""
+        for queue in (self._brief, self._slow) if slow else (self._renewing, self._brief):
             try:
                 return queue.popleft()
             except IndexError:
@@ -54,4 +56,5 @@ class ReadQueue:
 
     def take_overdue(self, asked_before: float) -> list[Read]:
         """Those asked for before then which no thread has begun, nor will. On the loop."""
-        return [*take_overdue(self._brief, asked_before), *take_overdue(self._slow, asked_before)]
+        queues = (self._renewing, self._brief, self._slow)
+        return [read for queue in queues for read in take_overdue(queue, asked_before)]

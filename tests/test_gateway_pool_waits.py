@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.pool import TenantPool
+from gateway.handles import OpenTenant
+from gateway.pool import FILES_PER_TENANT, TenantPool
 from gateway.problems import Refusal
 from shared.engine import memories
 from shared.engine.memories import NewMemory
@@ -123,15 +127,35 @@ def test_slow_reads_never_have_all_threads_and_none_is_left_waiting_for_one(tmp_
         assert most == 2
         tenants = list(pool._open.leaving())
         async with asyncio.timeout(60):
-            while any(t.users or t.reading or t.searching or t.in_thread or t.lock.locked() for t in tenants):
+            while any(t.users or t.reading or t.searching or t.lock.locked() for t in tenants):
                 await asyncio.sleep(0.001)
         assert pool._turns._slow_places._value == 2 and pool._queued == 0
 
     with_pool(tmp_path, test, 4, gateway_threads=3, query_timeout_seconds=0, database_wait_seconds=120)
 
 
-def test_a_tenants_lists_and_lookups_do_not_wait_behind_all_its_searches(tmp_path: Path) -> None:
-    """Only for the one that runs: else many slow searches at once would shed whatever else their tenant reads."""
+def test_a_tenants_writes_lists_and_lookups_do_not_wait_for_its_searches(tmp_path: Path) -> None:
+    """Not even for the one that runs: a slow search would else shed whatever else its tenant asks for."""
+
+    async def test(pool: TenantPool) -> None:
+        held = Held()
+        running = await held.begin(pool.read, "t0")
+        searches = [asyncio.create_task(pool.read("t0", memories.count)) for _ in range(3)]
+        made = await pool.write("t0", _create)
+        assert await pool.read("t0", memories.count, brief=True) == 1
+        for _ in range(3):
+            assert await pool.look_up("t0", lambda c: memories.get(c, made.id)) == made
+        assert not any(task.done() for task in searches)
+        held.let_go()
+        assert await asyncio.gather(running, *searches) == ["held", 1, 1, 1]
+        assert (await pool.write("t0", _create)).content == "m"
+        assert await pool.read("t0", memories.count) == 2
+
+    with_pool(tmp_path, test, 1, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
+
+
+def test_with_one_thread_a_tenants_searches_let_its_other_reads_by(tmp_path: Path) -> None:
+    """They wait for the one that runs, not for all that came before."""
 
     async def test(pool: TenantPool) -> None:
         order: list[str] = []
@@ -147,13 +171,56 @@ def test_a_tenants_lists_and_lookups_do_not_wait_behind_all_its_searches(tmp_pat
             asyncio.create_task(pool.read("t0", noted("list"), brief=True)),
             asyncio.create_task(pool.look_up("t0", noted("lookup"))),
         ]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)  # longer than a turn lasts
         held.let_go()
         await asyncio.gather(running, *searches, *others)
-        assert order == ["list", "lookup", "search", "search", "search"]
+        assert sorted(order[:2]) == ["list", "lookup"] and order[2:] == ["search"] * 3
 
-    for threads in (1, 4):
-        with_pool(tmp_path / str(threads), test, 2, gateway_threads=threads, query_timeout_seconds=0)
+    with_pool(tmp_path, test, 1, gateway_threads=1, query_timeout_seconds=0)
+
+
+def test_only_who_wants_a_connection_beside_a_long_search_opens_one(tmp_path: Path) -> None:
+    """It costs files, memory and an open: most tenants never need it. None is ever left behind."""
+
+    async def test(pool: TenantPool) -> None:
+        async def one_after_the_other(*requests: Coroutine[Any, Any, object]) -> OpenTenant:
+            """A client is slower than the thread is in saying that it has found no more to do."""
+            for request in requests:
+                await request
+                tenant = pool._open.get("t0")
+                assert tenant is not None
+                async with asyncio.timeout(60):
+                    while tenant.reading or tenant.searching or tenant.writing:
+                        await asyncio.sleep(0.001)
+            return tenant
+
+        def search() -> Coroutine[Any, Any, int]:
+            return pool.read("t0", memories.count)
+
+        brief = pool.read("t0", memories.count, brief=True)
+        tenant = await one_after_the_other(search(), brief, search())
+        assert tenant.searcher is None and _files(tmp_path) == 4
+        await one_after_the_other(pool.write("t0", _create), search(), pool.write("t0", _create), search())
+        assert tenant.searcher is None and _files(tmp_path) == 9
+        held = Held()
+        running = await held.begin(pool.read, "t0")
+        await pool.write("t0", _create)
+        held.let_go()
+        await running
+        assert await search() == 3
+        assert _files(tmp_path) == FILES_PER_TENANT
+
+    with_pool(tmp_path, test, 1, query_timeout_seconds=0)
+    assert _files(tmp_path) == 0
+
+
+def _files(directory: Path) -> int:
+    """How many of this process's open files are in `directory`."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/self/fd/{fd}").startswith(f"{directory}/tenants/")
+    return found
 
 
 def test_what_no_thread_has_begun_in_time_is_shed_and_never_done(tmp_path: Path) -> None:
