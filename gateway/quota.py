@@ -6,6 +6,10 @@ own count is kept under the spool segment its event is in, and the query tells, 
 counts, which segments have been drained. What other workers have not drained yet is not seen: a hard limit may
 be passed by as much as they serve in that time, it is never applied too early.
 
+How much a tenant keeps (`shared.storage`) is measured in the same turn: two `stat`s for each whose storage is limited,
+an open of the database (0.4 ms) for those whose files come to a limit and have changed. One that cannot be read counts
+as it did in the turn before, and as nothing in the first one.
+
 `quota_mode` shadow warns of a hard limit as of a soft one and counts what would have been refused; off reads nothing.
 
 Without a snapshot, or with one older than `quota_stale_seconds`, everybody is served and counted
@@ -15,7 +19,6 @@ Without a snapshot, or with one older than `quota_stale_seconds`, everybody is s
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +33,7 @@ from shared.errors import ControlPlaneUnavailable
 from shared.log import get_logger
 from shared.settings import Settings
 from shared.spool import Spool
-from shared.storage import storage_bytes
+from shared.storage import Measurement, measured_again
 from shared.tenant import TenantPaths
 from shared.usage import UsageEvent
 
@@ -65,6 +68,7 @@ class Quotas:
         self._read_at = float("-inf")
         self._allowances: dict[str, Allowance] = {}
         self._own: dict[tuple[str, str], list[int]] = {}  # by segment and tenant, in the order of COUNTERS
+        self._measured: dict[str, Measurement] = {}
         self._failing = False
 
     def check(self, tenant_id: str, counters: Iterable[Counter], memories: int = 1) -> bytes | None:
@@ -124,7 +128,9 @@ class Quotas:
             return
         self._failing = False
         read_at = time.monotonic()
-        allowances = {r["tenant_id"]: Allowance(r, self._stored(r)) for r in rows if r["tenant_id"] is not None}
+        limited = [row for row in rows if row["tenant_id"] is not None]
+        self._measured = {row["tenant_id"]: self._measure(row) for row in limited}
+        allowances = {t: Allowance(row, self._measured[t].storage_bytes) for row in limited if (t := row["tenant_id"])}
         self._loop.call_soon_threadsafe(self._take_over, read_at, allowances, set(rows[0]["segments"]))
 
     def _take_over(self, read_at: float, allowances: dict[str, Allowance], drained: set[str]) -> None:
@@ -134,12 +140,14 @@ class Quotas:
                 allowances[tenant_id].own[COUNTERS[n]] += amount
         self._read_at, self._allowances = read_at, allowances
 
-    def _stored(self, row: dict[str, Any]) -> int:
-        """Measured only for those whose storage is limited."""
-        if row["storage_bytes_soft"] is None and row["storage_bytes_hard"] is None:
-            return 0
-        paths = TenantPaths.of(self._tenants_dir, row["tenant_id"])
-        return storage_bytes(paths) if os.path.lexists(paths.current) else 0
+    def _measure(self, row: dict[str, Any]) -> Measurement:
+        """Only for those whose storage is limited, and exactly for those who may have reached a limit."""
+        limits = [limit for limit in (row["storage_bytes_soft"], row["storage_bytes_hard"]) if limit is not None]
+        if not limits:
+            return Measurement(0)
+        tenant_id: str = row["tenant_id"]
+        paths = TenantPaths.of(self._tenants_dir, tenant_id)
+        return measured_again(paths, self._measured.get(tenant_id), below=min(limits))
 
 
 class CountingSpool(Spool):

@@ -121,7 +121,8 @@ class UsageBucket(msgspec.Struct):
 
 
 class UsageView(msgspec.Struct, rename={"from_": "from"}):
-    """Whole hours that begin in [from, to); `storage_bytes` is the size now.
+    """Whole hours that begin in [from, to); `storage_bytes` is what the tenant keeps now: its database's pages in use,
+    so what is deleted no longer counts. Null while that cannot be read.
 
     Every request that began before `complete_until` is counted; later ones may be on their way. `buckets` are those
     with any usage, oldest first; they add up to the totals.
@@ -133,7 +134,7 @@ class UsageView(msgspec.Struct, rename={"from_": "from"}):
     api_calls: int
     search_queries: int
     memories_created: int
-    storage_bytes: int
+    storage_bytes: int | None
     granularity: Literal["hour", "day"]
     complete_until: Time | None
     buckets: list[UsageBucket]

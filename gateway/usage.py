@@ -1,4 +1,4 @@
-"""A tenant's own counters, from the control plane's hourly rollups, and the size of its database now.
+"""A tenant's own counters, from the control plane's hourly rollups, and how many bytes it keeps now.
 
 The only request that asks PostgreSQL. It has its own two threads and a short queue: a control plane that takes
 its connect time-out must not keep threads from the tenants' databases. Nor places to work (`gateway.shed`) from other
@@ -19,7 +19,7 @@ from shared import usage_report
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable
 from shared.settings import Settings
-from shared.storage import storage_bytes
+from shared.storage import UNREAD, storage_bytes
 from shared.tenant import TenantPaths
 from shared.usage_report import Granularity
 
@@ -69,10 +69,17 @@ class UsageReport:
             from_=since.isoformat(),
             to=until.isoformat(),
             **found.totals._asdict(),
-            storage_bytes=storage_bytes(TenantPaths.of(self._settings.tenants_dir, tenant_id)),
+            storage_bytes=self._kept(tenant_id),
             granularity=granularity,
             complete_until=found.complete_until.isoformat() if found.complete_until is not None else None,
             buckets=[
                 UsageBucket(b.bucket.isoformat(), *b.counters, storage_bytes=b.storage_bytes) for b in found.buckets
             ],
         )
+
+    def _kept(self, tenant_id: str) -> int | None:
+        """None when its database cannot be read just now: the counters are told all the same."""
+        try:
+            return storage_bytes(TenantPaths.of(self._settings.tenants_dir, tenant_id))
+        except UNREAD:
+            return None

@@ -40,11 +40,11 @@ def look(paths: TenantPaths) -> Seen:
     now = time.time()
     current = os.readlink(paths.current)
     file = f"{paths.root}/{current}/engram.db"
-    main = os.stat(file)
     try:
-        wal = os.stat(f"{file}-wal")
+        wal = os.stat(f"{file}-wal")  # before the file that it may be copied into meanwhile
     except FileNotFoundError:
         wal = None
+    main = os.stat(file)
     parts = [boot.boot_id(), os.path.basename(current), _of(main)]
     newest = max(main.st_mtime, main.st_ctime)
     size = main.st_size

@@ -12,7 +12,7 @@ from shared.ids import new_id
 from shared.receipt import Receipt
 from shared.registry import Tenant
 from shared.settings import Settings
-from shared.storage import storage_bytes
+from shared.storage import volume_bytes
 from shared.tenant import TenantPaths
 
 
@@ -55,7 +55,7 @@ def plan(settings: Settings, control_plane: ControlPlane, tenant_id: str, target
         target=target,
         generation=generation.active(paths),
         memories=memories,
-        size_bytes=storage_bytes(paths),
+        size_bytes=volume_bytes(paths),
         target_tenants=machines.get(target, 0),
         window_ms=window["held_ms"] if window else None,
     )

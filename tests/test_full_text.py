@@ -158,3 +158,65 @@ def test_a_file_that_only_others_write_has_a_bound_too(paths: TenantPaths, monke
             full_text.check(connection)
             assert automerge(connection) == 0
             assert segments(connection) <= 3 * SEGMENTS_OF_A_LEVEL, "of 1,550 transactions"
+
+
+def used_pages(connection: sqlite3.Connection) -> int:
+    pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    return int(pages) - int(free)
+
+
+def levels(connection: sqlite3.Connection) -> list[full_text.Level]:
+    (structure,) = connection.execute("SELECT block FROM memories_fts_data WHERE id = 10").fetchone()
+    return full_text.levels(structure)
+
+
+def test_what_is_deleted_leaves_the_index_too(paths: TenantPaths) -> None:  # noqa: F811
+    """A tenant that deletes to get below a quota gets there: the index, most of what short memories take, follows."""
+    chance = random.Random(5)
+    with opened(paths) as tenant:
+        unsynced(tenant)
+        with tenant.read() as connection:
+            empty = used_pages(connection)
+        made = []
+        for _ in range(800):
+            with tenant.write() as connection:
+                made.append(memories.create(connection, NewMemory(text(chance, MANY))).id)
+        with tenant.read() as connection:
+            full = used_pages(connection)
+        chance.shuffle(made)
+        kept = []
+        for n, memory_id in enumerate(made, 1):
+            with tenant.write() as connection:
+                memories.delete(connection, memory_id)
+            if n % 200 == 0:
+                with tenant.write() as connection:
+                    full_text.check(connection)
+                    assert segments(connection) == sum(len(level.pages) for level in levels(connection))
+                with tenant.read() as connection:
+                    kept.append((used_pages(connection) - empty) / (full - empty))
+        assert kept[1] < 0.95 and kept[2] < 0.65 and kept[3] < 0.1, kept
+        write_one(tenant, "found again")
+        with tenant.write() as connection:
+            full_text.check(connection)
+            found = connection.execute("SELECT count(*) FROM memories_fts WHERE memories_fts MATCH 'found'").fetchone()
+            assert found == (1,)
+
+
+def test_the_record_of_an_index_says_how_many_pages_it_has(paths: TenantPaths) -> None:  # noqa: F811
+    chance = random.Random(6)
+    with opened(paths) as tenant:
+        unsynced(tenant)
+        for n in range(120):
+            with tenant.write() as connection:
+                made = memories.create(connection, NewMemory(text(chance, MANY, 400)))
+            if n % 3 == 0:
+                with tenant.write() as connection:
+                    memories.delete(connection, made.id)
+            with tenant.read() as connection:
+                found = levels(connection)
+                # Of a segment's id, whether it is a page of an index within it, its height and its number.
+                leaves = connection.execute(
+                    "SELECT count(*) FROM memories_fts_data WHERE id >> 37 > 0 AND id >> 36 & 1 = 0"
+                )
+                assert sum(sum(level.pages) for level in found) == leaves.fetchone()[0]
+                assert sum(len(level.pages) for level in found) == segments(connection)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,11 @@ import pytest
 
 from gateway.problems import Refusal
 from gateway.quota import CountingSpool, Quotas
-from shared import metering, registry
+from shared import metering, registry, storage
 from shared.control_plane import ControlPlane
 from shared.ids import mint
 from shared.settings import Settings
+from shared.tenant import TenantPaths
 from shared.usage import UsageEvent
 from tests.gateway_stack import Stack, assert_problem, eventually, gateway, stack  # noqa: F401
 
@@ -214,3 +217,89 @@ def test_in_shadow_a_hard_quota_warns_counts_and_refuses_nobody(stack: Stack) ->
         assert served.metric("engram_quota_exceeded_total", counter="memories_created") == 0
         found = served.client.get("/v1/usage", headers=stack.headers(tenant))
         assert found.status_code == 200 and "x-engram-quota-warning" not in found.headers
+
+
+def test_who_deletes_gets_out_of_a_full_storage_quota(stack: Stack) -> None:  # noqa: F811
+    """Without anybody's help, as soon as the next look at it; and all who tell the number tell the same one."""
+    tenant = stack.tenant()
+    limit = 600_000
+    plan(stack.control_plane, "small-storage", tenant, storage_bytes_hard=limit)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "storage-quotas")
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, quota_refresh_seconds=0.2) as served:
+        api = served.client
+        mine: dict[str, Any] = {"headers": stack.headers(tenant)}
+        made = []
+
+        def create() -> httpx.Response:
+            words = " ".join(secrets.token_hex(4) for _ in range(2_000))
+            answer = api.post("/v1/memories", json={"content": words}, **mine)
+            if answer.status_code == 201:
+                made.append(answer.json()["id"])
+            return answer
+
+        refused = eventually(lambda: answer if (answer := create()).status_code == 402 else None)
+        document = assert_problem(refused, 402)
+        assert (document["metric"], document["limit"]) == ("storage_bytes", limit)
+        assert document["current"] >= limit and made
+        for memory_id in made:
+            assert api.delete(f"/v1/memories/{memory_id}", **mine).status_code == 204
+        eventually(lambda: create().status_code == 201)
+        kept = api.get("/v1/usage", **mine).json()["storage_bytes"]
+        assert kept < limit
+        storage.measure(stack.control_plane, stack.settings)
+        day = api.get("/v1/usage", params={"granularity": "day"}, **mine).json()
+        assert [bucket["storage_bytes"] for bucket in day["buckets"]][-1] == day["storage_bytes"] == kept
+
+
+def test_a_wal_fills_no_storage_quota(stack: Stack) -> None:  # noqa: F811
+    """It is ours: pages a second time, however little is kept."""
+    tenant = stack.tenant()
+    limit = 200_000
+    plan(stack.control_plane, "tiny-storage", tenant, storage_bytes_soft=limit, storage_bytes_hard=limit)
+    data_dir = stack.lend_tenants(stack.settings.data_dir.parent / "wal-quotas")
+    paths = TenantPaths.of(stack.settings.tenants_dir, tenant)
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, quota_refresh_seconds=0.1) as served:
+        mine: dict[str, Any] = {"headers": stack.headers(tenant)}
+
+        def create_and_delete() -> None:
+            made = served.client.post("/v1/memories", json={"content": "x"}, **mine)
+            assert made.status_code == 201 and "x-engram-quota-warning" not in made.headers, made.text
+            assert served.client.delete(f"/v1/memories/{made.json()['id']}", **mine).status_code == 204
+
+        while storage.volume_bytes(paths) < 4 * limit:
+            create_and_delete()
+        for _ in range(3):
+            time.sleep(0.3)
+            create_and_delete()
+
+
+def test_a_database_that_cannot_be_read_is_not_the_reason_that_others_are_not_judged(
+    control_plane: ControlPlane, tmp_path: Path
+) -> None:
+    """It counts as it did in the turn before, and as nothing in the first one."""
+    settings = Settings(data_dir=tmp_path, control_plane_url="x")  # type: ignore[arg-type]
+    tenants = ("broken", "gone", "whole")
+    for tenant in tenants:
+        registry.create(control_plane, settings, tenant)
+        plan(control_plane, "one-byte", tenant, storage_bytes_hard=1)
+    broken = TenantPaths.of(settings.tenants_dir, "broken").database.resolve()
+    shutil.rmtree(TenantPaths.of(settings.tenants_dir, "gone").root)
+
+    def refused(quotas: Quotas) -> list[str]:
+        found = []
+        for tenant in tenants:
+            try:
+                quotas.check(tenant, ("storage_bytes",))
+            except Refusal:
+                found.append(tenant)
+        return found
+
+    async def test() -> None:
+        quotas = Quotas(control_plane, settings)
+        for of in (quotas, quotas, Quotas(control_plane, settings)):
+            await asyncio.to_thread(of.refresh)
+            await asyncio.sleep(0)
+            assert refused(of) == (["broken", "whole"] if of is quotas else ["whole"])
+            broken.write_bytes(b"no database" * 1_000)
+
+    asyncio.run(test())

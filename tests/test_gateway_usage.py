@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import fcntl
 import socket
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from gateway.usage import UsageReport
 from shared.errors import ControlPlaneUnavailable
 from shared.metrics import ROUTES
 from shared.settings import Settings
+from shared.tenant import TenantPaths
 from tests.gateway_stack import Stack, assert_problem, eventually, stack  # noqa: F401
 from tests.test_spool import drain
 
@@ -133,7 +135,7 @@ def test_a_write_that_was_stored_is_billed_though_its_client_left(stack: Stack) 
         assert len(set(ids)) == len(ids)
 
 
-def test_usage_answers_the_rollups_of_the_window_and_the_size_on_disk(stack: Stack) -> None:  # noqa: F811
+def test_usage_answers_the_rollups_of_the_window_and_what_is_kept_now(stack: Stack) -> None:  # noqa: F811
     """Hours that begin in [from, to); the default is this month; another tenant's hours never count."""
     tenant, other = stack.tenant(), stack.tenant()
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
@@ -152,6 +154,10 @@ def test_usage_answers_the_rollups_of_the_window_and_the_size_on_disk(stack: Sta
         }  # fmt: skip
         assert (month["api_calls"], month["search_queries"], month["memories_created"]) == (5, 2, 1)
         assert month["tenant_id"] == tenant and month["storage_bytes"] > 4_096
+        with TenantPaths.of(stack.settings.tenants_dir, tenant).lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # as a restore that swaps: the counters are told all the same
+            swapped = api.get("/v1/usage").json()
+            assert swapped["api_calls"] == 5 and swapped["storage_bytes"] is None
         ever = api.get("/v1/usage", params={"from": "2020-01-01T00:00:00Z", "to": "2100-01-01"}).json()
         assert ever["api_calls"] == 12
         unescaped = api.get("/v1/usage?from=2020-01-01T00:00:00+00:00&to=2100-01-01T00:00:00+00:00")

@@ -1,13 +1,23 @@
-"""storage_bytes: what is measured is what lies on disk, and it is kept beside the counts without touching them."""
+"""storage_bytes: what a tenant keeps, not what its files take, kept beside the counts without touching them."""
 
 from __future__ import annotations
 
+import fcntl
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
-from gateway import quota
-from shared import metering, registry, storage
+import pytest
+
+from shared import fingerprint, metering, registry, storage
 from shared.control_plane import ControlPlane
-from tests.core_fixtures import World, event
+from shared.engine import memories
+from shared.engine.database import TenantDatabase
+from shared.engine.memories import NewMemory
+from shared.errors import TenantDatabaseUnavailable
+from shared.tenant import TenantPaths
+from tests.core_fixtures import World, add_memories, event
 from tests.metering_fixtures import at_once, check_counted, query, segment
 
 pytest_plugins = ("tests.core_fixtures",)
@@ -26,9 +36,20 @@ def kept(control_plane: ControlPlane, tenant_id: str) -> list[tuple[object, ...]
     ]
 
 
-def on_disk(world: World) -> int:
-    directory = world.paths.root / "generations" / f"{world.paths.generation():06d}"
-    return sum(file.stat().st_size for file in directory.iterdir() if file.name in ("engram.db", "engram.db-wal"))
+def emptied(paths: TenantPaths, *, leave: int = 0) -> None:
+    with closing(TenantDatabase(paths)) as database, database.read() as connection:
+        found = [row[0] for row in connection.execute("SELECT id FROM memories")]
+        for memory_id in found[leave:]:
+            with database.write() as writing:
+                memories.delete(writing, memory_id)
+
+
+@contextmanager
+def swapped(paths: TenantPaths) -> Iterator[None]:
+    """As a restore holds it: nobody can be inside."""
+    with paths.lock.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def test_the_last_measurement_stands_in_the_hour_and_the_day_and_counts_stay(world: World) -> None:
@@ -36,21 +57,88 @@ def test_the_last_measurement_stands_in_the_hour_and_the_day_and_counts_stay(wor
     segment(world.settings, [event(world.tenant_id)])
     list(metering.drain_all(world.control_plane, world.settings))
     storage.measure(world.control_plane, world.settings)
-    small = on_disk(world)
+    small = storage.storage_bytes(world.paths)
     assert kept(world.control_plane, world.tenant_id) == [(small, 1)] * 2
     world.write(*("x" * 5_000 for _ in range(50)))
     storage.measure(world.control_plane, world.settings)
-    assert on_disk(world) > small
+    assert storage.storage_bytes(world.paths) > small + 250_000
     segment(world.settings, [event(world.tenant_id)])
     list(metering.drain_all(world.control_plane, world.settings))
-    assert kept(world.control_plane, world.tenant_id) == [(on_disk(world), 2)] * 2
+    assert kept(world.control_plane, world.tenant_id) == [(storage.storage_bytes(world.paths), 2)] * 2
 
 
-def test_a_quota_judges_the_number_that_is_measured(world: World) -> None:
-    """What a customer is refused for and what they are shown must not be two things."""
-    world.write("one")
-    assert quota.storage_bytes is storage.storage_bytes
-    assert storage.storage_bytes(world.paths) == on_disk(world)
+def test_what_is_deleted_no_longer_counts(world: World) -> None:
+    """Though SQLite never gives a page of the file back, and each delete adds to the index at first."""
+    empty = storage.storage_bytes(world.paths)
+    world.write(*(f"{secrets.token_hex(4)} " * 500 for _ in range(40)))
+    full = storage.storage_bytes(world.paths)
+    emptied(world.paths, leave=20)
+    assert storage.storage_bytes(world.paths) < empty + 0.7 * (full - empty)
+    emptied(world.paths)
+    assert storage.storage_bytes(world.paths) < empty + 40_000
+    assert storage.volume_bytes(world.paths) >= full > empty + 180_000
+
+
+def test_the_wal_counts_for_the_pages_it_adds_and_not_for_copies(world: World) -> None:
+    with closing(TenantDatabase(world.paths, autocheckpoint_pages=1_000_000)) as database:
+        before, file_bytes = storage.storage_bytes(world.paths), world.paths.database.stat().st_size
+        for n in range(200):
+            with database.write() as connection:
+                connection.execute("UPDATE meta SET value = ? WHERE key = 'created_at'", (str(n),))
+        assert database.wal_bytes() > 200 * 4_096
+        assert storage.storage_bytes(world.paths) == before
+        with database.write() as connection:
+            memories.create(connection, NewMemory("x" * 100_000))
+        assert storage.storage_bytes(world.paths) >= before + 100_000
+        assert world.paths.database.stat().st_size == file_bytes, "all of it is in the WAL"
+        kept_before = storage.storage_bytes(world.paths)
+        database.checkpoint()
+        assert storage.storage_bytes(world.paths) == kept_before
+
+
+def test_what_is_asked_for_often_is_opened_only_when_it_may_matter(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is swapped nobody can open it: so what is answered then was told from `stat`s, or is the last one."""
+    monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", -1.0)
+    world.write(*("x" * 5_000 for _ in range(50)))
+    emptied(world.paths)
+    kept, files = storage.storage_bytes(world.paths), storage.volume_bytes(world.paths)
+    assert kept < files
+    with swapped(world.paths):
+        below = storage.measured_again(world.paths, None, below=files + 1)
+        assert kept <= below.storage_bytes <= files
+        assert storage.measured_again(world.paths, None, below=files).storage_bytes == 0, "never read: nobody is judged"
+    last = storage.measured_again(world.paths, below, below=files)
+    assert last.storage_bytes == kept, "what was only told from `stat`s is measured once it matters"
+    with swapped(world.paths):
+        assert storage.measured_again(world.paths, last, below=1) == last
+    world.write("y" * 50_000)
+    with swapped(world.paths):
+        assert storage.measured_again(world.paths, last, below=1) == storage.Measurement(kept)
+    grown = storage.measured_again(world.paths, last, below=1)
+    assert grown.storage_bytes == storage.storage_bytes(world.paths) > kept
+    shutil.rmtree(world.paths.root)
+    assert storage.measured_again(world.paths, grown, below=1) == storage.Measurement(0)
+    with pytest.raises(TenantDatabaseUnavailable):
+        storage.storage_bytes(world.paths)
+
+
+def test_a_database_that_cannot_be_read_keeps_no_other_from_being_measured(world: World) -> None:
+    """Nothing is written for it: what was measured last stands."""
+    other = f"{world.tenant_id}-other"
+    registry.create(world.control_plane, world.settings, other)
+    storage.measure(world.control_plane, world.settings)
+    before = kept(world.control_plane, world.tenant_id)
+    world.paths.database.resolve().write_bytes(b"no database" * 1_000)
+    add_memories(TenantPaths.of(world.settings.tenants_dir, other), "x" * 50_000)
+    with swapped(TenantPaths.of(world.settings.tenants_dir, other)):
+        assert storage.measure(world.control_plane, world.settings).unread == 2
+    measured = storage.measure(world.control_plane, world.settings)
+    assert measured.unread == 1
+    assert kept(world.control_plane, world.tenant_id) == before
+    gauge = storage.storage_bytes(TenantPaths.of(world.settings.tenants_dir, other))
+    assert kept(world.control_plane, other) == [(gauge, 0)] * 2
 
 
 def test_only_active_tenants_of_this_machine_are_measured_and_a_missing_database_is_not_zero(world: World) -> None:
@@ -63,7 +151,7 @@ def test_only_active_tenants_of_this_machine_are_measured_and_a_missing_database
     elsewhere = world.settings.model_copy(update={"machine_id": f"elsewhere-{world.tenant_id}"})
     assert storage.measure(world.control_plane, elsewhere) == storage.Measured(0, 0, 0)
     assert storage.measure(world.control_plane, world.settings).missing >= 1
-    assert kept(world.control_plane, world.tenant_id) == [(on_disk(world), 0)] * 2
+    assert kept(world.control_plane, world.tenant_id) == [(storage.storage_bytes(world.paths), 0)] * 2
     assert [kept(world.control_plane, name) for name in names.values()] == [[(None, None)] * 2] * 2
 
 

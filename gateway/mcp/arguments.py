@@ -48,7 +48,7 @@ class Deleted(msgspec.Struct):
 
 
 class Stats(msgspec.Struct):
-    """`by_type` counts the memories of each `memory_type`; `storage_bytes` is the size on disk now."""
+    """`by_type` counts the memories of each `memory_type`; `storage_bytes` is what `/v1/usage` says."""
 
     memories: int
     by_type: dict[str, int]

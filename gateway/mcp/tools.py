@@ -42,8 +42,7 @@ from gateway.services import Services
 from shared.engine import memories
 from shared.engine.memories import Changes, NewMemory
 from shared.engine.schema import schema_version
-from shared.storage import storage_bytes
-from shared.tenant import TenantPaths
+from shared.storage import kept_bytes
 
 
 class Call(NamedTuple):
@@ -187,12 +186,10 @@ async def _search(call: Call, data: Search) -> Result:
 
 
 async def _stats(call: Call, _: NoArguments) -> Result:
-    paths = TenantPaths.of(call.services.settings.tenants_dir, call.tenant_id)
-
     def job(connection: sqlite3.Connection) -> Result:
         by_type = memories.count_by_type(connection)
         total = sum(by_type.values())
-        return Result.of(Stats(total, by_type, schema_version(connection), storage_bytes(paths)))
+        return Result.of(Stats(total, by_type, schema_version(connection), kept_bytes(connection)))
 
     return await call.services.pool.read(call.tenant_id, job)
 
@@ -256,7 +253,7 @@ TOOLS = {
         ),
         Tool(
             "memory_stats",
-            "How many memories there are, how many of each type, and the size of their database.",
+            "How many memories there are, how many of each type, and how many bytes they take.",
             _READ,
             _LIST_COST,
             NoArguments,

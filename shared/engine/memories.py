@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from shared.engine import full_text
 from shared.errors import Permanent, UnknownMemory
 from shared.ids import new_text_id
 
@@ -179,6 +180,7 @@ def delete(connection: sqlite3.Connection, memory_id: str) -> None:
     """Remove a memory with its versions and tags. Raises `UnknownMemory`. Inside `TenantDatabase.write()`."""
     if connection.execute("DELETE FROM memories WHERE id = ?", (memory_id,)).rowcount == 0:
         raise UnknownMemory(f"no memory {memory_id:.80}")
+    full_text.thin_out(connection)
 
 
 def page(

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from shared.playbook.action import Context, Finding, Outcome, Request
-from shared.storage import storage_bytes
+from shared.storage import volume_bytes
 from shared.tenant import TenantPaths, tenants_on_disk
 
 FREE_SHARE = 0.1
@@ -46,7 +46,7 @@ def health(context: Context, request: Request, _: Any) -> Outcome:
     if request.tenant_id is not None:
         of_tenant = TenantPaths.of(settings.tenants_dir, request.tenant_id)
         wal_bytes = _wal_bytes(of_tenant)
-        size = storage_bytes(of_tenant)
+        size = volume_bytes(of_tenant)
         findings += [
             Finding("database (bytes)", size, "above 0", size > 0),
             Finding("its WAL (bytes)", wal_bytes, f"at most {WAL_BYTES}", wal_bytes <= WAL_BYTES),
