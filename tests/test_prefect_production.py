@@ -314,6 +314,24 @@ def test_a_restore_never_waits_behind_backups(production: Production, places: Pl
     assert production.state(places.waiting) == "SCHEDULED"
 
 
+def test_a_start_whose_answer_is_lost_starts_one_run(production: Production) -> None:
+    """Asked again under the same key, Prefect gives back the run that it has made."""
+    lost: list[httpx.Response] = []
+
+    def lose_the_first(answer: httpx.Response) -> None:
+        if answer.request.url.path.endswith("/create_flow_run") and not lost:
+            lost.append(answer)
+            raise httpx.ReadError("the connection was reset")
+
+    api, said = PrefectApi(production.settings()), list[str]()
+    api._http.event_hooks["response"].append(lose_the_first)
+    found = api.start("restore/restore", {"tenant_id": "asked-twice"}, machine_id="nowhere", say=said.append)
+    waiting = production.runs(flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}, limit=200)
+    assert [run["id"] for run in waiting if run["parameters"].get("tenant_id") == "asked-twice"] == [found.id]
+    assert len(lost) == len(said) == 1
+    assert api.start("restore/restore", {"tenant_id": "asked-twice"}, machine_id="nowhere").id != found.id
+
+
 def test_runs_go_on_when_a_replica_is_killed(production: Production, places: Places, worker: Child) -> None:
     """Worker and runs were talking to the one that dies; the other knows what it knew. Those that run end as they
     should, and what waited is taken up."""
