@@ -34,7 +34,7 @@ class RunFailed(Permanent):
 
 
 class NotPickedUp(Transient):
-    """No worker started the run in time; it stays scheduled."""
+    """No worker started the run in time; it stays scheduled, or pending until the sweep gives it up."""
 
 
 class Away(Transient):
@@ -191,7 +191,10 @@ class PrefectApi:
                 return
             waited = time.monotonic() - started
             if seen.state in ("SCHEDULED", "PENDING") and waited - away_seconds > pick_up_seconds:
-                raise NotPickedUp(f"no worker picked up {seen.url} within {pick_up_seconds:g} s; it stays scheduled")
+                late = f"{seen.url} within {pick_up_seconds:g} s"
+                if seen.state == "PENDING":
+                    raise NotPickedUp(f"a worker took up and did not begin {late}; it may yet, or the sweep ends it")
+                raise NotPickedUp(f"no worker picked up {late}; it stays scheduled")
             if waited > run_seconds:
                 raise Transient(f"{seen.url} still runs after {run_seconds:g} s; it goes on")
             time.sleep(_POLL_SECONDS)
