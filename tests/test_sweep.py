@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from shared.fence import RestoreMutex
 from shared.previous import seal
 from shared.sweep import sweep_disk, sweep_records
 from shared.tenant import TenantPaths
-from tests.core_fixtures import LIVE, OLD, World, contents_of, new_world, settings_in, start_child
+from tests.core_fixtures import LIVE, OLD, ROOT, World, contents_of, free_ports, new_world, settings_in, start_child
 from tests.crash_fixtures import undo
 from tests.restore_fixtures import (
     begun,
@@ -297,3 +299,28 @@ def test_as_many_databases_from_before_are_kept_as_are_asked_for(backed: World, 
     files = sorted(backed.paths.generations.glob("*/engram.db"))
     assert [contents_of(file) for file in files] == [*befores[-kept:], OLD]
     assert previous(backed) == befores[-1]
+
+
+@pytest.mark.parametrize("control_plane", ["there", "away"])
+def test_the_command_repairs_without_prefect_and_says_what_it_left(backed: World, control_plane: str) -> None:
+    """The runbook's one command: a tenant that answers 503 does not wait for Prefect, nor for PostgreSQL."""
+    with run_until(backed, "swap") as (_, restore_id):
+        pass
+    url = backed.settings.control_plane_url.get_secret_value()
+    away = "postgresql://nobody@127.0.0.1:1/none"
+    given = {
+        "ENGRAM_DATA_DIR": str(backed.settings.data_dir),
+        "ENGRAM_CONTROL_PLANE_URL": url if control_plane == "there" else away,
+        "ENGRAM_CONTROL_PLANE_CONNECT_TIMEOUT_SECONDS": "0.2" if control_plane == "away" else "20",
+        "ENGRAM_OBJECT_STORE_URL": f"file://{backed.settings.data_dir}/objects",
+        "PREFECT_API_URL": f"http://127.0.0.1:{free_ports(1)[0]}/api",
+    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
+    command = [sys.executable, "-m", "deployments.cli", "sweep", "--json"]
+    done = subprocess.run(command, env=kept | given, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1 and "Prefect does not answer" in done.stderr.splitlines()[-1], done.stderr
+    result = json.loads(done.stdout)
+    assert {one["what"] for one in result["swept"]} == {backed.tenant_id}
+    assert len(result["not_done"]) == (1 if control_plane == "there" else 2)
+    backed.write("let in")
+    assert row(backed, restore_id)["state"] == ("restored" if control_plane == "there" else "running")

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import Permanent
+from shared.errors import Transient
 
 if TYPE_CHECKING:
     from shared.control_plane import ControlPlane
     from shared.settings import Settings
+
+
+class PrefectAway(Transient):
+    """The flow could not be run, or could not be told of to its end: Prefect does not answer."""
 
 
 @contextmanager
@@ -30,8 +34,10 @@ def control_plane() -> Iterator[tuple[Settings, ControlPlane]]:
 def run_flow(load: Callable[[], Any], /, **parameters: Any) -> tuple[Any, str | None]:
     """Run a flow in this process, visible in Prefect; its result and, if it failed, the cause in one line.
 
-    `load` imports the flow: Prefect reads its environment when it is first imported.
+    `load` imports the flow: Prefect reads its environment when it is first imported. Raises `PrefectAway`.
     """
+    import httpx
+
     from deployments.parts import child_environment
     from deployments.running import running_settings
     from shared.settings import settings as cached
@@ -43,8 +49,12 @@ def run_flow(load: Callable[[], Any], /, **parameters: Any) -> tuple[Any, str | 
     from deployments.orchestration import http_ok
 
     if not http_ok(f"{settings.prefect_api_url.rstrip('/')}/health"):
-        raise Permanent(f"Prefect does not answer at {settings.prefect_api_url}")
-    state = load()(**parameters, return_state=True)
+        raise PrefectAway(f"Prefect does not answer at {settings.prefect_api_url}")
+    try:
+        state = load()(**parameters, return_state=True)
+    except httpx.HTTPError as e:  # a flow's own failure is a state
+        cause = " ".join(str(e).split()) or type(e).__name__
+        raise PrefectAway(f"Prefect does not answer any more ({cause}); what was done before is done") from e
     result = state.result(raise_on_failure=False)
     if state.is_completed():
         return result, None

@@ -1,4 +1,4 @@
-"""`engram restore`, `engram restore-undo`, `engram sweep`.
+"""`engram restore`, `engram restore-undo`.
 
 A restore starts the Prefect deployment and follows it, so it survives this terminal; what is said in the end is what
 its row in `restores` says (`deployments.cli.following`).
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     app.command()(restore)
     app.command("restore-undo")(restore_undo)
-    app.command()(sweep)
 
 
 def restore(
@@ -76,24 +75,6 @@ def restore_undo(
         elif dry_run:
             raise Refused(f"the database before the last restore of {tenant_id} is on machine {machine_id}; look there")
         _run(settings, control_plane, tenant_id, what, "restore-undo/restore-undo", {}, reason, as_json)
-
-
-def sweep(as_json: Json = False) -> None:
-    """Finish or undo whatever dead restores and moves left on this machine, now."""
-
-    def load() -> Any:
-        from flows.sweep import sweep as flow
-
-        return flow
-
-    result, error = beside.run_flow(load)
-    if error:
-        raise Permanent(error)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(("tenant or run", "found", "done"), [(s["what"], s["found"], s["done"]) for s in result["swept"]])
-        note(f"{len(result['swept'])} traces of dead runs")
 
 
 def _run(
