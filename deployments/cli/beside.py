@@ -36,8 +36,6 @@ def run_flow(load: Callable[[], Any], /, **parameters: Any) -> tuple[Any, str | 
 
     `load` imports the flow: Prefect reads its environment when it is first imported. Raises `PrefectAway`.
     """
-    import httpx
-
     from deployments.parts import child_environment
     from deployments.running import running_settings
     from shared.settings import settings as cached
@@ -52,8 +50,10 @@ def run_flow(load: Callable[[], Any], /, **parameters: Any) -> tuple[Any, str | 
         raise PrefectAway(f"Prefect does not answer at {settings.prefect_api_url}")
     try:
         state = load()(**parameters, return_state=True)
-    except httpx.HTTPError as e:  # a flow's own failure is a state
-        cause = " ".join(str(e).split()) or type(e).__name__
+    except Exception as e:  # a flow's own failure is a state
+        if not _is_of_prefect(e):
+            raise
+        cause = " ".join(str(e).split())[:200] or type(e).__name__
         raise PrefectAway(f"Prefect does not answer any more ({cause}); what was done before is done") from e
     result = state.result(raise_on_failure=False)
     if state.is_completed():
@@ -61,3 +61,14 @@ def run_flow(load: Callable[[], Any], /, **parameters: Any) -> tuple[Any, str | 
     if isinstance(result, BaseException):
         return None, str(result)
     return result, str(state.message)
+
+
+def _is_of_prefect(error: BaseException | None) -> bool:
+    """Whether it came from asking Prefect: httpx's, or what Prefect's client makes of that before it asks anything."""
+    import httpx
+
+    while error is not None:
+        if isinstance(error, httpx.HTTPError) or str(error).startswith("Failed to reach API"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
