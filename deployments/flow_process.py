@@ -4,6 +4,9 @@ Without a command the worker starts each run as two Pythons, one after the other
 deployment's pull steps, of which there are none here, and becomes the second, which has to import Prefect again. That
 costs every run a second of a core before its first step.
 
+One that comes late, of a worker that stood still, finds that its run has ended or is due once more (`flows.unbegun`),
+and leaves it: Prefect itself would let it begin.
+
 A session of its own, as the first Python would have made: a signal to the worker's group is not for its runs.
 
 `--yielding` is for the runs that may wait (backups, drills, verification, reports): they compress, encrypt and hash for
@@ -35,7 +38,22 @@ def main() -> None:
         leave_the_cpu_to_others()
     with uncollected():
         import prefect.flow_engine  # noqa: F401
+    if not wanted(os.environ.get("PREFECT__FLOW_RUN_ID")):
+        return
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+def wanted(run_id: str | None) -> bool:
+    """Whether the run is still this process's to begin. Raises when Prefect cannot be asked, as the engine would."""
+    if run_id is None:
+        return True  # the engine says what is wrong
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(UUID(run_id)).state
+    return state is None or not (state.is_final() or state.is_scheduled())
 
 
 def leave_the_cpu_to_others() -> None:

@@ -8,7 +8,8 @@ hour's, and at least three runs of each schedule). So, twice:
 - `superseded`, the first step of every scheduled flow: also when the server comes back under a worker that stayed.
 
 Runs that somebody asked for are never touched, however late, nor those that somebody asked for again: they ran before.
-A run that failed stands in for none.
+A run that failed stands in for none. One that a worker took up does: it begins, or the sweep has it due once more
+(`flows.unbegun`), and then it is looked at here like any other.
 """
 
 import asyncio
@@ -48,7 +49,7 @@ def superseded() -> State[Any] | None:
     """Cancelled when this is a scheduled run so late that the next one of its schedule is due as well, else None."""
     context = FlowRunContext.get()
     mine = context.flow_run if context else None
-    if mine is None or _schedule(mine) is None or mine.run_count > 1 or _due(mine) > datetime.now(UTC) - LATE:
+    if mine is None or schedule_of(mine) is None or mine.run_count > 1 or _due(mine) > datetime.now(UTC) - LATE:
         return None
     later = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[_deployment(mine)]),
@@ -59,7 +60,7 @@ def superseded() -> State[Any] | None:
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=later, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE)
     for run in found:
-        if _schedule(run) == _schedule(mine) and run.state_type not in _NOT_DONE:
+        if schedule_of(run) == schedule_of(mine) and run.state_type not in _NOT_DONE:
             return _missed(run)
     return None
 
@@ -113,7 +114,7 @@ async def _late(client: PrefectClient) -> Any:
             flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE, offset=offset
         )
         for run in page:
-            if _schedule(run) is not None and run.run_count == 0:
+            if schedule_of(run) is not None and run.run_count == 0:
                 yield run
         if len(page) < _PAGE:
             return
@@ -121,13 +122,15 @@ async def _late(client: PrefectClient) -> Any:
 
 def _by_schedule(late: list[FlowRun]) -> Iterator[tuple[FlowRun, list[FlowRun]]]:
     """The newest run of each schedule that has several, and its others."""
-    for _, runs in groupby(sorted(late, key=lambda run: str(_schedule(run))), key=_schedule):  # keeps the order inside
+    for _, runs in groupby(
+        sorted(late, key=lambda run: str(schedule_of(run))), key=schedule_of
+    ):  # keeps the order inside
         newest, *surplus = runs
         if surplus:
             yield newest, surplus
 
 
-def _schedule(run: FlowRun) -> tuple[UUID, UUID | None] | None:
+def schedule_of(run: FlowRun) -> tuple[UUID, UUID | None] | None:
     """Which schedule made it; None for a run that somebody asked for."""
     if not run.auto_scheduled or run.deployment_id is None:
         return None

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
-from flows import artifact, policy
+from flows import artifact, policy, unbegun
 from flows.core import configuration, control_plane
 from flows.missed import superseded
 from shared import move_settle, queues
@@ -45,19 +45,26 @@ def records(found: list[Swept]) -> list[Swept]:
 
 @task(name="runs", **policy.READ)
 def runs(found: list[Swept]) -> list[Swept]:
-    """End runs whose process, on this machine, is gone: they would say Running, or Cancelling, for ever."""
+    """End runs whose process, on this machine, is gone: they would say Running, or Cancelling, for ever. Settle those
+    that no process began, of any machine."""
     marked: list[Swept] = []
     unfinished = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)))
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=unfinished, limit=200):
-            if str(run.id) != flow_run.get_id() and _process_is_gone(run) and (end := _end(client, run)):
+            if str(run.id) != flow_run.get_id() and (end := _end(client, run)):
                 client.set_flow_run_state(run.id, end, force=True)
-                marked.append(Swept(run.name, "run of a dead process", f"marked {end.name}"))
+                marked.append(Swept(run.name, "run without a process", f"marked {end.name}"))
     return [*found, *marked]
 
 
 def _end(client: SyncPrefectClient, run: FlowRun) -> State[Any] | None:
-    """How a run without a process ended; None when it said so itself after it was listed."""
+    """What a run without a process is to be; None when it has one, or said so itself after it was listed."""
+    patience = configuration().prefect_pick_up_seconds
+    if unbegun.given_up(run, patience):
+        now = client.read_flow_run(run.id)
+        return unbegun.settled(now) if unbegun.given_up(now, patience) else None
+    if not _process_is_gone(run):
+        return None
     match client.read_flow_run(run.id).state_type:
         case StateType.CANCELLING:
             return Cancelled(message="its process is gone (sweep)")

@@ -54,7 +54,7 @@ from gateway.pulse import Pulse
 from gateway.scheduling import take_turns
 from gateway.silence import STOPPING, speaks_http2
 from gateway.supervisor import Supervisor
-from shared import counters
+from shared import counters, workers
 from shared.ending import ends_with
 from shared.errors import Permanent, exit_code
 from shared.limits import Watch
@@ -123,6 +123,7 @@ def serve(settings: Settings) -> None:
         log_access=False,
         silence_seconds=settings.worker_silence_seconds,
         restart_asked=_restart_asked(settings),
+        given_up=partial(workers.say_not_replaced, settings),
         workers_kill_timeout=settings.gateway_kill_timeout_seconds,
     )
     server.serve(target_loader=partial(load, settings, os.getpid()), wrap_loader=False)

@@ -55,14 +55,22 @@ class Supervisor(MPServer):
     """Overrides what Granian calls from `serve`: how a worker is made, and the loop that waits for one to die."""
 
     def __init__(
-        self, target: str, *, silence_seconds: float, restart_asked: Callable[[], tuple[str, int]], **options: Any
+        self,
+        target: str,
+        *,
+        silence_seconds: float,
+        restart_asked: Callable[[], tuple[str, int]],
+        given_up: Callable[[str, str], None] = lambda _asked, _cause: None,
+        **options: Any,
     ) -> None:
         """`restart_asked` is the id of the newest wish for new workers, empty when there is none, and the process id of
-        the worker that goes last, if it is one: who asked."""
+        the worker that goes last, if it is one: who asked. `given_up` is told such an id, and why no more workers are
+        replaced for it."""
         super().__init__(target, **options)
         self._silence_seconds = silence_seconds
         self._restart_asked = restart_asked
         self._restarted, _ = restart_asked()
+        self._given_up = given_up
         self._to_replace: deque[int] = deque()
         self._arriving: Any = None  # a worker, beside the first of `_to_replace`
         self._arrived_at = 0.0
@@ -158,7 +166,9 @@ class Supervisor(MPServer):
             self._arriving.start()
             self._arrived_at, self._first_beat = now, 0.0
         elif not self._arriving.is_alive() or now - self._arrived_at > START_SECONDS:
+            how = "died before it served" if not self._arriving.is_alive() else f"did not serve in {START_SECONDS:g} s"
             logger.error(f"The new worker-{idx + 1} does not serve; the workers there are are kept")
+            self._given_up(self._restarted, f"a new worker {how}; the workers there are are kept")
             self._arriving.kill()
             self._arriving.join()
             self._beats[place] = self._beats[2 * self.workers + self._places[idx]] = 0.0

@@ -3,6 +3,7 @@
     {data_dir}/run/workers/PID         locked (flock) by that worker while it lives; holds the version it obeys, and
                                        which of its events are not in the spool yet (`Spooled`)
     {data_dir}/run/workers/PID.json    what it says of itself (`Report`): its keys, what it did, its busiest tenants
+    {data_dir}/run/workers/replacing   the wish for new workers that the supervisor gave up last, and why
 
 The lock is the truth about who lives: the kernel drops it with its holder, whatever killed it. A reader removes the
 files of the dead.
@@ -27,6 +28,7 @@ from shared.settings import Settings
 _BYTES = 32  # of the version; behind it, aligned, so that it is written and read at once:
 _SPOOLED = struct.Struct("=qq")
 _OLDER_SECONDS = 60.0
+_REPLACING = "replacing"
 POLL_SECONDS = 0.05
 log = get_logger("workers")
 
@@ -198,6 +200,26 @@ def wait_until_said(settings: Settings, check: Callable[[Report], bool], timeout
         if all(found.values()) or time.monotonic() >= deadline:
             return found
         time.sleep(POLL_SECONDS)
+
+
+def say_not_replaced(settings: Settings, asked: str, cause: str) -> None:
+    """The supervisor's word on the wish of that id. One that cannot be written is waited for in vain, no more."""
+    path = _directory(settings) / _REPLACING
+    new = path.with_name(f".{path.name}")
+    try:
+        new.write_text(f"{asked} {cause}")
+        new.rename(path)
+    except OSError as e:
+        log.error("not_replaced_unwritten", cause=e.strerror)
+
+
+def not_replaced(settings: Settings, asked: str) -> str | None:
+    """Why the supervisor gave this wish for new workers up; None as long as it did not."""
+    try:
+        of, _, cause = (_directory(settings) / _REPLACING).read_text().partition(" ")
+    except OSError:
+        return None
+    return cause if of == asked else None
 
 
 def _report_of(path: Path) -> Path:

@@ -8,6 +8,7 @@ import base64
 import os
 import signal
 import ssl
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from deployments.bridge import Alert, event_of, to_prefect
 from deployments.prefect_api import PrefectApi
 from deployments.process import Child
 from flows import missed as missed_runs
+from flows import sweep as sweep_flow
 from shared import queues
 from shared.errors import Permanent, Transient
 from shared.settings import Settings
@@ -233,6 +235,45 @@ def test_what_was_missed_under_a_worker_that_stayed_is_run_once(production: Prod
     assert production.state(newest) == "FAILED", "it did its work: there is no backup to test"
 
 
+def test_a_run_that_a_worker_took_up_and_nobody_began_is_settled(
+    production: Production, worker: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker died between the two: nobody has it, and no pid says so. Who asked for a run hears of it; one of a
+    schedule is done after all. Neither happens to a run that is about to begin, or that has a process."""
+    pending = {"state": {"type": "PENDING", "name": "Pending"}}
+    asked, begun = (production.start_run("restore/restore", {"tenant_id": "nobody"}, **pending) for _ in range(2))
+    due = production.start_run("slo-report/slo-report", {}, **pending)
+    production.call("PATCH", f"flow_runs/{begun}", {"infrastructure_pid": "elsewhere:1"})
+    production.rows("UPDATE flow_run SET auto_scheduled = true, expected_start_time = now() WHERE id = %s", due)
+
+    def swept(pick_up_seconds: float) -> set[str]:
+        settings = production.settings(prefect_pick_up_seconds=pick_up_seconds)
+        monkeypatch.setattr(sweep_flow, "configuration", lambda: settings)
+        with temporary_settings({PREFECT_API_URL: production.api(), PREFECT_API_AUTH_STRING: production.auth}):
+            return {one.done for one in sweep_flow.runs.fn([])}
+
+    assert swept(600.0) == set()
+    assert {production.state(run_id) for run_id in (asked, begun, due)} == {"PENDING"}
+    assert swept(0.001) == {"marked Crashed", "marked Scheduled"}
+    assert (production.state(asked), production.state(begun)) == ("CRASHED", "PENDING")
+    assert "ended before it began; nothing was done" in production.call("GET", f"flow_runs/{asked}")["state"]["message"]
+    wait_for(lambda: production.state(due) in ENDED)
+    assert production.call("GET", f"flow_runs/{due}")["run_count"] == 1
+    production.call("DELETE", f"flow_runs/{begun}")
+
+
+def test_a_process_that_comes_after_its_run_was_given_up_leaves_it(production: Production, tmp_path: Path) -> None:
+    """A worker that stood still goes on: somebody was told long ago that this restore had died."""
+    run_id = production.start_run(deploy_busy(production), {"file": str(tmp_path / "none")}, state={"type": "PENDING"})
+    production.call("POST", f"flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    late = [sys.executable, "-m", "deployments.flow_process"]
+    environment = production.environment() | {"PREFECT__FLOW_RUN_ID": run_id}
+    done = subprocess.run(late, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    found = production.call("GET", f"flow_runs/{run_id}")
+    assert (found["state_type"], found["run_count"]) == ("CRASHED", 0)
+
+
 def test_a_run_is_one_process_of_its_own_that_can_be_cancelled(
     production: Production, worker: Child, tmp_path: Path
 ) -> None:
@@ -312,6 +353,24 @@ def test_a_restore_never_waits_behind_backups(production: Production, places: Pl
     assert queue == queues.urgent(MACHINE)
     assert [production.state(run_id) for run_id in places.held] == ["RUNNING"] * WORKER_LIMIT
     assert production.state(places.waiting) == "SCHEDULED"
+
+
+def test_a_start_whose_answer_is_lost_starts_one_run(production: Production) -> None:
+    """Asked again under the same key, Prefect gives back the run that it has made."""
+    lost: list[httpx.Response] = []
+
+    def lose_the_first(answer: httpx.Response) -> None:
+        if answer.request.url.path.endswith("/create_flow_run") and not lost:
+            lost.append(answer)
+            raise httpx.ReadError("the connection was reset")
+
+    api, said = PrefectApi(production.settings()), list[str]()
+    api._http.event_hooks["response"].append(lose_the_first)
+    found = api.start("restore/restore", {"tenant_id": "asked-twice"}, machine_id="nowhere", say=said.append)
+    waiting = production.runs(flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}, limit=200)
+    assert [run["id"] for run in waiting if run["parameters"].get("tenant_id") == "asked-twice"] == [found.id]
+    assert len(lost) == len(said) == 1
+    assert api.start("restore/restore", {"tenant_id": "asked-twice"}, machine_id="nowhere").id != found.id
 
 
 def test_runs_go_on_when_a_replica_is_killed(production: Production, places: Places, worker: Child) -> None:

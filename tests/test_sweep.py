@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from shared.fence import RestoreMutex
 from shared.previous import seal
 from shared.sweep import sweep_disk, sweep_records
 from shared.tenant import TenantPaths
-from tests.core_fixtures import LIVE, OLD, World, contents_of, new_world, settings_in, start_child
+from tests.core_fixtures import LIVE, OLD, ROOT, World, contents_of, free_ports, new_world, settings_in, start_child
 from tests.crash_fixtures import undo
 from tests.restore_fixtures import (
     begun,
@@ -28,6 +31,7 @@ from tests.restore_fixtures import (
     previous,
     swapped,
 )
+from tests.test_following import Scripted, serving
 
 pytest_plugins = ("tests.core_fixtures",)
 
@@ -297,3 +301,56 @@ def test_as_many_databases_from_before_are_kept_as_are_asked_for(backed: World, 
     files = sorted(backed.paths.generations.glob("*/engram.db"))
     assert [contents_of(file) for file in files] == [*befores[-kept:], OLD]
     assert previous(backed) == befores[-1]
+
+
+def engram_sweep(world: World, prefect_url: str, **more: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ENGRAM_", "PREFECT_"))}
+    given = {
+        "ENGRAM_DATA_DIR": str(world.settings.data_dir),
+        "ENGRAM_CONTROL_PLANE_URL": world.settings.control_plane_url.get_secret_value(),
+        "ENGRAM_OBJECT_STORE_URL": f"file://{world.settings.data_dir}/objects",
+        "PREFECT_API_URL": prefect_url,
+    }
+    command = [sys.executable, "-m", "deployments.cli", "sweep", "--json"]
+    return subprocess.run(
+        command, env=kept | given | more, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+@pytest.mark.parametrize("control_plane", ["there", "away"])
+def test_the_command_repairs_without_prefect_and_says_what_it_left(backed: World, control_plane: str) -> None:
+    """The runbook's one command: a tenant that answers 503 does not wait for Prefect, nor for PostgreSQL."""
+    with run_until(backed, "swap") as (_, restore_id):
+        pass
+    away = {
+        "ENGRAM_CONTROL_PLANE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "ENGRAM_CONTROL_PLANE_CONNECT_TIMEOUT_SECONDS": "0.2",
+    }
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}/api"
+    done = engram_sweep(backed, nobody, **(away if control_plane == "away" else {}))
+    assert done.returncode == 1 and "Prefect does not answer" in done.stderr.splitlines()[-1], done.stderr
+    result = json.loads(done.stdout)
+    assert {one["what"] for one in result["swept"]} == {backed.tenant_id}
+    assert len(result["not_done"]) == (1 if control_plane == "there" else 2)
+    backed.write("let in")
+    assert row(backed, restore_id)["state"] == ("restored" if control_plane == "there" else "running")
+
+
+class Dying(Scripted):
+    """A Prefect that was healthy when it was asked, and answers nothing after that, or after it was asked who it is."""
+
+    def answer(self, method: str, path: str, body: dict[str, object]) -> tuple[int, object] | None:
+        if path.endswith("/health"):
+            return 200, True
+        return (200, version("prefect")) if path.endswith("/version") and self.looks else (500, {})
+
+
+@pytest.mark.parametrize("looks", [(), ("RUNNING",)])
+def test_the_command_repairs_also_when_prefect_goes_away_under_it(backed: World, looks: tuple[str, ...]) -> None:
+    with run_until(backed, "swap") as (_, restore_id):
+        pass
+    with serving(Dying(*looks)) as url:
+        done = engram_sweep(backed, url, PREFECT_CLIENT_MAX_RETRIES="0")
+    assert done.returncode == 1 and "Prefect does not answer any more" in done.stderr.splitlines()[-1], done.stderr
+    assert [one["what"] for one in json.loads(done.stdout)["swept"]]
+    assert row(backed, restore_id)["state"] == "restored"

@@ -28,6 +28,7 @@ COMMANDS = (
     "retention",
     "keys",
     "restore",
+    "sweep",
     "move",
     "usage",
     "act",

@@ -1,6 +1,7 @@
-"""`engram restore`, `engram restore-undo`, `engram sweep`.
+"""`engram restore`, `engram restore-undo`.
 
-A restore starts the Prefect deployment and follows it, so it survives this terminal.
+A restore starts the Prefect deployment and follows it, so it survives this terminal; what is said in the end is what
+its row in `restores` says (`deployments.cli.following`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deployments.cli.output import Json, note, print_json, print_table
 from shared.errors import Permanent, Refused
 
 if TYPE_CHECKING:
-    from deployments.prefect_api import PrefectApi, Run
+    from deployments.prefect_api import Run
     from shared.control_plane import ControlPlane
     from shared.plan import Plan
     from shared.settings import Settings
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     app.command()(restore)
     app.command("restore-undo")(restore_undo)
-    app.command()(sweep)
 
 
 def restore(
@@ -77,24 +77,6 @@ def restore_undo(
         _run(settings, control_plane, tenant_id, what, "restore-undo/restore-undo", {}, reason, as_json)
 
 
-def sweep(as_json: Json = False) -> None:
-    """Finish or undo whatever dead restores and moves left on this machine, now."""
-
-    def load() -> Any:
-        from flows.sweep import sweep as flow
-
-        return flow
-
-    result, error = beside.run_flow(load)
-    if error:
-        raise Permanent(error)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(("tenant or run", "found", "done"), [(s["what"], s["found"], s["done"]) for s in result["swept"]])
-        note(f"{len(result['swept'])} traces of dead runs")
-
-
 def _run(
     settings: Settings,
     control_plane: ControlPlane,
@@ -106,22 +88,28 @@ def _run(
     as_json: bool,
 ) -> None:
     """Start the deployment on the tenant's machine, follow it, and print what its row says."""
+    from deployments.cli.following import Following, look_at
     from deployments.prefect_api import PrefectApi
     from shared import registry
 
-    api = PrefectApi(settings)
+    following = Following(
+        PrefectApi(settings),
+        settings,
+        read=lambda run_id: control_plane.row("restore_by_flow_run", flow_run_id=run_id),
+        is_closed=lambda row: row["state"] != "running",
+        look=look_at(tenant_id),
+    )
     parameters |= {
         "tenant_id": tenant_id,
         "reason": reason,
         "requested_by": f"cli {getpass.getuser()}",
     }
     machine_id = registry.get_active(control_plane, tenant_id).machine_id
-    run = api.start(deployment, parameters, machine_id=machine_id)
+    run = following.start(deployment, parameters, machine_id)
     note(f"{what}{'' if machine_id == settings.machine_id else f', on machine {machine_id}'}: {run.url}")
-    ended = follow(api, run, settings.prefect_pick_up_seconds)
-    row = control_plane.row("restore_by_flow_run", flow_run_id=ended.id) or {}
-    if ended.state != "COMPLETED":
-        raise (Refused if row.get("state") == "refused" else Permanent)(row.get("error") or ended.message)
+    ended, row = following.end(run)
+    row = _done(ended, row)
+    said = _said(ended, row)
     previous = settings.tenants_dir / tenant_id / "engram.db.bak"
     result = {
         "restore_id": row["restore_id"],
@@ -134,26 +122,33 @@ def _run(
         "previous": str(previous) if previous.exists() else None,
         "source": row["source"],
         "source_at": row["source_at"],
-        "note": row["note"],
+        "note": said,
     }
-    if row["note"]:
-        note(row["note"])
+    if said:
+        note(said)
     if as_json:
         print_json(result)
     else:
-        note(f"done; writes were held for {row['locked_ms']:.1f} ms; the database before is {result['previous']}")
+        held = "an unknown time" if row["locked_ms"] is None else f"{row['locked_ms']:.1f} ms"
+        note(f"done; writes were held for {held}; the database before is {result['previous']}")
 
 
-def follow(api: PrefectApi, run: Run, pick_up_seconds: float) -> Run:
-    from rich.console import Console
+def _done(ended: Run, row: dict[str, Any] | None) -> dict[str, Any]:
+    """The row of a restore that was done. Raises the cause when it was not: nothing was changed, or it was put back."""
+    if row is None:  # one that begins has a row before it touches anything
+        how = f"{ended.name} ended {ended.state.lower()} and changed nothing itself: {ended.message or ended.url}"
+        raise Permanent(ended.message if ended.state == "FAILED" and ended.message else how)
+    if row["state"] != "restored":
+        cause = row["error"] or (ended.message if ended.ended else "") or f"it was {row['state']}"
+        raise (Refused if row["state"] == "refused" else Permanent)(cause)
+    return row
 
-    seen = run
-    with Console(stderr=True).status("waiting for a worker") as status:
-        for seen in api.follow(run, pick_up_seconds=pick_up_seconds, run_seconds=3600):
-            status.update(f"{seen.name}: {seen.state.lower()}")
-    for name, state in api.steps(run.id):
-        note(f"  {name}: {state.lower()}")
-    return seen
+
+def _said(ended: Run, row: dict[str, Any]) -> str | None:
+    """What there is to know about a restore that was done."""
+    died = ended.ended and ended.state != "COMPLETED"
+    how = f"its run ended {ended.state.lower()} ({ended.message}), after the database was replaced" if died else None
+    return "; ".join(filter(None, (row["note"], how, row["error"]))) or None
 
 
 def _backup_id(chosen: Plan) -> str | None:

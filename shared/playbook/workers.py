@@ -48,7 +48,8 @@ def restart_tenant(context: Context, request: Request, _: Any) -> Outcome:
 
 
 def restart_workers(context: Context, request: Request, _: Any) -> Outcome:
-    """The supervisor starts a new worker, waits until it serves, lets the old one finish what it has, and goes on.
+    """The supervisor starts a new worker, waits until it serves, lets the old one finish what it has, and goes on. A
+    new one that does not come to serve is the end of it: the supervisor says so at once.
 
     Raises `NotRestarted` when no gateway runs here. In a worker (the admin API) that worker goes last, and answers
     while it is on its way out.
@@ -57,17 +58,23 @@ def restart_workers(context: Context, request: Request, _: Any) -> Outcome:
     before = _started(workers.reports(settings))
     if not before:
         raise NotRestarted("no gateway runs on this machine")
-    after = before
-    replaced = request.dry_run
+    after = before if request.dry_run else {}
+    replaced, cause = request.dry_run, None
     if not request.dry_run:
         patience_seconds = REPLACED_SECONDS * (len(before) + 1)
-        limit.once(context, request, "restart_workers", os.getpid(), ttl_seconds=patience_seconds)
+        asked = limit.once(context, request, "restart_workers", os.getpid(), ttl_seconds=patience_seconds)
         deadline = time.monotonic() + REPLACED_SECONDS * len(before)
-        while not replaced and time.monotonic() < deadline:
+        while not replaced and cause is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+            cause = workers.not_replaced(settings, asked.id)  # before: who came until then is seen
             after = {pid: at for pid, at in _started(workers.reports(settings)).items() if pid not in before}
             replaced = len(after) >= len(before)
-    said = f"{len(after)} of {len(before)} workers replaced" if not request.dry_run else f"{len(before)} workers"
+    said = f"{len(before)} workers"
+    living: dict[int, bool] = {}
+    if not request.dry_run:
+        said = f"{len(after)} of {said} replaced{f': {cause}' if cause else ''}"
+        kept = () if replaced else sorted(workers.announced(settings).keys() & before.keys())
+        living = dict.fromkeys(after, True) | dict.fromkeys(kept, False)
     return Outcome(
         action=request.action,
         kind="reversible",
@@ -77,7 +84,7 @@ def restart_workers(context: Context, request: Request, _: Any) -> Outcome:
         after=sorted(after),
         dry_run=request.dry_run,
         verified=None if request.dry_run else replaced,
-        workers={} if request.dry_run else dict.fromkeys(after, True),
+        workers=living,
     )
 
 
