@@ -15,6 +15,9 @@ A body has ended when as many bytes have come as were announced. Granian says so
 is a second way through its two threads and back, a sixteenth of what a create costs (measured: 356 µs of CPU a create
 at 2,500 a second, so 334). HTTP/2 is asked: there a stream that was not read to its end would be reset.
 
+A request whose token was not accepted is counted but not timed: the histogram says how fast tenants are served, and who
+invents key ids waits for keys (`gateway.jwks`) as long and as often as he likes.
+
 A request that was passed on to another machine (`gateway.routing`) is that machine's request: there it is billed, timed
 and counted, here it is one access line and one count of what was passed on.
 """
@@ -191,7 +194,8 @@ class Edge:
             self._routed[exchange.routed](1.0)
         else:
             self._count(route, exchange, status)
-            self._timed[route](elapsed)
+            if not exchange.unproven:
+                self._timed[route](elapsed)
             if tenant_id is not None:
                 self._busy(tenant_id, elapsed, status)
         self._line(
