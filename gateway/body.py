@@ -17,6 +17,7 @@ import msgspec
 from litestar import Request
 from litestar.types.empty import Empty
 
+from gateway import whole
 from gateway.exchange import exchange_of
 from gateway.problems import Problem, Refusal, bad_request
 from gateway.raw_body import read, too_large, too_late
@@ -76,7 +77,7 @@ def decoded(body: bytes, wanted: Any) -> Any:
     if decoder is None:
         decoder = _decoders[wanted] = msgspec.json.Decoder(wanted)
     try:
-        return decoder.decode(body)
+        return whole.decode(decoder, body)
     except UnicodeDecodeError:
         raise bad_request("The body is not valid UTF-8.") from None
     except RecursionError:

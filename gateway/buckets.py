@@ -34,6 +34,7 @@ UNLOCKED_SECONDS = 0.002  # how long the lock is not tried again after it could 
 _LOCK_NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 _HEAD_BYTES = 64
 _MAX_DEBTS = 10_000
+_ROUNDING = 1e-6  # of quotients: 3 places at 0.3 a second are 10 seconds, not a little more
 log = get_logger("ratelimit")
 
 
@@ -49,8 +50,9 @@ class Bucket(NamedTuple):
     def of(cls, name: str, rps: float, burst: int) -> Bucket:
         size = burst or max(1, math.ceil(rps))
         key = int.from_bytes(hashlib.blake2b(f"{name} {rps} {size}".encode(), digest_size=8).digest()) or 1
-        policy = b"%d;w=%d" % (size, math.ceil(size / rps))
-        return cls(key, 1 / rps, size / rps, ((b"ratelimit-limit", b"%d" % size), (b"ratelimit-policy", policy)))
+        return cls(
+            key, 1 / rps, size / rps, ((b"ratelimit-limit", b"%d" % size), (b"ratelimit-policy", _policy(rps, size)))
+        )
 
     @property
     def size(self) -> int:
@@ -69,7 +71,8 @@ class Decision(NamedTuple):
     reset_seconds: float
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """The IETF draft's fields: `RateLimit-Limit` requests within `w` seconds."""
+        """The IETF draft's fields. The limit is how many may come at once; the policy says how many become free in
+        how many seconds, which is more than the limit where that is less than a second's worth."""
         return [
             *self.bucket.fields,
             (b"ratelimit-remaining", b"%d" % self.remaining),
@@ -85,6 +88,12 @@ class Decision(NamedTuple):
     def retry_after(self) -> int:
         """Not of what is allowed never."""
         return max(1, math.ceil(self.retry_seconds))
+
+
+def _policy(rps: float, size: int) -> bytes:
+    """How many become free in how many seconds, in whole numbers: those seconds in which an empty bucket is full."""
+    seconds = max(1, math.ceil(size / rps - _ROUNDING))
+    return b"%d;w=%d" % (seconds * rps + _ROUNDING, seconds)
 
 
 class Table:
@@ -127,7 +136,7 @@ class Table:
                     seconds, since = self._debts.get(key, (0.0, 0.0))
                     arrival = max(arrival, since) + seconds
                 ahead = max(arrival - now, 0.0)
-                room = (window - ahead) / interval + 1e-6
+                room = (window - ahead) / interval + _ROUNDING
                 count = places - (bucket is held)
                 needed = math.inf if bucket is held and places > bucket.size else min(interval * count, window)
                 allowed = not count or room * interval >= needed
@@ -174,7 +183,7 @@ class Table:
         if self._keys[slot] != key:
             return None
         ahead = max(self._arrivals[slot] - now, 0.0)
-        room = (window - ahead) / interval + 1e-6
+        room = (window - ahead) / interval + _ROUNDING
         if room < 1:
             return None
         self._arrivals[slot] = now + ahead + interval

@@ -81,7 +81,7 @@ _RATE = {
         "schema": {"type": "integer", "minimum": 0},
     },
     "RateLimit-Policy": {
-        "description": "The limit, and the seconds (`w`) in which so many become free.",
+        "description": "The rate behind the limit: how many requests become free, and in how many seconds (`w`).",
         "schema": {"type": "string", "pattern": "^[0-9]+;w=[0-9]+$"},
     },
 }

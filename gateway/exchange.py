@@ -50,6 +50,7 @@ class Exchange:
         "tenant_id",
         "ticket",
         "ts_us",
+        "unproven",
         "whole",
         "works_as",
     )
@@ -78,6 +79,7 @@ class Exchange:
         self.maintenance = False
         self.routed: str | None = None  # how it was passed on to another machine, which counts and bills it
         self.auth_failure: str | None = None
+        self.unproven = False  # its token is being judged, or was not accepted
         self.status = 0
         self.billed = 0  # the status its event was given before it was recorded (`gateway.durable`)
         self.whole = False  # the request was read to its end

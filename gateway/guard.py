@@ -97,6 +97,7 @@ async def admit(services: Services, scope: Any, needed_scope: str | None, has_bo
 async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Caller:
     """Whose token it is and what it may; from here on the exchange knows the tenant."""
     rates = services.rates
+    exchange.unproven = True
 
     def known(tenant_id: str | None) -> str | None:
         if tenant_id is None or services.tenants.knows(tenant_id) or tenant_id == services.settings.operator_tenant:
@@ -122,4 +123,5 @@ async def caller_of(services: Services, exchange: Exchange, scope: Any) -> Calle
         exchange.auth_failure = "jwks_unavailable"
         raise Refusal(NO_KEYS) from e
     exchange.tenant_id, exchange.scopes, exchange.subject = caller.tenant_id, caller.scopes, caller.subject
+    exchange.unproven = False
     return caller

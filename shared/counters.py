@@ -27,7 +27,8 @@ log = get_logger("counters")
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Of all processes together. `buckets`: requests answered within so many seconds, by edge."""
+    """Of all processes together. `buckets`: requests answered within so many seconds, by edge; fewer than `requests`,
+    those without a good token are not timed."""
 
     requests: float = 0.0
     errors: float = 0.0

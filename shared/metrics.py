@@ -76,7 +76,7 @@ requests_total = Counter(
 )
 request_duration_seconds = Histogram(
     "engram_request_duration_seconds",
-    "Time from the first byte of a request to the start of its answer.",
+    "Time from the first byte of a request to the start of its answer; without requests whose token was not accepted.",
     ["route"],
     buckets=DURATION_BUCKETS_SECONDS,
     registry=_registry,

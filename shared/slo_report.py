@@ -182,12 +182,13 @@ def _rule(objective: Objective, window: str) -> str:
 
 
 def _seen(prometheus: Prometheus, objective: Objective, window: str, now: datetime) -> Seen:
-    """The rules say 0 errors of nothing where there was no traffic; here that is no share. The probe from outside
-    measures availability without traffic too."""
+    """The rules say 0 errors of nothing where there was no traffic; here that is no share. Without a good token
+    a request is not timed. The probe from outside measures availability without traffic too."""
     share = prometheus.value(_rule(objective, window), now)
     if share is None:
         return Seen(None, measured=False)
-    asked = f"avg_over_time(engram:requests:rate5m[{window}]) > 0"
+    counted = "timed" if objective.name == "latency" else "requests"
+    asked = f"avg_over_time(engram:{counted}:rate5m[{window}]) > 0"
     if objective.name == "availability":
         asked = f"{asked} or avg_over_time(engram:probe:success[{window}])"
     if prometheus.value(asked, now) is None:

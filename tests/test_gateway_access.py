@@ -19,6 +19,8 @@ from tests.gateway_stack import (  # noqa: F401
     stack,
 )
 
+TIMED = "engram_request_duration_seconds_count"
+
 
 def test_every_cause_of_a_401_answers_the_same_body(stack: Stack) -> None:  # noqa: F811
     """Only the request id differs; the reason is a metric label and a field of the access line."""
@@ -37,7 +39,7 @@ def test_every_cause_of_a_401_answers_the_same_body(stack: Stack) -> None:  # no
         "audience": issuer.token(tenant, aud="other"),
         "claims": issuer.token(tenant, tenant_id="../etc"),
     }
-    bodies = set()
+    bodies, timed = set(), stack.gateway.metric(TIMED, route="/v1/memories")
     for reason, token in causes.items():
         before = stack.gateway.metric("engram_auth_failures_total", reason=reason)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -49,6 +51,7 @@ def test_every_cause_of_a_401_answers_the_same_body(stack: Stack) -> None:  # no
         assert stack.gateway.metric("engram_auth_failures_total", reason=reason) == before + 1
         bodies.add(tuple(document.items()))
     assert len(bodies) == 1
+    assert stack.gateway.metric(TIMED, route="/v1/memories") == timed, "whoever invents a key id waits for keys"
 
 
 def test_a_rotated_key_is_accepted_by_every_worker_without_a_restart(stack: Stack) -> None:  # noqa: F811
@@ -56,6 +59,10 @@ def test_a_rotated_key_is_accepted_by_every_worker_without_a_restart(stack: Stac
     tenant, rotated = stack.tenant(), new_key("EdDSA")
     stack.issuer.keys.append(rotated)
     token = stack.issuer.token(tenant, key=rotated)
+    before = stack.gateway.metric(TIMED, route="/v1/memories")
+    waited = {"Authorization": f"Bearer {token}"}
+    assert httpx.get(f"{stack.gateway.url}/v1/memories", headers=waited, trust_env=False, timeout=30).is_success
+    assert stack.gateway.metric(TIMED, route="/v1/memories") == before + 1, "a good one that waits is served late"
 
     def accepted() -> bool:
         statuses = [

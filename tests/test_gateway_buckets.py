@@ -74,6 +74,29 @@ def test_a_bucket_alone_is_judged_as_beside_another(
     beside.close()
 
 
+@pytest.mark.parametrize(
+    ("rps", "burst", "policy"),
+    [
+        (20, 20, b"20;w=1"),
+        (20, 40, b"40;w=2"),
+        (20, 0, b"20;w=1"),
+        (20, 5, b"20;w=1"),  # a client that goes by 5 a second would use a quarter of what it may
+        (20, 30, b"40;w=2"),
+        (2.5, 3, b"5;w=2"),
+        (0.3, 3, b"3;w=10"),  # 3 / 0.3 is a little more than 10
+        (1.1, 11, b"11;w=10"),
+        (8 * 0.3, 24, b"24;w=10"),
+        (1 / 3, 1, b"1;w=3"),
+        (SLOW, 20, b"20;w=20000"),
+        (1e6, 1, b"1000000;w=1"),
+    ],
+)
+def test_the_policy_says_how_many_become_free_in_whole_seconds(rps: float, burst: int, policy: bytes) -> None:
+    """Whatever may come at once: that is the limit's to say."""
+    fields = dict(Bucket.of("acme", rps, burst).fields)
+    assert fields == {b"ratelimit-limit": b"%d" % (burst or rps), b"ratelimit-policy": policy}
+
+
 _PROCESS = """
 import sys, time
 from gateway.buckets import Bucket, Table

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway import edge
 from gateway.access_log import AccessLog
 from gateway.edge import Edge
 from gateway.exchange import Exchange, exchange_of
@@ -56,7 +57,7 @@ def request(app: App, tmp_path: Any, *, cancel: bool = False) -> Seen:
         await app(scope, receive, send)
 
     async def run() -> None:
-        scope = {"type": "http", "method": "POST", "headers": [(b"x-request-id", b"theirs")]}
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "headers": [(b"x-request-id", b"theirs")]}
         task = asyncio.create_task(Edge(reached, usage, access_log)(scope, receive, send))
         await asyncio.sleep(0)
         if cancel:
@@ -185,6 +186,79 @@ def test_a_first_piece_of_nothing_ends_no_body_of_unknown_length(tmp_path: Any) 
     """HTTP/2 may begin with an empty frame; the whole of the body would be taken for nothing."""
     told = told_of(tmp_path, "2", [], [(b"", True), (b"{}", True), (b"", False)])
     assert [message["body"] for message in told[:-1]] == [b"", b"{}", b""]
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "begun", "left"),
+    [
+        ("2", [], False, 0),
+        ("2", [], True, 0),
+        ("2", [(b"expect", b"100-continue")], False, 3),
+        ("2", [(b"expect", b"100-continue")], True, 0),
+        ("1.1", [], False, 3),
+        ("1.1", [(b"transfer-encoding", b"chunked")], False, 0),
+        ("1.1", [(b"transfer-encoding", b"chunked"), (b"expect", b"100-continue")], False, 3),
+        ("1.1", [(b"transfer-encoding", b"chunked"), (b"expect", b"100-continue")], True, 0),
+    ],
+)
+def test_a_refused_body_is_read_to_its_end_before_the_answer_begins(
+    tmp_path: Any, version: str, fields: list[tuple[bytes, bytes]], begun: bool, left: int
+) -> None:
+    """A stream of HTTP/2 would be reset, a connection closed, under a client that is still writing. Who asked first
+    whether to write has not begun to, unless the body has been asked for."""
+    pieces = [(b"{}", True), (b"extra", True), (b"", False)]
+    left_at_start: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        body, more = pieces.pop(0)  # nobody asks once more: that would wait for the client to leave
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await receive()
+        await _start(send, 401)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: dict[str, Any]) -> None:
+        left_at_start.append(len(pieces))
+
+    async def run() -> None:
+        scope = {"type": "http", "http_version": version, "method": "POST", "path": "/", "headers": fields}
+        usage = spool.Spool(Settings(data_dir=tmp_path))
+        await Edge(app, usage, AccessLog(1))(scope, receive, send)
+        usage.close()
+
+    asyncio.run(run())
+    assert left_at_start == [left, left]
+
+
+def test_a_refused_body_that_never_ends_delays_its_own_answer_alone(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream of HTTP/2 may be left open by a GET, too: the answer goes out, and the place to work was free before."""
+    monkeypatch.setattr(edge, "DROP_SECONDS", 0.05)
+    happened: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        happened.append("asked")
+        await asyncio.sleep(3_600)
+        raise AssertionError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        exchange_of(scope).leave = lambda: happened.append("left")
+        await _start(send, 404)
+
+    async def send(message: dict[str, Any]) -> None:
+        happened.append("answered")
+
+    async def run() -> None:
+        scope = {"type": "http", "http_version": "2", "method": "GET", "path": "/", "headers": []}
+        usage = spool.Spool(Settings(data_dir=tmp_path))
+        await Edge(app, usage, AccessLog(1))(scope, receive, send)
+        usage.close()
+
+    asyncio.run(run())
+    assert happened == ["left", "asked", "answered"]
 
 
 def test_of_a_header_field_that_comes_twice_the_first_counts_or_all_are_seen() -> None:

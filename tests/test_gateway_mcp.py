@@ -51,6 +51,7 @@ def test_every_tool_does_its_job_in_both_revisions(stack: Stack, mode: str, revi
             found = await mcp.ok("memory_search", query="apple")
             assert found == api.post("/v1/search", json={"query": "apple"}).json() and found["count"] == 1
             assert (await mcp.ok("memory_search", query="pear", limit=2))["count"] == 2
+            assert (await mcp.ok("memory_search", query="pear", limit=2.0))["count"] == 2
 
             walked, cursor = [], {}
             while True:
@@ -151,6 +152,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("memory_list", {"limit": 0}),
     ("memory_list", {"limit": 201}),
     ("memory_list", {"limit": "5"}),
+    ("memory_list", {"limit": 5.5}),
+    ("memory_list", {"limit": 201.0}),
     ("memory_search", {}),
     ("memory_search", {"query": "x", "limit": 101}),
     ("memory_stats", {"all": True}),

@@ -280,6 +280,8 @@ def test_a_forger_who_changes_the_tenant_gets_no_more_signatures(stack: Stack) -
         assert told_401(served, known * burst) == (FORGED_TENANTS - 1) * burst
         assert served.client.get("/v1/memories", headers=own).status_code == 200
         assert served.client.get("/v1/memories", headers=stack.headers(tenant, jti="new")).status_code == 429
+        timed = served.metric("engram_request_duration_seconds_count", route="/v1/memories")
+        assert timed == 2, "only what was served"
 
 
 def test_whose_failures_they_are() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +117,56 @@ def test_what_is_too_large_or_too_slow_is_refused_on_both_versions(api: httpx.Cl
     assert_problem(api.post("/v1/memories", content=b"x" * 3_000_000, headers={"Authorization": "Bearer x"}), 401)
     assert_problem(api.get("/v1/memories", headers={"Authorization": ""}), 401)
     assert api.get("/health").status_code == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("size", [600_000, 3_600_000])
+@pytest.mark.parametrize("version", ["--http2", "--http1.1"])
+def test_a_streamed_body_is_refused_so_that_curl_hears_of_it(
+    served: Gateway,
+    stack: Stack,  # noqa: F811
+    version: str,
+    size: int,
+) -> None:
+    """Without a length, as any pipe is sent. A stream that is reset under a client that still writes, or a connection
+    closed after it was told to go on, loses the answer."""
+    head = [f"-H{name}: {value}" for name, value in (JSON | stack.headers(stack.idle_tenant)).items()]
+    for fields, status in ((head, 413), ([], 401), ([*head, "-HExpect: 100-continue"], 413)):
+        for _ in range(3):
+            done = subprocess.run(
+                [
+                    "curl",
+                    "-sS",
+                    version,
+                    "--cacert",
+                    served.ca,
+                    "-T-",
+                    "-XPOST",
+                    "-w\n%{http_code}",
+                    *fields,
+                    served.url.replace("127.0.0.1", "localhost") + "/v1/memories",
+                ],
+                input=b"x" * size,
+                capture_output=True,
+                timeout=60,
+                check=False,
+            )
+            body, _, code = done.stdout.rpartition(b"\n")
+            assert (done.returncode, code) == (0, b"%d" % status), (done.stderr, body)
+            assert json.loads(body)["status"] == status
+
+
+def test_a_streamed_body_is_refused_so_that_httpx_hears_of_it(api: httpx.Client) -> None:
+    """It sends on while the answer is there, until its window is used up."""
+
+    def pieces(size: int) -> Iterator[bytes]:
+        for _ in range(size // 50_000):
+            yield b"x" * 50_000
+
+    for size in (600_000, 3_600_000):
+        assert_problem(api.post("/v1/memories", content=pieces(size), headers=JSON), 413)
+        assert_problem(api.post("/v1/memories", content=pieces(size), headers={"Authorization": "Bearer x"}), 401)
+        assert_problem(api.get("/v1/memories", headers={"Authorization": ""}), 401)
 
 
 def test_a_head_far_beyond_the_limits_of_http2_is_431_too(served: Gateway) -> None:

@@ -268,10 +268,12 @@ def test_routes_are_what_happened_between_two_looks() -> None:
         "/v1/search": Route(120, 51, {0.25: 101.0, 1.0: 120.0, float("inf"): 120.0}),
         "/v1/memories": Route(5, 0, {0.25: 5.0, 1.0: 5.0, float("inf"): 5.0}),
         "/v1/usage": Route(),
+        "/v1/mcp": Route(30, 0, {0.25: 0.0, 1.0: 0.0, float("inf"): 0.0}),
     }
-    slow, fast = busiest.between(before, after, 10.0)
+    slow, fast, refused = busiest.between(before, after, 10.0)
     assert (slow.route, slow.requests, slow.rps, slow.errors, slow.slow_ms) == ("/v1/search", 20, 2.0, 1, 1000.0)
     assert (fast.route, fast.slow_ms) == ("/v1/memories", 250.0)
+    assert (refused.route, refused.requests, refused.slow_ms) == ("/v1/mcp", 30, 0.0), "none had a good token"
 
 
 def test_a_tenants_rows_of_all_workers_are_one() -> None:

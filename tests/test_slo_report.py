@@ -38,8 +38,8 @@ def past(now: datetime, days: float, **rates: float) -> Mapping[str, list[tuple[
 
     return {
         "engram:requests:rate5m": steady(0.0, rates.get("requests", 10.0)),
-        "engram:timed:rate5m": steady(0.0, rates.get("requests", 10.0)),
-        "engram:fast:rate5m": steady(-rates.get("slow", 0.0), rates.get("requests", 10.0)),
+        "engram:timed:rate5m": steady(0.0, rates.get("timed", rates.get("requests", 10.0))),
+        "engram:fast:rate5m": steady(-rates.get("slow", 0.0), rates.get("timed", rates.get("requests", 10.0))),
         "engram:errors:rate5m": steady(rates.get("errors", 0.0)),
         "engram:auth_failures:rate5m": steady(rates.get("auth", 0.0)),
     }
@@ -158,6 +158,18 @@ def test_silence_is_neither_failure_nor_success(alone: World, tmp_path: Path) ->
     assert report.measured.routes == []
     text = str([table.rows for table in tables(report)])
     assert "nan" not in text and "0.0%" not in text.replace("100.0%", "")
+
+
+def test_bad_tokens_alone_say_nothing_of_how_fast_tenants_are_served(alone: World, tmp_path: Path) -> None:
+    """They are counted and not timed: "all within 250 ms" would be said of nobody's request."""
+    write_past(tmp_path / "prometheus", past(datetime.now(UTC), 3, timed=0.0, auth=10.0))
+    with prometheus(tmp_path / "prometheus") as url:
+        evaluated(url)
+        report = made(alone, url)
+    assert report.measured is not None
+    found = {budget.objective.name: budget for budget in report.measured.budgets}
+    assert (found["latency"].state, found["latency"].bad_share) == ("no traffic", None)
+    assert found["auth"].bad_share > 0.5 and found["errors"].bad_share == 0.0
 
 
 @pytest.mark.parametrize("rules", [True, False])

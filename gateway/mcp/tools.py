@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from gateway import v1
+from gateway import v1, whole
 from gateway.exchange import Exchange
 from gateway.limits import Cost, cost_of
 from gateway.mcp.arguments import (
@@ -76,7 +76,7 @@ async def run(tool: Tool, call: Call, arguments: dict[str, Any]) -> Result:
     if tool.cost.rate == "write" and not call.services.spool.takes_writes:
         raise Refusal(SPOOL_FULL)
     try:
-        taken = msgspec.convert(arguments, tool.takes)
+        taken = whole.convert(arguments, tool.takes)
     except (msgspec.ValidationError, RecursionError) as e:
         raise bad_request(f"The arguments are not valid: {str(e)[:300]}") from None
     parts = len(taken.memories) if isinstance(taken, CreateMemories) else 1

@@ -94,7 +94,7 @@ def latency(sight: Sight) -> list[Finding]:
         normal = f"below {P95_SECONDS * 1000:.0f} ms"
         p95 = figures.quantile(_DURATION, 0.95, route=route)
         if p95 is None:
-            found.append(good(name, f"no requests ({figures.window})", normal))
+            found.append(good(name, f"no requests with a good token ({figures.window})", normal))
             continue
         seen = f"{p95 * 1000:,.0f} ms ({figures.window})"
         found.append(good(name, seen, normal) if p95 < P95_SECONDS else bad(name, seen, normal, symptom))

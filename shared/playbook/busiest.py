@@ -28,7 +28,8 @@ class Top(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """`slow_ms` is the upper edge of the 95th percentile's bucket: None above the last, or without requests."""
+    """`slow_ms` is the upper edge of the 95th percentile's bucket: None above the last; 0 when none was timed, because
+    none had a good token."""
 
     route: str
     requests: float
@@ -124,7 +125,9 @@ def together(found: list[list[Busy]]) -> list[Busy]:
 def _slow_ms(cumulative: dict[float, float]) -> float | None:
     """Of counts up to each edge in seconds."""
     edges = sorted(cumulative)
-    wanted = 0.95 * cumulative[edges[-1]] if edges else 0.0
+    if not edges or not cumulative[edges[-1]]:
+        return 0.0
+    wanted = 0.95 * cumulative[edges[-1]]
     for edge in edges:
         if cumulative[edge] >= wanted:
             return None if edge == float("inf") else edge * 1_000
