@@ -8,16 +8,15 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
-from shared import registry
+from shared import registry, tally
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.tenant import TenantPaths
-from tests.disk_fixtures import file_system
+from tests.disk_fixtures import file_system, fill
 from tests.gateway_stack import (  # noqa: F401
     Stack,
     assert_problem,
@@ -117,15 +116,6 @@ def test_a_missing_or_corrupt_database_is_503_and_counted_and_heals_without_a_re
     for tenant in (missing, corrupt):
         with stack.client(tenant) as api:
             assert api.post("/v1/memories", json={"content": "back"}).status_code == 201
-
-
-def fill(filler: Path) -> Path:
-    """Take every byte there is left beside it."""
-    for size in (65_536, 4_096):
-        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
-            while f.write(b"x" * size):
-                pass
-    return filler
 
 
 @pytest.fixture
@@ -244,6 +234,7 @@ def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_
         said = next(line for line in full.log() if line.get("event") == "usage_events_unwritten")
         lost = answers.count(200) - written
         assert said["lost"] == lost > 0
+    assert sum(page.lost.get(tenant, 0) for page in tally.read(Settings(data_dir=data_dir))) == lost
     for _ in range(2):
         with started() as again:
             assert again.metric("engram_usage_lost_total") == lost
