@@ -46,6 +46,7 @@ LEAST_POLLS = 4  # that an entry lasts: a worker on a busy machine looks late
 Mode = Literal["off", "shadow", "enforce"]
 RouteClass = Literal["search", "list", "write", "get"]
 Rps = Annotated[float, Meta(ge=0, le=1e6)]
+_UNSEEN = (0, 0, 0)
 log = get_logger("limits")
 
 
@@ -175,7 +176,8 @@ class Watch:
 
     def __init__(self, settings: Settings) -> None:
         self._path = path_of(settings)
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, int, int] | None = _UNSEEN  # what it looked like when it was read
+        self._failed = ""
         self._entries: dict[str, Entry] = {}
         self._ends_at = float("inf")
         self._listeners: list[Callable[[Limits], None]] = []
@@ -189,17 +191,14 @@ class Watch:
             listener(self.now)
 
     def poll(self) -> None:
-        """Read the file if it changed, drop what has expired. A damaged file changes nothing."""
+        """Read the file if it changed, drop what has expired. One that cannot be read changes nothing, is logged once,
+        and is read again by the next poll: it need not be the file, a process may be out of descriptors."""
         seen = _signature(self._path)
         wall = time.time()
         if seen == self._seen and wall < self._ends_at:
             return
         if seen != self._seen:
-            self._seen = seen
-            try:
-                self._entries = _read(self._path)
-            except Permanent as e:
-                log.error("limits_unread", cause=str(e))
+            self._read(seen)
         self._entries = _unexpired(self._entries, wall)
         self._ends_at = min((e.expires_at for e in self._entries.values()), default=float("inf"))
         found = _limits(self._entries)
@@ -209,6 +208,14 @@ class Watch:
             for listener in self._listeners:
                 listener(found)
         self.version = version_of(self._entries)  # last: who reads it may rely on the listeners having been told
+
+    def _read(self, seen: tuple[int, int, int] | None) -> None:
+        try:
+            self._entries, self._seen, self._failed = _read(self._path), seen, ""
+        except Permanent as e:
+            if str(e) != self._failed:
+                log.error("limits_unread", cause=str(e))
+            self._failed = str(e)
 
 
 def check_name(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from shared import limits
 from shared.errors import Permanent
 from shared.limits import Limits, Rate, Watch, active, clear, path_of, set_limit
+from shared.log import configure
 from shared.settings import Settings
 from tests.gateway_stack import eventually
 
@@ -121,6 +123,26 @@ def test_a_damaged_file_changes_nothing_for_workers_and_is_named_to_the_operator
     path_of(settings).unlink()
     watch.poll()
     assert watch.now == Limits()
+
+
+def test_a_file_that_could_not_be_read_once_is_read_by_the_next_poll(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker out of descriptors would otherwise not obey until the next change. It says so once."""
+    configure()
+    watch = Watch(settings)
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+
+    def out_of_files(_path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", out_of_files)
+        for _ in range(3):
+            watch.poll()
+    assert watch.now == Limits() and capfd.readouterr().err.count("limits_unread") == 1
+    watch.poll()
+    assert watch.now == Limits(pool_size=7)
 
 
 def test_an_entry_nobody_understands_leaves_the_others_in_force(settings: Settings) -> None:
