@@ -125,6 +125,37 @@ def test_a_damaged_file_changes_nothing_for_workers_and_is_named_to_the_operator
     assert watch.now == Limits()
 
 
+def test_a_worker_that_starts_while_the_file_is_damaged_obeys_what_the_others_do(
+    settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The copy says it, to the operator too. Whoever sets the file right decides what holds: the copy in its place, or
+    none at all."""
+    configure()
+    older = Watch(settings)
+    set_limit(settings, "shed", ["search"], ttl_seconds=60, reason="r")
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    clear(settings, "shed")
+    older.poll()
+    path_of(settings).write_bytes(b"{")
+    newer = Watch(settings)
+    for watch in (older, newer):
+        watch.poll()
+        assert watch.now == Limits(pool_size=7)
+    assert newer.version == older.version
+    assert capfd.readouterr().err.count("limits_unread") == 2
+    found, damage = limits.standing(settings)
+    assert found.keys() == {"pool_size"} and "limits.copy.json" in damage and limits.version_of(found) == newer.version
+    path_of(settings).write_bytes(limits.copy_of(settings).read_bytes())
+    newer.poll()
+    assert newer.now == Limits(pool_size=7) and limits.standing(settings) == (found, "")
+    path_of(settings).unlink()
+    fresh = Watch(settings)
+    for watch in (older, newer, fresh):
+        watch.poll()
+        assert watch.now == Limits()
+    assert limits.standing(settings) == ({}, "")
+
+
 def test_a_file_that_could_not_be_read_once_is_read_by_the_next_poll(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
