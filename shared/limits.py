@@ -200,8 +200,8 @@ class Watch:
         self._seen: tuple[int, int, int] | None = _UNSEEN  # what it looked like when it was read
         self._knows = False  # has read the file, or the copy in its stead
         self._failed = ""
-        self._entries: dict[str, Entry] = {}
-        self._ends_at = float("inf")
+        self._content: dict[str, Entry] = {}  # of the file
+        self._entries: dict[str, Entry] = {}  # of them, what held at the last poll
         self._listeners: list[Callable[[Limits], None]] = []
         self.now = Limits()
         self.version = version_of({})
@@ -213,34 +213,34 @@ class Watch:
             listener(self.now)
 
     def poll(self) -> None:
-        """Read the file if it changed, drop what has expired. One that cannot be read changes nothing, is logged once,
-        and is read again by the next poll: it need not be the file, a process may be out of descriptors."""
+        """Read the file if it changed, and see which of its entries hold at this time: all of them are kept, so that a
+        clock that jumps ahead and back ends none. A file that cannot be read changes nothing, is logged once, and is
+        read again by the next poll: it need not be the file, a process may be out of descriptors."""
         seen = _signature(self._path)
-        wall = time.time()
-        if seen == self._seen and wall < self._ends_at:
-            return
         if seen != self._seen:
             self._read(seen)
-        self._entries = _unexpired(self._entries, wall)
-        self._ends_at = min((e.expires_at for e in self._entries.values()), default=float("inf"))
-        found = _limits(self._entries)
+        entries = _unexpired(self._content, time.time())
+        if entries == self._entries:
+            return
+        self._entries = entries
+        found = _limits(entries)
         if found != self.now:
             self.now = found
-            log.info("limits_changed", limits=sorted(self._entries))
+            log.info("limits_changed", limits=sorted(entries))
             for listener in self._listeners:
                 listener(found)
-        self.version = version_of(self._entries)  # last: who reads it may rely on the listeners having been told
+        self.version = version_of(entries)  # last: who reads it may rely on the listeners having been told
 
     def _read(self, seen: tuple[int, int, int] | None) -> None:
         try:
-            self._entries, self._seen, self._failed = _read(self._path), seen, ""
+            self._content, self._seen, self._failed = _read(self._path), seen, ""
             self._knows = True
         except Permanent as e:
             if not self._knows:
                 with suppress(Permanent):
-                    self._entries, self._knows = _read(self._copy), True
+                    self._content, self._knows = _read(self._copy), True
             if str(e) != self._failed:
-                log.error("limits_unread", cause=str(e), obeyed=sorted(self._entries))
+                log.error("limits_unread", cause=str(e), kept=sorted(self._content))
             self._failed = str(e)
 
 

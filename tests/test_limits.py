@@ -63,6 +63,23 @@ def test_a_limit_ends_by_itself(settings: Settings) -> None:
     assert b"pool_size" not in path_of(settings).read_bytes()
 
 
+def test_a_clock_that_jumps_ahead_and_back_ends_no_limit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever set it was told that it holds until its end. Each way is a change for those who listen."""
+    watch, told = Watch(settings), []
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    watch.poll()
+    watch.listen(told.append)
+    version = watch.version
+    with monkeypatch.context() as patch:
+        ahead = time.time() + 3_600
+        patch.setattr(limits.time, "time", lambda: ahead)
+        watch.poll()
+        assert watch.now == Limits() and watch.version != version
+    watch.poll()
+    assert watch.now == Limits(pool_size=7) and watch.version == version
+    assert told == [Limits(pool_size=7), Limits(), Limits(pool_size=7)]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
