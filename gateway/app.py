@@ -227,6 +227,7 @@ def _seal(usage_spool: CountingSpool, work: Sequence[Periodic]) -> None:
         usage_spool.close()
     except SpoolUnavailable as e:
         log.error("usage_events_unwritten", cause=str(e), lost=usage_spool.give_up())
+    metrics_files.settle()  # the last chance of what was counted in memory
 
 
 def _appliance(services: Services, report: SelfReport) -> Callable[[Limits], None]:
