@@ -17,7 +17,6 @@ import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 
 import httpx
 from litestar import Litestar
@@ -53,7 +52,7 @@ from gateway.tenants import Tenants
 from gateway.unread import cut_off_unread
 from gateway.unrouted import unrouted
 from gateway.usage import UsageReport
-from shared import metrics
+from shared import metrics, metrics_files
 from shared.control_plane import ControlPlane
 from shared.errors import ControlPlaneUnavailable, SpoolUnavailable
 from shared.limits import Limits, Watch
@@ -66,6 +65,7 @@ from shared.workers import Announcement
 
 FLEET_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
+METRICS_SECONDS = 1.0
 PARENT_SECONDS = 0.5
 READY_POLL_SECONDS = 0.05
 WAIT_SAID_SECONDS = 1.0  # a worker that starts as usual is ready sooner
@@ -86,7 +86,7 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
     settings.require("control_plane_url", "jwks_url", "jwt_issuer")
     configure(settings.log_level)
     metrics.initialise()
-    _reserve_metrics_files()
+    metrics_files.settle()
     usage_spool = CountingSpool(settings)
     access_log = AccessLog()
     busiest = Busiest()
@@ -168,6 +168,7 @@ async def _running(
     work = [
         Periodic("access-log", FLUSH_SECONDS, access_log.drain).start(),
         Periodic("spool", tick_seconds, usage_spool.tick).start(),
+        Periodic("metrics", METRICS_SECONDS, metrics_files.settle).start(),
         Periodic("spool-size", MEASURE_SECONDS, usage_spool.measure, at_once=True).start(),
         Periodic("limits", settings.limits_poll_seconds, look_at_limits, at_once=True).start(),
         Periodic("busiest", LOOK_SECONDS, busiest.look).start(),
@@ -226,6 +227,7 @@ def _seal(usage_spool: CountingSpool, work: Sequence[Periodic]) -> None:
         usage_spool.close()
     except SpoolUnavailable as e:
         log.error("usage_events_unwritten", cause=str(e), lost=usage_spool.give_up())
+    metrics_files.settle()  # the last chance of what was counted in memory
 
 
 def _appliance(services: Services, report: SelfReport) -> Callable[[Limits], None]:
@@ -269,19 +271,6 @@ def _observe_fleet(control_plane: ControlPlane) -> None:
 def _number(value: object) -> float:
     """NaN for "never": 0 would say "just now"."""
     return math.nan if value is None else float(str(value))
-
-
-def _reserve_metrics_files() -> None:
-    """prometheus_client maps sparse files; on a full disk the first touch of a new page is a SIGBUS."""
-    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    for path in Path(directory).glob(f"*_{os.getpid()}.db") if directory else ():
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
-        except OSError as e:
-            log.error("metrics_file_unreserved", file=path.name, cause=e.strerror)
-        finally:
-            os.close(fd)
 
 
 def _spare_the_collector() -> None:

@@ -2,8 +2,12 @@
 
 - A worker that dies is replaced at once, however soon it dies again: Granian gives the whole server up when the same
   worker dies twice within 5.5 s ("crash loop"), which turns two OOM kills into an outage. Given up is only what
-  cannot work: more deaths than workers before any has served, or `DEATHS` for each worker within `DEATHS_SECONDS`.
-  Then the process exits 1, for whoever runs it (`engram up`, a container runtime) to start it again.
+  cannot work: more deaths than workers before any has served, or `DEATHS` for each worker within `DEATHS_SECONDS`
+  and none left that serves. Then the process exits 1, for whoever runs it (`engram up`, a container runtime) to start
+  it again.
+- While one serves, the server is not given up for those that die: it has clients, and usage in memory that a full
+  disk may refuse. After so many deaths successors come with growing pauses instead, of `LONGEST_PAUSE_SECONDS` in the
+  end, until none died for `DEATHS_SECONDS`; or at once when the last one that serves dies.
 - A worker whose heartbeat (`gateway.pulse`) stands still for `worker_silence_seconds` is killed and replaced: its
   socket would go on taking its share of the connections. Only time in which the supervisor itself ran counts, so a
   machine that slept kills nobody.
@@ -36,6 +40,7 @@ from shared.ending import end_now
 LOOK_SECONDS = 0.5
 DEATHS = 5
 DEATHS_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 30.0
 SERVED_SECONDS = 2.0
 START_SECONDS = 40.0  # for a new worker to serve beside the old one
 
@@ -82,6 +87,9 @@ class Supervisor(MPServer):
         self._seen = [0.0] * self.workers
         self._silent_seconds = [0.0] * self.workers
         self._deaths: deque[float] = deque()
+        self._mourned: set[int] = set()  # workers that are dead, counted among the deaths, and not replaced yet
+        self._pause_seconds = 0.0
+        self._paused_until = 0.0
         self._spawned: set[int] = set()
         self._served = False
 
@@ -92,6 +100,7 @@ class Supervisor(MPServer):
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Any) -> Any:  # type: ignore[override]
         respawned = idx in self._spawned
         self._spawned.add(idx)
+        self._mourned.discard(idx)
         self._seen[idx] = self._silent_seconds[idx] = 0.0
         return self._spawn_at(Pulse(self._beats, self._places[idx], respawned), idx, target, callback_loader)
 
@@ -115,19 +124,38 @@ class Supervisor(MPServer):
                 dead.remove(self._arriving.idx)  # its successor is on its way already
             if not dead:
                 continue
-            if self._is_hopeless(now, len(dead)):
+            somebody_serves = self._somebody_serves()
+            if self._is_hopeless(now, set(dead), somebody_serves):
                 self.interrupt_children = dead  # with somebody in it, Granian's `shutdown` exits 1
                 return
             self.interrupt_children.clear()
-            self._respawn_workers(dead, spawn_target, target_loader)
+            if now >= self._paused_until or not somebody_serves:
+                self._respawn_workers(dead, spawn_target, target_loader)
 
-    def _is_hopeless(self, now: float, dead: int) -> bool:
-        self._deaths.extend([now] * dead)
+    def _somebody_serves(self) -> bool:
+        """One that has fallen silent does until it is killed for it."""
+        return any(worker.inner.is_alive() and self._beats[self._places[worker.idx]] > 0.0 for worker in self.wrks)
+
+    def _is_hopeless(self, now: float, dead: set[int], somebody_serves: bool) -> bool:
+        """Counts each death once, and decides how long its successor waits."""
         while self._deaths and now - self._deaths[0] > DEATHS_SECONDS:
             self._deaths.popleft()
+        if not self._deaths:
+            self._pause_seconds = 0.0
+        new = dead - self._mourned
+        self._mourned |= new
+        self._deaths.extend([now] * len(new))
+        too_many = len(self._deaths) > DEATHS * self.workers
+        if somebody_serves:
+            if new and (too_many or self._pause_seconds):
+                self._pause_seconds = min(max(1.0, 2 * self._pause_seconds), LONGEST_PAUSE_SECONDS)
+                self._paused_until = now + self._pause_seconds
+                died = f"{len(self._deaths)} workers died within {DEATHS_SECONDS:.0f} s"
+                logger.error(f"{died}; another serves, the next comes in {self._pause_seconds:.0f} s")
+            return False
         if not self._served and len(self._deaths) > self.workers:
             logger.error("Workers keep dying before any has served, exiting")
-        elif len(self._deaths) > DEATHS * self.workers:
+        elif too_many:
             logger.error(f"{len(self._deaths)} workers died within {DEATHS_SECONDS:.0f} s, exiting")
         else:
             return False
@@ -179,6 +207,7 @@ class Supervisor(MPServer):
             old, self.wrks[idx], self._arriving = self.wrks[idx], self._arriving, None
             self._leaving.append((old, self._places[idx], now))
             self._places[idx] = place
+            self._mourned.discard(idx)
             self._seen[idx] = self._silent_seconds[idx] = 0.0
             self._to_replace.popleft()
             old.terminate()  # type: ignore[no-untyped-call]

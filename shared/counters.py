@@ -1,7 +1,7 @@
 """The counters of a gateway's processes, read from the files they share: no HTTP, and also when it has stopped.
 
-{data_dir}/run/metrics-PORT/counter_PID.db   written by prometheus-client in each worker; outlives its death
-                            histogram_PID.db
+{data_dir}/run/metrics-PORT/counter_pN.db    written by prometheus-client in each worker; outlives its death, and goes
+                            histogram_pN.db  on with its successor (`shared.metrics_files`)
                             since            when this gateway was started: what it counted, it counted after that
                             counter_before.db  what was lost before that (`engram_usage_lost_total`): a stop may lose
                                              usage when nobody can be told any more, so that count never starts anew

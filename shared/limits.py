@@ -1,6 +1,7 @@
 """Limits that change while the gateway runs: one file of this machine, which every worker reads.
 
-    {data_dir}/run/limits.json     written whole (fsync, rename), under `limits.lock` when it is changed
+    {data_dir}/run/limits.json        written whole (fsync, rename), under `limits.lock` when it is changed
+                   limits.copy.json   the same, written before it: what it should say while it is damaged
 
 | name                    | value                                 | what a worker does                              |
 |-------------------------|---------------------------------------|-------------------------------------------------|
@@ -15,6 +16,11 @@
 | `restart_tenant:TENANT` | true                                  | closes that tenant's database, once each        |
 | `restart_workers`       | a process id                          | is replaced by a new one, once; that one last   |
 
+A damaged file leaves every worker with the limits it has, and gives one that starts those of the copy: a limit that
+only the older workers obey is none. Who changes limits is told, and decides which is right: nothing is written over
+what cannot be read. An absent file is no damage: there are no limits, whatever the copy says. What was written into
+the file by hand is in the copy after the next change only.
+
 Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
 the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help. One that
 ends before each of them has looked would hold in some of them only, so there are none so short.
@@ -28,7 +34,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +52,7 @@ LEAST_POLLS = 4  # that an entry lasts: a worker on a busy machine looks late
 Mode = Literal["off", "shadow", "enforce"]
 RouteClass = Literal["search", "list", "write", "get"]
 Rps = Annotated[float, Meta(ge=0, le=1e6)]
+_UNSEEN = (0, 0, 0)
 log = get_logger("limits")
 
 
@@ -109,6 +116,10 @@ def path_of(settings: Settings) -> Path:
     return settings.run_dir / "limits.json"
 
 
+def copy_of(settings: Settings) -> Path:
+    return settings.run_dir / "limits.copy.json"
+
+
 class BadLimit(Permanent):
     """No such limit, or a value, time or reason that makes no sense; nothing was written."""
 
@@ -164,6 +175,17 @@ def active(settings: Settings) -> dict[str, Entry]:
     return _unexpired(_read(path_of(settings)), time.time())
 
 
+def standing(settings: Settings) -> tuple[dict[str, Entry], str]:
+    """What workers obey, also when the file is damaged: then what the copy says, and what is wrong. Raises `Permanent`
+    when there is no copy that can be read either."""
+    try:
+        return active(settings), ""
+    except Permanent as e:
+        if not copy_of(settings).exists():
+            raise
+        return _unexpired(_read(copy_of(settings)), time.time()), str(e)
+
+
 def version_of(entries: dict[str, Entry]) -> str:
     """Which entries these are, in 16 characters."""
     ids = " ".join(sorted(e.id for e in entries.values()))
@@ -174,10 +196,12 @@ class Watch:
     """A worker's view of the file. `poll` is for a thread, `now` and `version` (`version_of`) for anybody."""
 
     def __init__(self, settings: Settings) -> None:
-        self._path = path_of(settings)
-        self._seen: tuple[int, int, int] | None = None
-        self._entries: dict[str, Entry] = {}
-        self._ends_at = float("inf")
+        self._path, self._copy = path_of(settings), copy_of(settings)
+        self._seen: tuple[int, int, int] | None = _UNSEEN  # what it looked like when it was read
+        self._knows = False  # has read the file, or the copy in its stead
+        self._failed = ""
+        self._content: dict[str, Entry] = {}  # of the file
+        self._entries: dict[str, Entry] = {}  # of them, what held at the last poll
         self._listeners: list[Callable[[Limits], None]] = []
         self.now = Limits()
         self.version = version_of({})
@@ -189,26 +213,35 @@ class Watch:
             listener(self.now)
 
     def poll(self) -> None:
-        """Read the file if it changed, drop what has expired. A damaged file changes nothing."""
+        """Read the file if it changed, and see which of its entries hold at this time: all of them are kept, so that a
+        clock that jumps ahead and back ends none. A file that cannot be read changes nothing, is logged once, and is
+        read again by the next poll: it need not be the file, a process may be out of descriptors."""
         seen = _signature(self._path)
-        wall = time.time()
-        if seen == self._seen and wall < self._ends_at:
-            return
         if seen != self._seen:
-            self._seen = seen
-            try:
-                self._entries = _read(self._path)
-            except Permanent as e:
-                log.error("limits_unread", cause=str(e))
-        self._entries = _unexpired(self._entries, wall)
-        self._ends_at = min((e.expires_at for e in self._entries.values()), default=float("inf"))
-        found = _limits(self._entries)
+            self._read(seen)
+        entries = _unexpired(self._content, time.time())
+        if entries == self._entries:
+            return
+        self._entries = entries
+        found = _limits(entries)
         if found != self.now:
             self.now = found
-            log.info("limits_changed", limits=sorted(self._entries))
+            log.info("limits_changed", limits=sorted(entries))
             for listener in self._listeners:
                 listener(found)
-        self.version = version_of(self._entries)  # last: who reads it may rely on the listeners having been told
+        self.version = version_of(entries)  # last: who reads it may rely on the listeners having been told
+
+    def _read(self, seen: tuple[int, int, int] | None) -> None:
+        try:
+            self._content, self._seen, self._failed = _read(self._path), seen, ""
+            self._knows = True
+        except Permanent as e:
+            if not self._knows:
+                with suppress(Permanent):
+                    self._content, self._knows = _read(self._copy), True
+            if str(e) != self._failed:
+                log.error("limits_unread", cause=str(e), kept=sorted(self._content))
+            self._failed = str(e)
 
 
 def check_name(name: str) -> Any:
@@ -271,7 +304,10 @@ def _read(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise Permanent(f"{path} cannot be read ({e}); remove it to start without limits") from e
+        raise Permanent(
+            f"{path} cannot be read ({e}); remove it to start without limits, or put limits.copy.json in its place to"
+            " keep what was set"
+        ) from e
 
 
 @contextmanager
@@ -283,6 +319,8 @@ def _changing(settings: Settings) -> Iterator[dict[str, Entry]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         entries = active(settings)
         yield entries
-        write_file(path_of(settings), msgspec.json.format(msgspec.json.encode(_File(entries))))
+        data = msgspec.json.format(msgspec.json.encode(_File(entries)))
+        write_file(copy_of(settings), data)  # first: where that fails nothing has changed
+        write_file(path_of(settings), data)
     finally:
         os.close(lock)

@@ -2,7 +2,7 @@
 
 No tenant label anywhere (cardinality). Gateway workers share their values through prometheus-client's
 multiprocess files: `PROMETHEUS_MULTIPROC_DIR` must be set before this module is imported, and any worker can
-then render the sum of all.
+then render the sum of all. What becomes of them on a full disk: `shared.metrics_files`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from shared import metrics_files
 
 ROUTES = (
     "/v1/memories",
@@ -68,6 +70,7 @@ DURATION_BUCKETS_SECONDS = (
     10.0,
 )
 
+metrics_files.install()
 _pack = struct.Struct("dd").pack  # as prometheus-client stores a value: itself and a time, which only gauges have
 _registry = CollectorRegistry()
 
@@ -293,5 +296,5 @@ def render() -> bytes:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest(_registry)
     collected = CollectorRegistry()
-    multiprocess.MultiProcessCollector(collected)  # type: ignore[no-untyped-call]
+    metrics_files.Shared(collected)  # type: ignore[no-untyped-call]
     return generate_latest(collected)

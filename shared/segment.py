@@ -44,6 +44,11 @@ def frame(event: UsageEvent) -> bytes:
     return _HEAD.pack(_MARKER, len(payload), zlib.crc32(payload)) + payload
 
 
+def framed(data: bytes) -> UsageEvent:
+    """The event of a `frame`."""
+    return _decode(data[_HEAD.size :])
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentContent:
     """`damage` is every byte that is not part of a whole frame, with its offset."""

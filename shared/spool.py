@@ -34,7 +34,7 @@ from shared import metrics, workers
 from shared.durable import fsync_path
 from shared.errors import SpoolUnavailable
 from shared.log import get_logger
-from shared.segment import MAGIC, Segment, SegmentContent, frame, read
+from shared.segment import MAGIC, Segment, SegmentContent, frame, framed, read
 from shared.settings import Settings
 from shared.spool_dir import adopt, flush_failed, quarantine, sealed, survey
 from shared.spool_limit import SpoolLimit
@@ -160,11 +160,15 @@ class Spool:
         is in a segment will be adopted."""
         with self._disk_lock, self._lock:
             given_up = len(self._backlog)
+            for data in self._backlog:
+                self._tally.lose(framed(data))
             self._backlog.clear()
             metrics.usage_lost_total.inc(given_up)
             self._lost += given_up
             self._lost_cause = "the disk refused them until the worker's end"
         self._say_what_was_lost()
+        if not self._tally.close():
+            log.error("usage_events_lost_untallied", events=given_up)
         return given_up
 
     def measure(self) -> None:

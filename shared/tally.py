@@ -13,7 +13,9 @@ Records are only added to it. What it is worth when its worker is gone:
 | died with the machine     | at least so much: pages reach the disk when the kernel thinks fit, and at the end    |
 
 `counted` are events the spool took: in a segment, or in memory while the disk refuses them, where they may still be
-lost, which shows here. `lost` are those it dropped and said so. Which of them arrived is for `shared.reconcile`.
+lost, which shows here. `lost` are those it dropped and said so; what it had taken and gave up at its worker's end, as
+the disk refused it until then, is in both: its tenant and day are named as missing. Which of them arrived is for
+`shared.reconcile`.
 
 A page lasts `usage_tally_days`. The next day's is made before midnight; a disk that has no room for a page leaves it in
 memory, and each tick tries again.
@@ -149,12 +151,14 @@ class Tally:
         self._failing = False
         self._remove_old()
 
-    def close(self) -> None:
-        """Its worker ends in order. What is counted after this still counts."""
+    def close(self) -> bool:
+        """Its worker ends in order. What is counted after this still counts. False: a disk without room for a page has
+        it end with its worker."""
         self.tick()
         with self._lock:
             for page in self._pages.values():
                 page.end()
+            return all(page.saved or not page.counted_at for page in self._pages.values())
 
     def _turn(self, event: UsageEvent) -> _OpenPage:
         """The page of the event's day; the newest day's stays at hand."""

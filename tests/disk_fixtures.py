@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,3 +22,12 @@ def file_system(directory: Path, options: str) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def fill(filler: Path) -> Path:
+    """Take every byte there is left beside it."""
+    for size in (65_536, 4_096):
+        with suppress(OSError), filler.open("ab", buffering=0) as f:
+            while f.write(b"x" * size):
+                pass
+    return filler

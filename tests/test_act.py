@@ -72,6 +72,13 @@ def test_when_the_command_is_done_every_worker_obeys_and_its_undo_undoes_it(
     assert list(found["workers"].values()) == [True, True] and found["expires_at"] and found["verified"]
     shown = json.loads(engram(stack, settings, "act", "limits", "show", "--json").stdout)
     assert shown["limits"]["shed"]["reason"] == "overload" and list(shown["workers"].values()) == [True, True]
+    undamaged = limits.path_of(settings).read_bytes()
+    limits.path_of(settings).write_bytes(b"{")
+    try:
+        damaged = json.loads(engram(stack, settings, "act", "limits", "show", "--json").stdout)
+    finally:
+        limits.path_of(settings).write_bytes(undamaged)
+    assert damaged == {**shown, "damage": damaged["damage"]} and "cannot be read" in damaged["damage"]
     assert found["undo"] == ["engram", "act", "limits", "clear", "shed"]
     undone = engram(stack, settings, *found["undo"][1:])
     assert statuses(stack, headers) == {200}

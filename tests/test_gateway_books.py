@@ -11,10 +11,13 @@ import pytest
 
 from shared import dry_run, metering, reconcile, spool, tally
 from shared.control_plane import ControlPlane
+from shared.errors import SpoolUnavailable
 from shared.gateway_books import GatewayBooks
+from shared.log import configure
 from shared.settings import Settings
 from shared.spool import Spool
 from tests.core_fixtures import event, start_child
+from tests.disk_fixtures import file_system, fill
 from tests.metering_fixtures import drain, own_control_plane, own_settings, query, segment
 
 pytest_plugins = ("tests.metering_fixtures",)
@@ -95,6 +98,37 @@ def test_what_a_full_spool_dropped_is_no_difference_and_hides_none(
     [path] = spool.sealed(settings.spool_dir)
     path.write_bytes(spool.MAGIC + b"".join(map(spool.frame, spool.read(path).events[7:])))
     assert lost_by_tenant(gateway(control_plane, settings)) == {("t0", TODAY): 7}
+
+
+@pytest.mark.parametrize("tally_fits", [True, False])
+def test_what_a_stop_gave_up_is_said_to_be_lost_and_whose_it_was(
+    control_plane: ControlPlane, settings: Settings, tally_fits: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The disk refuses until the worker's end. Where it has no room for a tally either, the log says that it has the
+    only count."""
+    configure()
+    with file_system(settings.spool_dir, "size=256k"):
+        if not tally_fits:
+            tally.directory(settings).symlink_to(settings.spool_dir)
+            fill(settings.spool_dir / "ballast")
+        producer = Spool(settings)
+        if tally_fits:
+            producer.append(event("t0"))
+            fill(settings.spool_dir / "ballast")
+        appended = 0
+        while len(producer._backlog) < 5:
+            producer.append(event(f"t{appended % 2}"))
+            appended += 1
+        with pytest.raises(SpoolUnavailable):
+            producer.close()
+        assert producer.give_up() == 5
+        untallied = "usage_events_lost_untallied" in capfd.readouterr().err
+        assert untallied is not tally_fits
+        (settings.spool_dir / "ballast").unlink()
+        if tally_fits:
+            found = gateway(control_plane, settings)
+            assert found.lost == sum(lost_by_tenant(found).values()) == 5
+            assert lost_by_tenant(found).keys() == {("t0", TODAY), ("t1", TODAY)}
 
 
 def test_late_replayed_and_refused_events_are_where_the_gateway_counted_them(

@@ -9,13 +9,14 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
-from shared import registry
+from shared import registry, tally
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from shared.tenant import TenantPaths
-from tests.disk_fixtures import file_system
+from tests.disk_fixtures import file_system, fill
 from tests.gateway_stack import (  # noqa: F401
     Stack,
     assert_problem,
@@ -154,10 +155,7 @@ def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_l
         assert_problem(answered[-1], 507)
         assert ask("GET") == 200
 
-        filler = spool_disk / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
-            while f.write(b"x" * 4_096):
-                pass
+        filler = fill(spool_disk / "filler")
         eventually(lambda: ask("GET") == 503)
         assert assert_problem(answered[-1], 503)["reason"] == "spool full"
         assert assert_problem(api.get("/ready"), 503)["failing"] == ["spool"]
@@ -170,6 +168,42 @@ def test_a_full_disk_is_507_for_writes_and_a_full_spool_is_503_and_no_event_is_l
         assert full.metric("engram_usage_lost_total") == 0
         assert full.metric("engram_usage_flush_failures_total") > 0
         assert full.metric("engram_shed_total", route="/v1/memories") == len(answered) - len(billed)
+
+
+def test_a_worker_that_dies_on_a_full_disk_has_a_successor_and_no_death_is_for_nothing(
+    stack: Stack,  # noqa: F811
+    tmp_path,
+    small_disks,
+) -> None:
+    """The new one maps what the dead one had reserved: it used to die of SIGBUS, and so on until the server was given
+    up with the worker that was left. Then there is room, and nothing was lost."""
+    tenant = stack.tenant()
+    data_dir = stack.lend_tenants(tmp_path / "data")
+    for name in ("run", "spool", "tally"):
+        (small_disks[1] / name).mkdir()
+        (data_dir / name).symlink_to(small_disks[1] / name)
+    with gateway(data_dir, stack.control_plane_url, stack.issuer) as full:
+        full.client.headers.update(stack.headers(tenant))
+        for _ in range(20):
+            assert full.client.get("/v1/memories").status_code == 200
+        filler = fill(small_disks[1] / "filler")
+        victim, other = full.workers()
+        counted = full.metric("engram_requests_total", route="/v1/memories", status="200")
+        victim.kill()
+        pids = eventually(lambda: w if len(w := {w.pid for w in full.workers()} - {victim.pid}) == 2 else None, 60)
+        assert other.pid in pids and full.process.poll() is None
+        connections = [httpx.Client(base_url=full.url, headers=stack.headers(tenant), trust_env=False) for _ in "1234"]
+        for client in connections:  # of either worker
+            with client:
+                assert client.get("/health").status_code == 200
+                assert client.get("/metrics").status_code == 200
+                eventually(lambda c=client: assert_problem(c.get("/v1/memories"), 503)["reason"] == "spool full")
+        assert full.metric("engram_worker_restarts_total") == 1
+        assert full.metric("engram_requests_total", route="/v1/memories", status="200") >= counted
+        filler.unlink()
+        eventually(lambda: full.client.get("/v1/memories").status_code == 200)
+        assert sum("Respawning" in line["event"] for line in full.log()) == 1
+        assert full.metric("engram_usage_lost_total") == 0
 
 
 def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_the_next_starts(
@@ -190,9 +224,7 @@ def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_
     filler = small_disks[1] / "filler"
     with started() as full:
         full.client.headers.update(stack.headers(tenant))
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
-            while f.write(b"x" * 4_096):
-                pass
+        fill(filler)
         answers = []
         while not answers or answers[-1] != 503:
             answers.append(full.client.get("/v1/memories").status_code)
@@ -202,6 +234,7 @@ def test_what_a_stop_loses_on_a_full_disk_is_counted_and_goes_on_counting_after_
         said = next(line for line in full.log() if line.get("event") == "usage_events_unwritten")
         lost = answers.count(200) - written
         assert said["lost"] == lost > 0
+    assert sum(page.lost.get(tenant, 0) for page in tally.read(Settings(data_dir=data_dir))) == lost
     for _ in range(2):
         with started() as again:
             assert again.metric("engram_usage_lost_total") == lost

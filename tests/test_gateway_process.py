@@ -149,6 +149,33 @@ def test_a_frozen_worker_is_replaced(stack: Stack, tmp_path: Path) -> None:  # n
         assert any("silent" in line["event"] for line in served.log())
 
 
+def test_successors_that_keep_dying_do_not_take_a_worker_that_serves_with_them(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
+    """More deaths than would end the server: it goes on answering, tries again with pauses, and is whole once what
+    killed them is gone. When the last one dies too there is nobody to spare."""
+    tenant, data_dir = stack.tenant(), stack.lend_tenants(tmp_path)
+    fatal = tmp_path / "fatal"
+    dying = {"module": "tests.gateway_dying", "variables": {"FATAL": str(fatal)}}
+    with gateway(data_dir, stack.control_plane_url, stack.issuer, **dying) as served:
+
+        def spawned() -> int:
+            return sum("Respawning" in line["event"] for line in served.log())
+
+        fatal.touch()
+        victim, other = served.workers()
+        victim.kill()
+        eventually(lambda: spawned() >= 4, 120)
+        assert served.process.poll() is None and _alive(other)
+        assert served.client.get("/v1/memories", headers=stack.headers(tenant)).status_code == 200
+        assert any("another serves" in line["event"] for line in served.log())
+        fatal.unlink()
+        eventually(lambda: len(served.workers()) == 2, 120)
+        assert _alive(other)
+        fatal.touch()
+        for worker in served.workers():
+            worker.kill()
+        assert served.process.wait(60) == 1
+
+
 def test_a_graceful_stop_finishes_what_it_began_and_loses_nothing(stack: Stack, tmp_path: Path) -> None:  # noqa: F811
     """SIGTERM under load, to the workers too, as a terminal or a process group's owner sends it (one that got two used
     to hang): no new connections, a request that is still being sent is answered, the process ends with 0, and every

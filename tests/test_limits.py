@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from shared import limits
 from shared.errors import Permanent
 from shared.limits import Limits, Rate, Watch, active, clear, path_of, set_limit
+from shared.log import configure
 from shared.settings import Settings
 
 
@@ -57,6 +59,23 @@ def test_a_limit_ends_by_itself(settings: Settings, monkeypatch: pytest.MonkeyPa
     assert (watch.now.pool_size, watch.now.rate_limit_mode) == (None, "shadow")
     clear(settings, "shed")
     assert b"pool_size" not in path_of(settings).read_bytes()
+
+
+def test_a_clock_that_jumps_ahead_and_back_ends_no_limit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever set it was told that it holds until its end. Each way is a change for those who listen."""
+    watch, told = Watch(settings), []
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    watch.poll()
+    watch.listen(told.append)
+    version = watch.version
+    with monkeypatch.context() as patch:
+        ahead = time.time() + 3_600
+        patch.setattr(limits.time, "time", lambda: ahead)
+        watch.poll()
+        assert watch.now == Limits() and watch.version != version
+    watch.poll()
+    assert watch.now == Limits(pool_size=7) and watch.version == version
+    assert told == [Limits(pool_size=7), Limits(), Limits(pool_size=7)]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +138,57 @@ def test_a_damaged_file_changes_nothing_for_workers_and_is_named_to_the_operator
     path_of(settings).unlink()
     watch.poll()
     assert watch.now == Limits()
+
+
+def test_a_worker_that_starts_while_the_file_is_damaged_obeys_what_the_others_do(
+    settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The copy says it, to the operator too. Whoever sets the file right decides what holds: the copy in its place, or
+    none at all."""
+    configure()
+    older = Watch(settings)
+    set_limit(settings, "shed", ["search"], ttl_seconds=60, reason="r")
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    clear(settings, "shed")
+    older.poll()
+    path_of(settings).write_bytes(b"{")
+    newer = Watch(settings)
+    for watch in (older, newer):
+        watch.poll()
+        assert watch.now == Limits(pool_size=7)
+    assert newer.version == older.version
+    assert capfd.readouterr().err.count("limits_unread") == 2
+    found, damage = limits.standing(settings)
+    assert found.keys() == {"pool_size"} and "limits.copy.json" in damage and limits.version_of(found) == newer.version
+    path_of(settings).write_bytes(limits.copy_of(settings).read_bytes())
+    newer.poll()
+    assert newer.now == Limits(pool_size=7) and limits.standing(settings) == (found, "")
+    path_of(settings).unlink()
+    fresh = Watch(settings)
+    for watch in (older, newer, fresh):
+        watch.poll()
+        assert watch.now == Limits()
+    assert limits.standing(settings) == ({}, "")
+
+
+def test_a_file_that_could_not_be_read_once_is_read_by_the_next_poll(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker out of descriptors would otherwise not obey until the next change. It says so once."""
+    configure()
+    watch = Watch(settings)
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+
+    def out_of_files(_path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", out_of_files)
+        for _ in range(3):
+            watch.poll()
+    assert watch.now == Limits() and capfd.readouterr().err.count("limits_unread") == 1
+    watch.poll()
+    assert watch.now == Limits(pool_size=7)
 
 
 def test_an_entry_nobody_understands_leaves_the_others_in_force(settings: Settings) -> None:

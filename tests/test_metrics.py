@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
+
+from tests.disk_fixtures import file_system
 
 # Counts the same things both ways, beside so many other series that the library has to map a larger file meanwhile,
 # and dies without closing anything.
@@ -24,6 +29,27 @@ for n in range(1_000):
     metrics.requests_total.labels(f"/filler/{n}", "GET", "200").inc()
 os._exit(9)
 """
+# On a full disk, told when to go on by a line on stdin: first where there is no room, then where there is.
+FULL = """
+import sys
+from shared import metrics, metrics_files
+from shared.log import configure
+configure()
+metrics.initialise()
+count = metrics.adder(metrics.requests_total.labels("/v1/search", "GET", "200"))
+for n in range(1_000):
+    count(1.0)
+    metrics.requests_total.labels(f"/filler/{n}", "GET", "200").inc()
+metrics_files.settle()
+print(metrics.render().decode(), flush=True)
+print("READY", flush=True)
+sys.stdin.readline()
+metrics_files.settle()
+count(1.0)
+metrics.usage_lost_total.inc(3)
+print("READY", flush=True)
+sys.stdin.readline()
+"""
 RENDER = "import sys; from shared import metrics; sys.stdout.buffer.write(metrics.render())"
 
 
@@ -34,6 +60,27 @@ def _run(code: str, directory: Path | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False
     )
+
+
+def _start(code: str, directory: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _until_ready(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    lines = []
+    while (line := process.stdout.readline()).strip() != "READY":
+        assert line or process.poll() is None, f"it died with {process.returncode}"
+        lines.append(line)
+    return "".join(lines)
 
 
 def _samples(text: str, route: str) -> dict[str, str]:
@@ -56,3 +103,44 @@ def test_without_shared_files_the_fast_way_counts_in_memory() -> None:
     code = COUNT.replace("os._exit(9)", "sys.stdout.write(metrics.render().decode())")
     text = _run(code, None).stdout
     assert _samples(text, "/v1/search") == _samples(text, "/v1/memories") != {}
+
+
+@pytest.mark.parametrize("room_bytes", [0, 3 * 65_536 + 8_192])
+def test_on_a_full_disk_a_process_counts_in_memory_until_there_is_room(tmp_path: Path, room_bytes: int) -> None:
+    """Without room for any file, and with room for the first of them but not for more of one. It says so, its own
+    exposition has its counts, and that of others once they could be written: none is missing then."""
+    with file_system(tmp_path / "disk", "size=1m") as disk:
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as f:
+            os.posix_fallocate(f.fileno(), 0, 1_048_576 - room_bytes)
+        with _start(FULL, disk) as process:
+            own = _samples(_until_ready(process), "/v1/search")
+            assert own['engram_requests_total{method="GET",route="",status="200"}'] == "1000.0"
+            others = _samples(_run(RENDER, disk).stdout, "/v1/search")
+            assert float(others.get('engram_requests_total{method="GET",route="",status="200"}', 0)) < 1_000
+            filler.unlink()
+            assert process.stdin is not None and process.stderr is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            _until_ready(process)
+            process.kill()
+            said = process.stderr.read()
+        assert "metrics_in_memory" in said and "metrics_shared" in said, said
+        text = _run(RENDER, disk).stdout
+        assert _samples(text, "/v1/search")['engram_requests_total{method="GET",route="",status="200"}'] == "1001.0"
+        assert _samples(text, "/filler/999") and "engram_usage_lost_total 3.0" in text
+        assert not list(disk.glob("*.new"))
+
+
+def test_a_dead_workers_successor_goes_on_with_its_files_on_a_full_disk(tmp_path: Path) -> None:
+    """Their blocks are there; a living one's are not touched, and each death adds no files."""
+    with file_system(tmp_path / "disk", "size=2m") as disk:
+        assert _run(COUNT, disk).returncode == 9
+        files = sorted(disk.glob("*.db"))
+        with (disk / "filler").open("wb", buffering=0) as f, suppress(OSError):
+            while f.write(b"x" * 4_096):
+                pass
+        assert [_run(COUNT, disk).returncode for _ in range(2)] == [9, 9]
+        assert sorted(disk.glob("*.db")) == files
+        samples = _samples(_run(RENDER, disk).stdout, "/v1/search")
+        assert samples['engram_requests_total{method="GET",route="",status="200"}'] == "3000.0"

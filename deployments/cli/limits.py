@@ -25,7 +25,7 @@ def show(as_json: Json = False) -> None:
     from shared import workers
 
     settings = quiet_settings()
-    active = core.active(settings)
+    active, damage = core.standing(settings)
     version = core.version_of(active)
     alive = {pid: obeyed == version for pid, obeyed in workers.announced(settings).items()}
     if as_json:
@@ -33,11 +33,13 @@ def show(as_json: Json = False) -> None:
             name: {"value": e.value, "reason": e.reason, "set_at": _time(e.set_at), "expires_at": _time(e.expires_at)}
             for name, e in active.items()
         }
-        print_json({"limits": rows, "workers": alive})
+        print_json({"limits": rows, "workers": alive, "damage": damage or None})
         return
     rows_ = [(name, json.dumps(e.value), _time(e.expires_at), e.reason) for name, e in sorted(active.items())]
     print_table(("limit", "value", "until", "reason"), rows_)
     note(obeyed_by(alive))
+    if damage:
+        note(f"these are of the copy: {damage}")
 
 
 @limits.command("set")

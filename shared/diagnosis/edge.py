@@ -111,7 +111,7 @@ def refusals(sight: Sight) -> list[Finding]:
         seen = f"{rps:.2g} of {all_rps:.1f} a second ({figures.window})"
         if rps <= NOISE_RPS or rps <= REFUSED_SHARE * all_rps:
             found.append(good(name, seen, normal))
-        elif name == "shed" and (active := limits.active(sight.settings).get("shed")):
+        elif name == "shed" and (active := limits.standing(sight.settings)[0].get("shed")):
             found.append(good(name, f"{seen}, as an operator asked: {active.reason}", normal))
         else:
             found.append(bad(name, seen, normal, symptom))  # type: ignore[arg-type]  # two literals of Symptom
