@@ -78,7 +78,8 @@ class Served:
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": b""}
 
-        await self.app({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "headers": []}
+        await self.app(scope, receive, send)
 
     def recorded(self) -> list[int]:
         """What the access log says."""
