@@ -44,9 +44,11 @@ def test_limits_of_a_class_of_routes_hold_for_its_tools_too(stack: Stack) -> Non
                 await asyncio.sleep(0.05)
             raise AssertionError("never refused")
 
-        await refused(429, "rate limited")
-        assert (await mcp.ok("memory_list"))["memories"]
-        limits.clear(stack.settings, f"rate_limit:{tenant}")
+        try:
+            await refused(429, "rate limited")
+            assert (await mcp.ok("memory_list"))["memories"]
+        finally:
+            limits.clear(stack.settings, f"rate_limit:{tenant}")
         limits.set_limit(stack.settings, "shed", ["list"], ttl_seconds=60, reason="test")
         try:
             for _ in range(200):
@@ -80,7 +82,10 @@ def test_a_batch_takes_as_many_places_of_the_write_rate_as_it_has_parts(stack: S
         problem = json.loads(result.content[0].text)
         assert problem["status"] == 429 and 2 * seconds_a_write < problem["retry_after"] <= 3 * seconds_a_write
 
-    within(stack, tenant, work)
+    try:
+        within(stack, tenant, work)
+    finally:
+        limits.clear(stack.settings, f"rate_limit:{tenant}")  # the stack is other tests' too
 
 
 def test_a_used_up_quota_refuses_the_tools_that_draw_on_it(stack: Stack) -> None:  # noqa: F811
