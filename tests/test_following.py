@@ -22,7 +22,8 @@ from deployments.cli.following import Following, NotSettled
 from deployments.prefect_api import Away, NotKnown, NotPickedUp, PrefectApi, Run
 from shared.errors import ControlPlaneUnavailable
 from shared.settings import Settings
-from tests.core_fixtures import ROOT, World, free_ports
+from tests.core_fixtures import ROOT, World
+from tests.ports import free_ports
 
 pytest_plugins = ("tests.core_fixtures",)
 RUN_ID = str(uuid4())

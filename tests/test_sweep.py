@@ -21,8 +21,9 @@ from shared.fence import RestoreMutex
 from shared.previous import seal
 from shared.sweep import sweep_disk, sweep_records
 from shared.tenant import TenantPaths
-from tests.core_fixtures import LIVE, OLD, ROOT, World, contents_of, free_ports, new_world, settings_in, start_child
+from tests.core_fixtures import LIVE, OLD, ROOT, World, contents_of, new_world, settings_in, start_child
 from tests.crash_fixtures import undo
+from tests.ports import free_ports
 from tests.restore_fixtures import (
     begun,
     check_unlocked,
