@@ -5,7 +5,7 @@ deployment's pull steps, of which there are none here, and becomes the second, w
 costs every run a second of a core before its first step.
 
 One that comes late, of a worker that stood still, finds that its run has ended or is due once more (`flows.unbegun`),
-and leaves it: Prefect itself would let it begin.
+or that another process has begun it since, and leaves it: Prefect itself would let it begin.
 
 A session of its own, as the first Python would have made: a signal to the worker's group is not for its runs.
 
@@ -53,7 +53,7 @@ def wanted(run_id: str | None) -> bool:
 
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(run_id)).state
-    return state is None or not (state.is_final() or state.is_scheduled())
+    return state is None or not (state.is_final() or state.is_scheduled() or state.is_running())
 
 
 def leave_the_cpu_to_others() -> None:

@@ -16,6 +16,9 @@ is a second way through its two threads and back, a sixteenth of what a create c
 at 2,500 a second, so 334). HTTP/2 is asked: there a stream that was not read to its end would be reset. A body that is
 refused is read to its end all the same, within `DROP_BYTES` and `DROP_SECONDS`, before the answer begins.
 
+HEAD is GET without the content (RFC 9110, section 9.3.2): whatever is below sees a GET and bills it as one; access line
+and metrics say HEAD.
+
 A request whose token was not accepted is counted but not timed: the histogram says how fast tenants are served, and who
 invents key ids waits for keys (`gateway.jwks`) as long and as often as he likes.
 
@@ -107,6 +110,8 @@ class Edge:
         method = scope["method"]
         exchange = Exchange(method if method in _METHODS else "OTHER", scope["headers"], self._begin())
         scope[SCOPE_KEY] = exchange
+        if is_head := method == "HEAD":
+            scope["method"] = "GET"
 
         left: int | None = None  # of the body, bytes to come; below 0: nobody said how many; None: nobody asked for it
 
@@ -145,9 +150,11 @@ class Edge:
                     *exchange.headers,
                     (b"x-request-id", exchange.request_id.encode("ascii")),
                 ]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
             if refused:
-                await send({"type": "http.response.body", "body": refused, "more_body": False})
+                await send({"type": "http.response.body", "body": b"" if is_head else refused, "more_body": False})
 
         self._open += 1
         try:

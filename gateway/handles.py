@@ -89,6 +89,11 @@ class OpenTenant:
         self.company = False  # that one had several members
         self.checkpoint_due = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Somebody waits for it, or a turn of reads or a task that writes goes on: its handles may be wanted."""
+        return self.users > 0 or self.reading or self.searching or self.writing is not None
+
 
 def read_and_renew(tenant: OpenTenant, job: Job[Result]) -> Result:
     """The slow path of a lookup: also opens the current generation for the reader."""

@@ -12,9 +12,6 @@ Behind trusted proxies the client's own address and scheme are put into the scop
 refused: its token has been read by whoever listened, and HSTS promised otherwise. Only this machine itself may ask so.
 No `Strict-Transport-Security` is sent over plain text (RFC 6797).
 
-HEAD is GET without the content (RFC 9110, section 9.3.2): whatever is below sees a GET and bills it as one; access line
-and metrics say HEAD.
-
 A path with repeated slashes is refused: Litestar would take it for the one with single ones, after everything here and
 in front of us that goes by how a path begins took it for another.
 """
@@ -112,8 +109,6 @@ class Heads:
             return
         if scope["method"] == "OPTIONS":
             send = self._with_all_methods(scope, send)
-        elif scope["method"] == "HEAD":
-            scope["method"], send = "GET", _without_content(send)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -160,13 +155,6 @@ class Heads:
 
 def _with_head(methods: Iterable[str]) -> list[str]:
     return sorted({*methods, "HEAD"} if "GET" in methods else methods)
-
-
-def _without_content(send: Send) -> Send:
-    async def answer(message: Any) -> None:
-        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
-
-    return answer
 
 
 async def _preflight(send: Send) -> None:

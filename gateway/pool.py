@@ -78,7 +78,7 @@ class TenantPool:
         self._busy_timeout_seconds = settings.sqlite_busy_timeout_seconds
         self._query_timeout_seconds = settings.query_timeout_seconds
         self._threads = Threads(settings.gateway_threads, "sqlite")
-        self._turns = ReadTurns(self._threads, settings.gateway_threads, self._answered)
+        self._turns = ReadTurns(self._threads, settings.gateway_threads, self._answered, self._close_if_left)
         self._queue_limit = settings.gateway_threads * QUEUE_PER_THREAD
         self._queued = 0
         self._wait_seconds = settings.database_wait_seconds
@@ -144,10 +144,9 @@ class TenantPool:
 
     async def close(self) -> None:
         """Close every database. Call when no request is running."""
-        await asyncio.gather(*self._writing)  # a checkpoint is no request
         # Who closes a database last folds it, so what was evicted is closed before what took its place; and a thread
         # may still be busy for a caller that has left.
-        while self._leaving or any(tenant.users or tenant.searching for tenant in self._open.leaving()):
+        while self._leaving or any(tenant.is_busy for tenant in self._open.leaving()):
             await asyncio.sleep(_POLL_SECONDS)
         await asyncio.gather(*(self._close_for_good(tenant) for tenant in self._open.clear()))
         self._threads.close()
@@ -293,8 +292,8 @@ class TenantPool:
             self._open.remove(tenant.paths.tenant_id)
 
     def _close_if_left(self, tenant: OpenTenant) -> None:
-        """Once its last user is gone, and what they wrote is where it belongs."""
-        if tenant.closing and tenant.users == 0 and tenant.writing is None:
+        """Once its last user is gone, what they wrote is where it belongs, and no turn is left that wants a handle."""
+        if tenant.closing and not tenant.is_busy:
             tenant.inline = False
             self._threads.run(close, tenant, then=lambda _error: self._leaving.discard(tenant))
 

@@ -8,7 +8,9 @@ A tenant's reads are served in turns: a thread serves what waits, and what comes
     so there is always one soon free for the rest. While one waits for a thread it holds nothing. Then it has lock and
     `worker` as the others have, and serves brief reads first; but when it is still at it after `APART_SECONDS`, it goes
     on alone with that connection, and the lock is given back: a search of seconds keeps its tenant's writes, lists and
-    lookups from nothing. Who needs a `worker` meanwhile opens one.
+    lookups from nothing. Who needs a `worker` meanwhile opens one, and then the tenant has both, and its searches go
+    apart from the others, until it is closed. So it is when a write hangs: no search waits for its tenant's lock, with
+    a thread that others want, for longer than `HANGS_SECONDS`.
 
 Most searches take less than a millisecond, and a tenant of such never has the connection more: it would cost an open,
 and a thread's waking for each request (measured with a connection apart from the start: 10% more CPU in the usual mix,
@@ -26,16 +28,18 @@ from gateway.handles import OpenTenant, read_waiting
 from gateway.threads import Threads
 
 APART_SECONDS = 0.025
+HANGS_SECONDS = 0.25
 Answered = Callable[[OpenTenant, BaseException | None], None]
 
 
 class ReadTurns:
-    """For one event loop. `answered` is called on it after each read, with what it failed with."""
+    """For one event loop. `answered` is called on it after each read, with what it failed with; `over` after a turn."""
 
-    def __init__(self, threads: Threads, count: int, answered: Answered) -> None:
+    def __init__(self, threads: Threads, count: int, answered: Answered, over: Callable[[OpenTenant], None]) -> None:
         self._threads = threads
         self._slow_places = asyncio.Semaphore(max(1, count - 1))
         self._answered = answered
+        self._over = over
 
     async def begin(self, tenant: OpenTenant, slow: bool) -> None:
         """See to it that what was just put into `tenant.reads` is served; at once, and without suspending, when nobody
@@ -55,9 +59,10 @@ class ReadTurns:
         else:
             tenant.searching = True
             await self._slow_places.acquire()
-            if tenant.searcher is None:
+            apart = tenant.searcher is not None
+            if not apart:
                 await tenant.lock.acquire()
-            self._search(tenant)
+            self._search(tenant, apart)
 
     def _read_later(self, tenant: OpenTenant) -> None:
         tenant.reading = True
@@ -75,17 +80,22 @@ class ReadTurns:
 
     async def _search_after_others(self, tenant: OpenTenant) -> None:
         await self._slow_places.acquire()
-        if tenant.searcher is None:
-            await tenant.lock.acquire()
-        self._search(tenant)
+        apart = tenant.searcher is not None
+        if not apart:
+            try:
+                async with asyncio.timeout(HANGS_SECONDS):
+                    await tenant.lock.acquire()
+            except TimeoutError:
+                apart = True
+        self._search(tenant, apart)
 
     def _read(self, tenant: OpenTenant) -> None:
         """The caller has the lock, which is given back when the thread is done."""
         self._serve(tenant, False, self._was_read)
 
-    def _search(self, tenant: OpenTenant) -> None:
-        """The caller has a place, and the lock unless the tenant has a `searcher`; they are given back likewise."""
-        if tenant.searcher is None:
+    def _search(self, tenant: OpenTenant, apart: bool) -> None:
+        """The caller has a place, and the lock unless it is `apart`; they are given back likewise."""
+        if not apart:
             tenant.searcher, tenant.worker = tenant.worker, None
             tenant.lent = asyncio.get_running_loop().call_later(APART_SECONDS, self._let_go, tenant)
         self._serve(tenant, True, self._was_searched)
@@ -103,6 +113,7 @@ class ReadTurns:
         tenant.lock.release()
         tenant.reading = False
         self._go_on(tenant)
+        self._over(tenant)
 
     def _let_go(self, tenant: OpenTenant) -> None:
         """The turn takes longer than the others may wait for it."""
@@ -111,16 +122,16 @@ class ReadTurns:
         self._go_on(tenant)
 
     def _was_searched(self, tenant: OpenTenant, _error: BaseException | None) -> None:
+        self._slow_places.release()
         if tenant.lent is not None:
             tenant.lent.cancel()
             tenant.lent = None
             tenant.lock.release()
-        # Nobody has needed a `worker` meanwhile? Of a tenant that is closing a thread may be taking the handles now.
-        if tenant.worker is None and not tenant.lock.locked() and not tenant.closing:
+        if tenant.worker is None and not tenant.lock.locked():  # nobody has needed one meanwhile
             tenant.worker, tenant.searcher = tenant.searcher, None
-        self._slow_places.release()
         tenant.searching = False
         self._go_on(tenant)
+        self._over(tenant)
 
     def _go_on(self, tenant: OpenTenant) -> None:
         """What waits now gets on in its turn: a write, or another tenant's search, may have been waiting for longer."""

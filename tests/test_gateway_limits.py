@@ -148,7 +148,17 @@ def test_unknown_paths_and_methods_are_problems_too(api: httpx.Client) -> None:
 def test_head_is_get_without_the_content(api: httpx.Client) -> None:
     """Monitors and load balancers ask so; every status and field is that of the GET, problems too."""
     made = api.post("/v1/memories", json={"content": "x"}).json()["id"]
-    for path in ("/health", "/ready", "/v1/memories", f"/v1/memories/{made}", "/v1/memories/x", "/nothing", "/schema"):
+    paths = (
+        "/health",
+        "/ready",
+        "/v1/memories",
+        f"/v1/memories/{made}",
+        "/v1/memories/x",
+        "/nothing",
+        "/schema",
+        "//x",
+    )
+    for path in paths:
         got, head = api.get(path), api.head(path)
         assert (head.status_code, head.content) == (got.status_code, b"")
         for name in ("content-type", "content-length", "cache-control"):

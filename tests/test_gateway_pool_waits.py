@@ -154,6 +154,57 @@ def test_a_tenants_writes_lists_and_lookups_do_not_wait_for_its_searches(tmp_pat
     with_pool(tmp_path, test, 1, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
 
 
+def test_a_search_whose_tenant_is_being_closed_is_waited_for(tmp_path: Path) -> None:
+    """One that was shed while it waited for a thread still has its turn to come: a handle closed under it, or a lock
+    given back that it had not, would cost the worker a thread for searches for good."""
+
+    async def test(pool: TenantPool) -> None:
+        first = Held()
+        running = await first.begin(pool.read, "t0")
+        await pool.write("t0", _create)  # from here on it searches with a connection apart
+        first.let_go()
+        await running
+        other = Held()
+        holding = await other.begin(pool.read, "t1")
+        pool._wait_seconds = 0.3
+        with pytest.raises(Refusal):
+            await pool.read("t0", memories.count)
+        pool._wait_seconds = 60
+        tenant = pool._open.get("t0")
+        assert tenant is not None and tenant.users == 0 and tenant.searching
+        is_closed = pool.restart("t0")
+        await asyncio.sleep(0.05)
+        assert not is_closed() and tenant.searcher is not None
+        other.let_go()
+        await holding
+        async with asyncio.timeout(60):
+            while not is_closed():
+                await asyncio.sleep(0.001)
+        assert await pool.read("t0", memories.count) == 1
+        async with asyncio.timeout(60):
+            while pool._turns._slow_places._value != 1:
+                await asyncio.sleep(0.001)
+
+    with_pool(tmp_path, test, 2, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
+
+
+def test_a_search_does_not_wait_with_a_thread_for_a_write_that_hangs(tmp_path: Path) -> None:
+    """Three tenants whose disk hangs would else stop everybody's searches."""
+
+    async def test(pool: TenantPool) -> None:
+        write = Held()
+        writing = await write.begin(pool.write, "t0")
+        search = asyncio.create_task(pool.read("t0", memories.count))
+        assert await pool.read("t1", memories.count) == 0
+        assert await search == 0
+        write.let_go()
+        assert await writing == "held"
+        assert (await pool.write("t0", _create)).content == "m"
+        assert await pool.read("t0", memories.count) == 1
+
+    with_pool(tmp_path, test, 2, gateway_threads=2, query_timeout_seconds=0, database_wait_seconds=60)
+
+
 def test_with_one_thread_a_tenants_searches_let_its_other_reads_by(tmp_path: Path) -> None:
     """They wait for the one that runs, not for all that came before."""
 

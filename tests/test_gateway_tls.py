@@ -156,6 +156,14 @@ def test_a_streamed_body_is_refused_so_that_curl_hears_of_it(
             assert json.loads(body)["status"] == status
 
 
+def test_head_has_no_content_on_both_versions_whoever_answers(api: httpx.Client) -> None:
+    """Over HTTP/2 nobody below takes it off, and content where there may be none ends the connection."""
+    for path, status in (("/health", 200), ("/nothing", 404), ("//x", 404), ("/health?" + "x" * 9_000, 414)):
+        answer = api.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert int(answer.headers["content-length"]) > 0
+
+
 def test_a_streamed_body_is_refused_so_that_httpx_hears_of_it(api: httpx.Client) -> None:
     """It sends on while the answer is there, until its window is used up."""
 

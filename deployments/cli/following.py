@@ -87,7 +87,8 @@ class Following(Generic[Row]):
                     return row
             except ControlPlaneUnavailable as e:
                 cause = str(e)
-            ended = f"{seen.name} ended {seen.state.lower()}{f' ({seen.message})' if seen.message else ''}"
+            ended = f"{seen.name} {'ended' if seen.ended else 'was'} {seen.state.lower()}"
+            ended += f" ({seen.message})" if seen.message else ""
             if time.monotonic() > deadline:
                 raise NotSettled(f"{ended}; what it did is not settled: {cause}; {self.look}")
             if not told:

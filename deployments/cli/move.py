@@ -54,7 +54,8 @@ def move(
         note(f"move of {tenant_id} from {tenant.machine_id} to {machine_id}: {run.url}")
         ended, row = following.end(run)
     if row is None or row.state != "done":
-        raise Permanent((row and row.error) or ended.message)
+        said = ended.message if ended.ended or row is None else f"the move is {row.state}"
+        raise Permanent((row and row.error) or said)
     if ended.ended and ended.state != "COMPLETED":
         note(f"its run ended {ended.state.lower()} ({ended.message}); the move was done all the same")
     result: dict[str, Any] = {

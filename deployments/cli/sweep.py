@@ -59,7 +59,7 @@ def _without_prefect() -> tuple[list[Swept], list[str]]:
             found += core.sweep_records(settings, control_plane)
             found += move_settle.sweep_moves(settings, control_plane)
     except ControlPlaneUnavailable as e:
-        return found, [f"leases and rows of dead runs are not looked at: {e}"]
+        return found, [f"not all leases and rows of dead runs were looked at: {e}"]
     return found, []
 
 
