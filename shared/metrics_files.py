@@ -9,8 +9,12 @@ full, so a worker that took a dead one's place would die as it imports its metri
 - A worker takes the first place that no living one holds, and goes on with the files of who held it: what the dead
   counted stays in the sums, the blocks are there already, and deaths add no files.
 - A file is seen, and more of it is mapped, once its blocks are reserved.
-- What the disk refuses is kept in memory. Such a worker's own `/metrics` holds it; those of the others do not, until
-  there is room and `settle` has brought it to its file: then they all do, and nothing was lost but by its death.
+- What the disk (or the kernel: no descriptor, no memory) refuses is kept in memory, until `settle` can bring it to its
+  file: nothing is lost but by a death before. Meanwhile every worker's `/metrics`, also its own, has what the file had
+  last: were they to differ, a scrape of one and then of another would look like a reset. Only where there is no file
+  at all does its own have what is in memory, which beats nothing; the others' lack it.
+- A worker that could not read its place's file began at 0. It goes to a file beside that one (`…_pN-1.db`), which stays
+  as it is when the worker has died: the sums need it, and nobody goes on with it.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ class Counts(MmapedDict):
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         self.cause = ""
         self._moving = threading.Lock()  # held while it is seen to where values are
+        self._goes_on = True  # from what its file has
         self._f: Any = None
         try:
             _reserve(filename, _FILE_BYTES)
@@ -71,6 +76,8 @@ class Counts(MmapedDict):
         except OSError as e:
             if self._f is not None:
                 self._f.close()
+                self._f = None
+            self._goes_on = False
             self._fname, self._positions = filename, {}
             self._used = 8  # as the library begins a file: its head is how much of it is used
             self._stay_in_memory(mmap.mmap(-1, _FILE_BYTES), e)
@@ -78,36 +85,51 @@ class Counts(MmapedDict):
 
     @staticmethod
     def read_all_values_from_file(filename: str) -> Iterator[tuple[str, float, float, int]]:
-        """Of any process's file, or what this one keeps in memory in its stead."""
+        """Of any process's file; where there is none, what this one keeps in memory in its stead."""
         found: Iterator[tuple[str, float, float, int]]
-        if (counts := _in_memory.get(filename)) is None:
+        try:
             found = MmapedDict.read_all_values_from_file(filename)  # type: ignore[no-untyped-call]
-        else:
-            used = counts._used  # first: what is mapped may become larger meanwhile
-            found = mmap_dict._read_all_values(counts._m[:used], used)  # type: ignore[no-untyped-call]
+        except FileNotFoundError:
+            if (counts := _in_memory.get(filename)) is None:  # or it was brought there just now
+                found = MmapedDict.read_all_values_from_file(filename)  # type: ignore[no-untyped-call]
+            else:
+                used = counts._used  # first: what is mapped may become larger meanwhile
+                found = mmap_dict._read_all_values(counts._m[:used], used)  # type: ignore[no-untyped-call]
         return found
 
     def settle(self) -> bool:
         """Whether it is in its file now. A count of another thread meanwhile goes with it."""
         with self._moving:
+            if _in_memory.get(self._fname) is not self:
+                return True  # another thread was faster
+            mine = self._m
             try:
-                _reserve(self._fname, self._capacity)
-                file = open(self._fname, "r+b")  # noqa: SIM115  as long as the process
+                name = self._fname if self._goes_on else _unused(self._fname)
+                is_new = not _exists(name)
+                at = f"{name}.new" if is_new else name
+                file = open(_reserved(at, self._capacity), "r+b")  # noqa: SIM115  as long as the process
             except OSError:
                 return False
             try:
                 shared = mmap.mmap(file.fileno(), self._capacity)
+                taken = mine[:]
+                shared[8:] = taken[8:]
+                shared[:8] = taken[:8]  # last: who reads meanwhile, or after a death, reads as far as the head says
+                if is_new:
+                    os.rename(at, name)
             except OSError:
                 file.close()
+                if is_new:
+                    with suppress(OSError):
+                        os.unlink(at)
                 return False
-            mine = self._m
-            shared[:] = taken = mine[:]
             self._f, self._m = file, shared
-            for at in self._positions.values():
-                value = slice(at, at + 16)
+            for place in self._positions.values():
+                value = slice(place, place + 16)
                 if mine[value] != taken[value] == shared[value]:
                     shared[value] = mine[value]
-            del _in_memory[self._fname]
+            _in_memory.pop(self._fname, None)
+            self._fname, self._goes_on = name, True
             return True
 
     def _init_value(self, key: str) -> None:
@@ -146,16 +168,17 @@ class Counts(MmapedDict):
 
 
 class Shared(multiprocess.MultiProcessCollector):
-    """The counts of all processes, with those that this one has in memory."""
+    """The counts of all processes, with those for which this one has memory and no file."""
 
     def collect(self) -> Any:
+        files = set(_in_memory)  # first: what is brought to its file meanwhile is found there
         with os.scandir(self._path) as entries:
-            files = {entry.path for entry in entries if entry.name.endswith(".db")}
-        return self.merge(sorted(files | _in_memory.keys()))  # type: ignore[no-untyped-call]
+            files.update(entry.path for entry in entries if entry.name.endswith(".db"))
+        return self.merge(sorted(files))  # type: ignore[no-untyped-call]
 
 
 def _take_place(directory: str) -> str:
-    """The first that no living process holds; on a disk that has room for none, one's own."""
+    """The first that no living process holds; where none is to be had, one's own."""
     n = 0
     while True:
         try:
@@ -165,25 +188,53 @@ def _take_place(directory: str) -> str:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process: nobody closes it
             return f"p{n}"
-        except OSError:
+        except BlockingIOError:
             os.close(fd)
             n += 1
+        except OSError:  # no locks here: the next place would not do either
+            os.close(fd)
+            return str(os.getpid())
+
+
+def _exists(path: str) -> bool:
+    """Raises `OSError` where that cannot be told: what is there must not be replaced."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _unused(path: str) -> str:
+    """This or the first beside it that does not exist. Whoever holds the place is alone here."""
+    stem, suffix = os.path.splitext(path)
+    n = 0
+    while _exists(path):
+        n += 1
+        path = f"{stem}-{n}{suffix}"
+    return path
 
 
 def _reserve(path: str, size: int) -> None:
     """Have blocks for so much of the file and for all there is of it. One that is new appears with them: who reads all
     files cannot read an empty one. Raises `OSError`."""
-    exists = os.path.exists(path)
-    at = path if exists else f"{path}.new"
-    fd = os.open(at, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    is_new = not _exists(path)
+    at = f"{path}.new" if is_new else path
+    os.close(_reserved(at, size))
+    if is_new:
+        os.rename(at, path)
+
+
+def _reserved(path: str, size: int) -> int:
+    """The file, open, with blocks; a `.new` one is empty, and gone after an error. Raises `OSError`."""
+    is_new = path.endswith(".new")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if is_new else 0), 0o600)
     try:
         os.posix_fallocate(fd, 0, max(size, os.fstat(fd).st_size))
-        if not exists:
-            os.rename(at, path)
     except OSError:
-        if not exists:
-            with suppress(OSError):
-                os.unlink(at)
-        raise
-    finally:
         os.close(fd)
+        if is_new:
+            with suppress(OSError):
+                os.unlink(path)
+        raise
+    return fd

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
+import resource
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from prometheus_client import mmap_dict, multiprocess
 
+from shared import metrics_files
+from shared.metrics_files import Counts
 from tests.disk_fixtures import file_system
 
 # Counts the same things both ways, beside so many other series that the library has to map a larger file meanwhile,
@@ -108,16 +118,18 @@ def test_without_shared_files_the_fast_way_counts_in_memory() -> None:
 @pytest.mark.parametrize("room_bytes", [0, 3 * 65_536 + 8_192])
 def test_on_a_full_disk_a_process_counts_in_memory_until_there_is_room(tmp_path: Path, room_bytes: int) -> None:
     """Without room for any file, and with room for the first of them but not for more of one. It says so, its own
-    exposition has its counts, and that of others once they could be written: none is missing then."""
+    exposition has its counts where there is no file, what the others have where there is one, and all have all of them
+    once they could be written: none is missing then."""
     with file_system(tmp_path / "disk", "size=1m") as disk:
         filler = disk / "filler"
         with filler.open("wb", buffering=0) as f:
             os.posix_fallocate(f.fileno(), 0, 1_048_576 - room_bytes)
         with _start(FULL, disk) as process:
             own = _samples(_until_ready(process), "/v1/search")
-            assert own['engram_requests_total{method="GET",route="",status="200"}'] == "1000.0"
             others = _samples(_run(RENDER, disk).stdout, "/v1/search")
-            assert float(others.get('engram_requests_total{method="GET",route="",status="200"}', 0)) < 1_000
+            name = 'engram_requests_total{method="GET",route="",status="200"}'
+            assert float(others.get(name, 0)) < 1_000
+            assert own[name] == (others[name] if room_bytes else "1000.0")
             filler.unlink()
             assert process.stdin is not None and process.stderr is not None
             process.stdin.write("\n")
@@ -144,3 +156,156 @@ def test_a_dead_workers_successor_goes_on_with_its_files_on_a_full_disk(tmp_path
         assert sorted(disk.glob("*.db")) == files
         samples = _samples(_run(RENDER, disk).stdout, "/v1/search")
         assert samples['engram_requests_total{method="GET",route="",status="200"}'] == "3000.0"
+
+
+KEY = mmap_dict.mmap_key("engram_things", "engram_things_total", [], [], "Things.")
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the counters of this process would be, were it a worker."""
+    monkeypatch.setattr(metrics_files, "_in_memory", {})
+    monkeypatch.setattr(multiprocess, "MmapedDict", Counts)
+    return str(tmp_path / "counter_p0.db")
+
+
+@contextmanager
+def _no_more_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", _raising(errno.ENOSPC))
+        yield
+
+
+def _raising(number: int) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def _count(counts: Counts, value: float) -> None:
+    counts.write_value(KEY, value, 0.0)  # type: ignore[no-untyped-call]
+
+
+def _fill(counts: Counts) -> None:
+    for n in range(1_000):
+        counts.read_value(KEY.replace("{}", f'{{"filler": "{n}"}}'))  # type: ignore[no-untyped-call]
+
+
+def _own(file: str) -> float:
+    """What this process would expose."""
+    shared: Any = metrics_files.Shared
+    return float(sum(x.value for metric in shared(None, os.path.dirname(file)).collect() for x in metric.samples))
+
+
+def _others(file: str) -> float:
+    """What any other would, that has nothing in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_files, "_in_memory", {})
+        return _own(file)
+
+
+def test_who_could_not_open_a_dead_workers_file_replaces_none_of_its_counts(file: str) -> None:
+    """It counts in memory from 0, and then beside them; nobody saw the sum fall."""
+    dead = Counts(file)
+    _count(dead, 1_000.0)
+    dead.close()  # type: ignore[no-untyped-call]
+    with _no_more_descriptors():
+        successor = Counts(file)
+        _count(successor, 1.0)
+        assert not successor.settle()
+    assert _own(file) == _others(file) == 1_000.0
+    assert successor.settle()
+    assert _own(file) == _others(file) == 1_001.0
+    _count(successor, 2.0)
+    _fill(successor)
+    assert _own(file) == _others(file) == 1_002.0
+    with _no_more_descriptors():
+        again = Counts(file)
+        _count(again, 4.0)
+    assert again.settle()
+    assert _own(file) == _others(file) == 1_006.0
+    assert not [name for name in os.listdir(os.path.dirname(file)) if not name.endswith(".db")]
+
+
+@pytest.mark.parametrize("dead_counted", [0.0, 1_000.0])
+def test_who_could_not_map_its_file_counts_on_beyond_its_size(file: str, dead_counted: float) -> None:
+    if dead_counted:
+        _count(Counts(file), dead_counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmap_dict, "mmap", SimpleNamespace(mmap=_raising(errno.ENOMEM), ACCESS_WRITE=mmap.ACCESS_WRITE))
+        counts = Counts(file)
+    _count(counts, 5.0)
+    _fill(counts)
+    assert counts.settle()
+    assert _own(file) == _others(file) == dead_counted + 5.0
+
+
+def test_without_locks_a_worker_takes_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def flock(fd: int, _how: int) -> None:
+        asked.append(fd)
+        assert len(asked) == 1, "it would look for ever"
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert metrics_files._take_place(str(tmp_path)) == str(os.getpid())
+
+
+def test_all_workers_expose_the_same_of_a_file_that_cannot_grow(file: str) -> None:
+    """Or a scrape of its worker and then of another would look like a reset."""
+    counts = Counts(file)
+    _count(counts, 1_000_000.0)
+    with _full_disk():
+        _fill(counts)
+        _count(counts, 1_000_500.0)
+        assert not counts.settle()
+        assert _own(file) == _others(file) == 1_000_000.0
+    assert counts.settle()
+    assert _own(file) == _others(file) == 1_000_500.0
+
+
+def test_settling_twice_is_settling_once(file: str) -> None:
+    """The periodic work may still be at it when a shutdown does it too."""
+    with _full_disk():
+        counts = Counts(file)
+        _count(counts, 7.0)
+        assert _own(file) == 7.0
+    assert counts.settle()
+    _count(counts, 8.0)
+    assert counts.settle()
+    assert _own(file) == _others(file) == 8.0
+
+
+def test_the_head_of_a_file_never_tells_of_records_that_are_not_there(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrape or a death may come between any two writes."""
+    counts = Counts(file)
+    _count(counts, 1.0)
+    with _full_disk():
+        _fill(counts)
+    heads: list[bytes] = []
+
+    class Mapped(mmap.mmap):
+        def __setitem__(self, where: Any, value: Any) -> None:
+            if (where.start or 0) < 4:
+                heads.append(value[:4])
+                written = Path(file).read_bytes()
+                assert written[8 : counts._used] == counts._m[8 : counts._used]
+            super().__setitem__(where, value)
+
+    monkeypatch.setattr(metrics_files, "mmap", SimpleNamespace(mmap=Mapped))
+    assert counts.settle()
+    assert heads == [counts._m[:4]]
