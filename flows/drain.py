@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import FrameType
 
 import httpx
@@ -50,7 +51,10 @@ def main(settings: Settings) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    with suppress(EngramError):  # whoever asks it is told
+        control_plane()  # one for all threads, which would each make their own at once; it does not connect yet
     threading.Thread(target=_sweep, args=(settings, stopping), name="sweep", daemon=True).start()
+    threading.Thread(target=_measure, args=(settings, stopping), name="storage", daemon=True).start()
     with ThreadPoolExecutor(1, thread_name_prefix="drain") as thread:
         work = thread.submit(_drain_until_stopped, settings)
         while not wait([work], timeout=0.5).done:  # short, so that a signal is handled in between
@@ -102,9 +106,9 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
     """Look for dead restores and moves from the start on, in a thread: a long drain must not keep a tenant waiting.
 
     The control plane is asked when the disk shows a trace, and once in a lease time: a restore that could not
-    reach it at its end leaves a lease and no trace. How many bytes the tenants keep is measured here too.
+    reach it at its end leaves a lease and no trace.
     """
-    asked_at = measured_at = float("-inf")
+    asked_at = float("-inf")
     while True:
         try:
             if core_sweep.sweep_disk(settings):
@@ -113,15 +117,29 @@ def _sweep(settings: Settings, stop: threading.Event) -> None:
                 core_sweep.sweep_records(settings, control_plane())
                 move_settle.sweep_moves(settings, control_plane())
                 asked_at = time.monotonic()
-            if time.monotonic() - measured_at >= settings.usage_storage_seconds:
-                measured = storage.measure(control_plane(), settings)
-                measured_at = time.monotonic()
-                log.info("storage_measured", tenants=measured.tenants, storage_bytes=measured.storage_bytes)
         except _FAULTS as e:
             log.error("sweep_failed", cause=str(e))
         except Exception as e:  # nobody would miss this thread before a tenant stays locked
             log.error("sweep_failed", cause=str(e), exc_info=e)
         if stop.wait(settings.sweep_seconds):
+            return
+
+
+def _measure(settings: Settings, stop: threading.Event) -> None:
+    """Measure how many bytes the tenants keep, in a thread: to open thousands of databases must not keep the sweep from
+    the disk. What fails is tried again as soon as a sweep would be."""
+    last: dict[str, storage.Measurement] = {}
+    while True:
+        pause = settings.sweep_seconds
+        try:
+            measured = storage.measure(control_plane(), settings, last)
+            log.info("storage_measured", tenants=measured.tenants, storage_bytes=measured.storage_bytes)
+            pause = settings.usage_storage_seconds
+        except _FAULTS as e:
+            log.error("storage_failed", cause=str(e))
+        except Exception as e:  # nobody would miss this thread before a bill is wrong
+            log.error("storage_failed", cause=str(e), exc_info=e)
+        if stop.wait(pause):
             return
 
 

@@ -1,7 +1,7 @@
 """Limits that change while the gateway runs: one file of this machine, which every worker reads.
 
     {data_dir}/run/limits.json        written whole (fsync, rename), under `limits.lock` when it is changed
-                   limits.copy.json   the same, written before it: what it should say while it is damaged
+                   limits.copy.json   the same, written after it: what it should say while it is damaged
 
 | name                    | value                                 | what a worker does                              |
 |-------------------------|---------------------------------------|-------------------------------------------------|
@@ -20,6 +20,10 @@ A damaged file leaves every worker with the limits it has, and gives one that st
 only the older workers obey is none. Who changes limits is told, and decides which is right: nothing is written over
 what cannot be read. An absent file is no damage: there are no limits, whatever the copy says. What was written into
 the file by hand is in the copy after the next change only.
+
+So nothing is in the copy that was not set before. Where the file cannot be written, on a full disk, nothing has
+changed; where only the copy cannot, the change holds and the copy, which now says something else, is removed. A
+process killed in between leaves it one change behind.
 
 Every entry has a reason and an end: what was changed at three in the morning is gone by itself. Workers look at
 the file every `limits_poll_seconds`, off the request path, and see an entry's end without anybody's help. One that
@@ -41,7 +45,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.durable import write_file
+from shared.durable import unlink, write_file
 from shared.errors import Permanent, UnsafeTenantId
 from shared.log import get_logger
 from shared.settings import Settings
@@ -172,7 +176,10 @@ def clear(settings: Settings, name: str) -> bool:
 
 def active(settings: Settings) -> dict[str, Entry]:
     """The limits that hold now, by name. Raises `Permanent` when the file is damaged."""
-    return _unexpired(_read(path_of(settings)), time.time())
+    try:
+        return _unexpired(_read(path_of(settings)), time.time())
+    except Permanent as e:
+        raise Permanent(f"{e}; {_way_out(settings)}") from e
 
 
 def standing(settings: Settings) -> tuple[dict[str, Entry], str]:
@@ -183,7 +190,22 @@ def standing(settings: Settings) -> tuple[dict[str, Entry], str]:
     except Permanent as e:
         if not copy_of(settings).exists():
             raise
-        return _unexpired(_read(copy_of(settings)), time.time()), str(e)
+        try:
+            return _unexpired(_read(copy_of(settings)), time.time()), str(e)
+        except Permanent:
+            raise e from None  # it says so of both
+
+
+def _way_out(settings: Settings) -> str:
+    """What to do about a damaged file."""
+    remove = f"remove {path_of(settings).name} to start without limits"
+    if not copy_of(settings).exists():
+        return f"{remove}, there is no copy"
+    try:
+        _read(copy_of(settings))
+    except Permanent as e:
+        return f"nor can its copy: {e}; {remove}"
+    return f"{remove}, or put {copy_of(settings).name} in its place to keep what was set"
 
 
 def version_of(entries: dict[str, Entry]) -> str:
@@ -304,10 +326,7 @@ def _read(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise Permanent(
-            f"{path} cannot be read ({e}); remove it to start without limits, or put limits.copy.json in its place to"
-            " keep what was set"
-        ) from e
+        raise Permanent(f"{path} cannot be read ({e})") from e
 
 
 @contextmanager
@@ -320,7 +339,18 @@ def _changing(settings: Settings) -> Iterator[dict[str, Entry]]:
         entries = active(settings)
         yield entries
         data = msgspec.json.format(msgspec.json.encode(_File(entries)))
-        write_file(copy_of(settings), data)  # first: where that fails nothing has changed
         write_file(path_of(settings), data)
+        try:
+            write_file(copy_of(settings), data)
+        except OSError as e:  # the change holds all the same
+            log.error("limits_copy_not_written", cause=str(e), removed=_removed(copy_of(settings)))
     finally:
         os.close(lock)
+
+
+def _removed(path: Path) -> bool:
+    try:
+        unlink(path)
+    except OSError:
+        return False
+    return True

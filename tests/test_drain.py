@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows import drain
+from shared import storage
 from shared.control_plane import ControlPlane
 from shared.settings import Settings
 from tests.core_fixtures import event, start_child, wait_until
@@ -154,3 +155,41 @@ def test_a_sweep_that_meets_a_fault_nobody_foresaw_says_so_and_goes_on(
     assert looks == 2
     out = "".join(capfd.readouterr())
     assert "sweep_failed" in out and "a fault" in out
+
+
+def test_a_measurement_that_takes_long_keeps_no_sweep_from_the_disk_and_goes_on_after_a_fault(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And what was measured is known the next time."""
+    stop, looked, measuring = threading.Event(), threading.Event(), threading.Event()
+    given: list[dict[str, object]] = []
+
+    def look(_settings: Settings) -> list[object]:
+        if measuring.is_set():
+            looked.set()
+        return []
+
+    def measure(_control_plane: object, _settings: Settings, last: dict[str, object]) -> storage.Measured:
+        given.append(dict(last))
+        last[f"t{len(given)}"] = storage.Measurement(1)
+        if len(given) == 1:
+            raise ZeroDivisionError("a fault")
+        measuring.set()
+        assert looked.wait(10), "the sweep stands still"
+        stop.set()
+        return storage.Measured(1, 1, 0)
+
+    monkeypatch.setattr(drain.core_sweep, "sweep_disk", look)
+    monkeypatch.setattr(drain.core_sweep, "sweep_records", lambda *_: [])
+    monkeypatch.setattr(drain.move_settle, "sweep_moves", lambda *_: [])
+    monkeypatch.setattr(drain.storage, "measure", measure)
+    monkeypatch.setattr(drain, "control_plane", lambda: None)
+    quick = settings.model_copy(update={"sweep_seconds": 0.01})
+    threads = [threading.Thread(target=each, args=(quick, stop)) for each in (drain._sweep, drain._measure)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert looked.is_set() and given == [{}, {"t1": storage.Measurement(1)}]
+    out = "".join(capfd.readouterr())
+    assert "storage_failed" in out and "a fault" in out and "storage_measured" in out

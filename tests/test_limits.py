@@ -171,6 +171,53 @@ def test_a_worker_that_starts_while_the_file_is_damaged_obeys_what_the_others_do
     assert limits.standing(settings) == ({}, "")
 
 
+def test_a_limit_that_could_not_be_set_is_in_no_copy_and_a_copy_that_could_not_be_written_is_no_other_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker that starts while the file is damaged would obey what nobody set, or what was cleared."""
+    configure()
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    full, write = path_of(settings), limits.write_file
+
+    def write_file(path: Path, data: bytes) -> None:
+        if path == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(limits, "write_file", write_file)
+    with pytest.raises(OSError, match="No space"):
+        set_limit(settings, "pool_size", 1, ttl_seconds=60, reason="r")
+    sound = path_of(settings).read_bytes()
+    path_of(settings).write_bytes(b"{")
+    newer = Watch(settings)
+    newer.poll()
+    assert newer.now == Limits(pool_size=7)
+    path_of(settings).write_bytes(sound)
+    full = limits.copy_of(settings)
+    assert clear(settings, "pool_size") and active(settings) == {}, "it is cleared, and nobody is told otherwise"
+    assert "limits_copy_not_written" in capfd.readouterr().err
+    path_of(settings).write_bytes(b"{")
+    newer = Watch(settings)
+    newer.poll()
+    assert newer.now == Limits()
+    with pytest.raises(Permanent, match=r"limits\.json cannot be read .* there is no copy"):
+        limits.standing(settings)
+
+
+def test_where_both_files_are_damaged_both_are_named_and_neither_is_recommended(settings: Settings) -> None:
+    """Removing the one is enough: without it the copy says nothing."""
+    set_limit(settings, "pool_size", 7, ttl_seconds=60, reason="r")
+    path_of(settings).write_bytes(b"{")
+    limits.copy_of(settings).write_bytes(b"[")
+    for ask in (limits.standing, active):
+        with pytest.raises(Permanent, match=r"limits\.json cannot be read .*limits\.copy\.json cannot be read") as told:
+            ask(settings)
+        assert "in its place" not in str(told.value) and "remove limits.json to start" in str(told.value)
+    path_of(settings).unlink()
+    set_limit(settings, "pool_size", 8, ttl_seconds=60, reason="r")
+    assert path_of(settings).read_bytes() == limits.copy_of(settings).read_bytes()
+
+
 def test_a_file_that_could_not_be_read_once_is_read_by_the_next_poll(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

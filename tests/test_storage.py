@@ -141,6 +141,50 @@ def test_a_database_that_cannot_be_read_keeps_no_other_from_being_measured(world
     assert kept(world.control_plane, other) == [(gauge, 0)] * 2
 
 
+def test_a_database_that_did_not_change_is_opened_once_and_its_number_stands_in_every_hour(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands that nobody uses would be opened every quarter of an hour, and each keeps 32 KiB from being opened."""
+    monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", -1.0)
+    opened: list[str] = []
+    read = storage.storage_bytes
+
+    def storage_bytes(paths: TenantPaths) -> int:
+        opened.append(paths.tenant_id)
+        return read(paths)
+
+    monkeypatch.setattr(storage, "storage_bytes", storage_bytes)
+    last: dict[str, storage.Measurement] = {}
+    storage.measure(world.control_plane, world.settings, last)
+    assert opened.count(world.tenant_id) == 1 and world.tenant_id in last
+    before = kept(world.control_plane, world.tenant_id)
+    with world.control_plane.transaction() as connection:
+        for table in ("usage_hourly", "usage_daily"):  # as in an hour and a day that has just begun
+            connection.execute(f"DELETE FROM {table} WHERE tenant_id = %s", (world.tenant_id,))
+    storage.measure(world.control_plane, world.settings, last)
+    assert opened.count(world.tenant_id) == 1
+    assert kept(world.control_plane, world.tenant_id) == before != [(None, None)] * 2
+    world.write("x" * 50_000)
+    storage.measure(world.control_plane, world.settings, last)
+    assert opened.count(world.tenant_id) == 2
+    assert kept(world.control_plane, world.tenant_id) == [(read(world.paths), 0)] * 2 != before
+    registry.suspend(world.control_plane, world.tenant_id)
+    storage.measure(world.control_plane, world.settings, last)
+    assert world.tenant_id not in last
+
+
+def test_a_directory_that_cannot_be_looked_into_ends_no_other_measurement(world: World) -> None:
+    other = f"{world.tenant_id}-other"
+    registry.create(world.control_plane, world.settings, other)
+    current = TenantPaths.of(world.settings.tenants_dir, other).current
+    current.unlink()
+    current.symlink_to(current.name)
+    with pytest.raises(OSError, match="symbolic links"):
+        storage.volume_bytes(TenantPaths.of(world.settings.tenants_dir, other))
+    assert storage.measure(world.control_plane, world.settings).unread == 1
+    assert kept(world.control_plane, world.tenant_id) == [(storage.storage_bytes(world.paths), 0)] * 2
+
+
 def test_only_active_tenants_of_this_machine_are_measured_and_a_missing_database_is_not_zero(world: World) -> None:
     """0 bytes would be billed as "nothing kept"; the truth is "not seen"."""
     names = {name: f"{world.tenant_id}-{name}" for name in ("suspended", "missing")}
