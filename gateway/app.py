@@ -105,7 +105,7 @@ def create_app(settings: Settings, parent_pid: int | None = None, pulse: Pulse |
         debug=False,
         request_max_body_size=settings.body_limit_bytes,
     )
-    methods = {route.path_format: set(route.methods) for route in app.routes if isinstance(route, HTTPRoute)}
+    methods = {route.path_format: route.methods for route in app.routes if isinstance(route, HTTPRoute)}
     heads = Heads(Shortcut(app), settings, methods)
     durable = settings.usage_durability == "sync"
     edge = Edge(heads, usage_spool, access_log, busiest, pulse, durable=durable)

@@ -40,7 +40,7 @@ from gateway.durable import GroupSync
 from gateway.exchange import SCOPE_KEY, Exchange
 from gateway.problems import CLIENT_LEFT, INTERNAL, MEDIA_TYPE, SPOOL_FULL, Problem, log_failure
 from gateway.pulse import Pulse
-from gateway.raw_body import announced_length
+from gateway.raw_body import announced_length, is_http2
 from shared import metrics, usage
 from shared.errors import SpoolUnavailable
 from shared.log import get_logger
@@ -118,7 +118,7 @@ class Edge:
         async def read() -> Message:
             nonlocal left
             if left is None:
-                left = -1 if _is_http2(scope) else announced_length(scope) or -1
+                left = -1 if is_http2(scope) else announced_length(scope) or -1
             message: Message = await receive()
             if exchange.whole and message["type"] == "http.request":  # the end that was left unread below
                 message = await receive()
@@ -232,10 +232,6 @@ class Edge:
             metrics.auth_failures_total.labels(exchange.auth_failure).inc()
 
 
-def _is_http2(scope: Scope) -> bool:
-    return str(scope["http_version"]).startswith("2")
-
-
 async def _drop_body(read: Receive, exchange: Exchange, scope: Scope, *, begun: bool) -> None:
     """Read a refused request to its end, within bounds: a client that is still writing when the connection
     closes, or its stream of HTTP/2 is reset, never sees why.
@@ -245,7 +241,7 @@ async def _drop_body(read: Receive, exchange: Exchange, scope: Scope, *, begun: 
     names = exchange.fields.keys()
     if b"expect" in names and not begun:
         return
-    if not _is_http2(scope) and not names & {b"content-length", b"transfer-encoding"}:
+    if not is_http2(scope) and not names & {b"content-length", b"transfer-encoding"}:
         return
     leave, exchange.leave = exchange.leave, None
     if leave is not None:  # the work is done: who lets a body hang that nobody wants has no place for it

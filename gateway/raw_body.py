@@ -24,10 +24,14 @@ async def read(receive: Any, limit: int) -> bytes:
         pieces.append(piece)
 
 
+def is_http2(scope: Any) -> bool:
+    return str(scope["http_version"]).startswith("2")
+
+
 def announced_length(scope: Any) -> int | None:
     """Bytes of the body, as its head announces them; None when it does not. HTTP/2 need not announce a body at all."""
     length: int | None = 0
-    if scope["http_version"].startswith("2") and scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+    if is_http2(scope) and scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
         length = None
     for name, value in scope["headers"]:
         if name == b"transfer-encoding":

@@ -89,10 +89,8 @@ def measured_again(paths: TenantPaths, last: Measurement | None, below: int) -> 
         return Measurement(0)
     if seen.size_bytes < below:
         return Measurement(seen.size_bytes)
-    if last is not None and last.fingerprint is not None and last.fingerprint == seen.fingerprint:
-        return last
     try:
-        return Measurement(storage_bytes(paths), seen.fingerprint)
+        return _unless_unchanged(paths, seen.fingerprint, last)
     except UNREAD:
         return last._replace(fingerprint=None) if last is not None else Measurement(0)
 
@@ -103,6 +101,11 @@ def _measured(paths: TenantPaths, last: Measurement | None) -> Measurement:
         seen = fingerprint.look(paths).fingerprint
     except OSError:  # in the middle of a swap; who opens it waits for the end
         seen = None
+    return _unless_unchanged(paths, seen, last)
+
+
+def _unless_unchanged(paths: TenantPaths, seen: str | None, last: Measurement | None) -> Measurement:
+    """`last` when the files' fingerprint proves that it still holds. Raises one of `UNREAD`."""
     if last is not None and last.fingerprint is not None and last.fingerprint == seen:
         return last
     return Measurement(storage_bytes(paths), seen)
